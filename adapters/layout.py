@@ -1,0 +1,100 @@
+"""What can be adapted in a base model: its layers, their shapes, and where each one's values lie in a flat row.
+
+The order of layers is the order of `named_modules()` of the UNet, which diffusers fixes for an architecture; the base
+hash ties an adapter to the weights themselves, because singular vectors of other weights mean something else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixLayer:
+    """A linear or convolution layer seen as a matrix of `rows` x `cols`.
+
+    The matrix is the weight reshaped to (c_out, c_in * kh * kw), as in SVDiff (Han et al. 2023, section 3.2).
+    """
+
+    name: str
+    weight_shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Output features."""
+        return self.weight_shape[0]
+
+    @property
+    def cols(self) -> int:
+        """Input features times kernel size."""
+        return prod(self.weight_shape[1:])
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values."""
+        return min(self.rows, self.cols)
+
+    @property
+    def is_conv(self) -> bool:
+        """True for convolutions, whatever their kernel."""
+        return len(self.weight_shape) == 4
+
+    @property
+    def is_pointwise(self) -> bool:
+        """True for linear layers and 1x1 convolutions, which act on each position alone."""
+        return not self.is_conv or self.weight_shape[2:] == (1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class NormLayer:
+    """A group or layer norm with `size` weights."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """Every adaptable layer of one base model.
+
+    A spectral row is one flat fp32 vector of `spectral_size` values: the singular values of all matrices in order, then
+    the weights of all norms in order. `matrix_offsets` and `norm_offsets` tell where each layer begins in it.
+    """
+
+    base_hash: str
+    matrices: tuple[MatrixLayer, ...]
+    norms: tuple[NormLayer, ...]
+    token_width: int
+    matrix_offsets: dict[str, int] = field(init=False, repr=False, compare=False)
+    norm_offsets: dict[str, int] = field(init=False, repr=False, compare=False)
+    sigma_size: int = field(init=False)
+    spectral_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute the offsets."""
+        position = 0
+        matrix_offsets: dict[str, int] = {}
+        for matrix in self.matrices:
+            matrix_offsets[matrix.name] = position
+            position += matrix.rank
+        object.__setattr__(self, "sigma_size", position)
+        norm_offsets: dict[str, int] = {}
+        for norm in self.norms:
+            norm_offsets[norm.name] = position
+            position += norm.size
+        object.__setattr__(self, "matrix_offsets", matrix_offsets)
+        object.__setattr__(self, "norm_offsets", norm_offsets)
+        object.__setattr__(self, "spectral_size", position)
+
+    def matrix(self, name: str) -> MatrixLayer | None:
+        """Return the matrix layer of that name, or None."""
+        return next((layer for layer in self.matrices if layer.name == name), None)
+
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (layer name, begin, end) of every layer in a spectral row."""
+        for matrix in self.matrices:
+            begin = self.matrix_offsets[matrix.name]
+            yield matrix.name, begin, begin + matrix.rank
+        for norm in self.norms:
+            begin = self.norm_offsets[norm.name]
+            yield norm.name, begin, begin + norm.size

@@ -1,0 +1,91 @@
+"""What the step loop knows of a UNet engine: rows go into slots, and one call denoises a mixed batch.
+
+A slot holds one adapter mix. Slot 0 is the base model and never changes. Loading a row is a copy into memory the engine
+already owns: the compiled graph takes the slabs as inputs, so nothing is rebuilt, and rows of slots that running samples
+use stay as they are.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from torch import Tensor
+
+BASE_SLOT = 0
+
+
+class Plan(StrEnum):
+    """How adapter rows reach the UNet in one call."""
+
+    DENSE = "dense"
+    """Shared weights plus a per-sample low-rank branch: y = Wx + B_i(A_i x)."""
+
+    FACTORED = "factored"
+    """Weights as their SVD with per-sample singular values, plus the low-rank branch: y = U(s_i * V^T x) + B_i(A_i x)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """One adapter mix as the flat fp32 vectors an engine reads.
+
+    `spectral` [spectral_size] holds *effective* values, relu(sigma + delta) for each matrix and w + shift for each norm;
+    None means the base's own. `lowrank` [lowrank_size] holds A and B of every target with scale and weight folded into
+    B; None means zeros. The layout of both is `engines.rows.RowLayout`.
+    """
+
+    spectral: Tensor | None = None
+    lowrank: Tensor | None = None
+
+    @property
+    def needs_factored(self) -> bool:
+        """True if only the factored plan can run this row."""
+        return self.spectral is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both vectors."""
+        return sum(t.numel() * t.element_size() for t in (self.spectral, self.lowrank) if t is not None)
+
+
+class UNetEngine(Protocol):
+    """A UNet that denoises mixed batches. One thread calls `denoise` and `load_row`; they are not safe to overlap."""
+
+    @property
+    def name(self) -> str:
+        """`torch` or `onnxruntime`: bounded, used as a metric label."""
+        ...
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Plans it can run."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Slots in all, the base's own included."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """Largest number of UNet rows in one call (a guided picture is two rows)."""
+        ...
+
+    def load_row(self, slot: int, row: EngineRow) -> None:
+        """Copy a row into a slot other than BASE_SLOT.
+
+        Raises InvalidArgument on a wrong size, dtype or slot.
+        """
+        ...
+
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+        """Run the UNet once.
+
+        latents [N, 4, h, w] fp32, timesteps [N] fp32, context [N, tokens, width] fp32, adapter_index [N] int64 (slots).
+        Returns the model's output [N, 4, h, w] fp32 (epsilon or v, as the base was trained). Under Plan.DENSE only the
+        low-rank part of a row counts: the caller must not send rows that need the factored plan.
+        """
+        ...
+
+    def warm(self) -> None:
+        """Run every plan once, so that the first request pays for nothing."""
+        ...
