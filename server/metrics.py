@@ -1,0 +1,76 @@
+"""The metrics, on a registry of their own that is passed in. Labels come from bounded sets only.
+
+No tenant, adapter or prompt text is ever a label. One serving process holds them all; workers report through the job
+table, so client_python's multiprocess mode (which loses collectors and label removal) is not needed.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+# A 128-pixel picture takes a second on a CPU, a large one minutes on a busy GPU.
+_REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 600)
+_STEP_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+_SWAP_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+_BATCH_BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
+
+
+class Metrics:
+    """All metric families. Attributes are named as the families, without prefix and suffix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        r = registry
+        self.requests = Counter("hueshift_requests", "Calls ended.", ["method", "code"], registry=r)
+        self.requests_in_flight = Gauge("hueshift_requests_in_flight", "Calls running now.", ["method"], registry=r)
+        self.request_seconds = Histogram(
+            "hueshift_request_seconds", "Time of a call.", ["method"], buckets=_REQUEST_BUCKETS, registry=r
+        )
+        self.queue_depth = Gauge("hueshift_queue_depth", "Pictures waiting for a place in the batch.", registry=r)
+        self.queue_oldest_seconds = Gauge(
+            "hueshift_queue_oldest_seconds", "Age of the oldest waiting picture.", registry=r
+        )
+        self.active_samples = Gauge("hueshift_active_samples", "Pictures being denoised.", registry=r)
+        self.stage_seconds = Histogram(
+            "hueshift_stage_seconds",
+            "Time of a picture in a stage: queue, adapter_load, text, denoise, decode.",
+            ["stage"],
+            buckets=_REQUEST_BUCKETS,
+            registry=r,
+        )
+        self.step_seconds = Histogram(
+            "hueshift_step_seconds",
+            "Time of a denoising step of the whole batch.",
+            ["plan"],
+            buckets=_STEP_BUCKETS,
+            registry=r,
+        )
+        self.batch_rows = Histogram(
+            "hueshift_batch_rows", "UNet rows per step.", ["plan"], buckets=_BATCH_BUCKETS, registry=r
+        )
+        self.batch_adapters = Histogram(
+            "hueshift_batch_adapters", "Distinct adapter mixes per step.", buckets=_BATCH_BUCKETS, registry=r
+        )
+        self.swap_seconds = Histogram(
+            "hueshift_swap_seconds", "Time to bring a row into a slot.", ["tier"], buckets=_SWAP_BUCKETS, registry=r
+        )
+        self.cache_hits = Counter("hueshift_adapter_cache_hits", "Rows found in the tier.", ["tier"], registry=r)
+        self.cache_misses = Counter(
+            "hueshift_adapter_cache_misses", "Rows not found in the tier.", ["tier"], registry=r
+        )
+        self.cache_evictions = Counter("hueshift_adapter_cache_evictions", "Rows evicted.", ["tier"], registry=r)
+        self.cache_bytes = Gauge("hueshift_adapter_cache_bytes", "Bytes held.", ["tier"], registry=r)
+        self.cache_entries = Gauge("hueshift_adapter_cache_entries", "Rows held.", ["tier"], registry=r)
+        self.images = Counter("hueshift_images", "Pictures sent.", registry=r)
+        self.samples_ended = Counter(
+            "hueshift_samples_ended",
+            "Pictures that left the batch: done, cancelled, deadline, failed.",
+            ["outcome"],
+            registry=r,
+        )
+        self.jobs = Gauge("hueshift_jobs", "Fine-tuning jobs by state.", ["state"], registry=r)
+        self.job_leases_lost = Counter("hueshift_job_leases_lost", "Leases that expired.", registry=r)
+        self.workers = Gauge("hueshift_workers", "Worker processes alive.", registry=r)
+        self.engine_parity_error = Gauge(
+            "hueshift_engine_parity_error", "Largest error of the exported graph against torch.", ["plan"], registry=r
+        )
+        self.internal_errors = Counter("hueshift_internal_errors", "Answers with an incident id.", registry=r)
+        self.build = Info("hueshift_build", "Version, engine and base model.", registry=r)

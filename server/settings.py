@@ -1,0 +1,174 @@
+"""Every setting of the server, validated in one place. Nothing else reads the environment.
+
+Values come from, strongest first: command-line options, environment variables (`HUESHIFT_SERVER__PORT=50051`), a TOML
+file (`--config`), and the defaults below, which make the embedded default work with no settings at all.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
+from hueshift.models.embedded import EMBEDDED_CLIP, EMBEDDED_MODEL
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(_Section):
+    """Network side."""
+
+    host: str = Field("127.0.0.1", description="Address to bind. Anything but loopback needs API keys.")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one.")
+    metrics_host: str = Field("127.0.0.1", description="Address of the Prometheus endpoint.")
+    metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port; 0 picks a free one.")
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain; with tls_key the port speaks TLS.")
+    tls_key: Path | None = Field(None, description="PEM private key.")
+    allow_plaintext: bool = Field(False, description="Serve a non-loopback address without TLS (behind a TLS proxy).")
+    reflection: bool = Field(True, description="Offer gRPC reflection, for grpcurl.")
+    max_message_bytes: int = Field(16 * MIB, ge=MIB, le=256 * MIB, description="Largest gRPC message either way.")
+    drain_seconds: float = Field(60.0, ge=0, le=3600, description="Time accepted calls get to finish after SIGTERM.")
+    default_deadline_seconds: float = Field(
+        120.0, gt=0, description="Deadline of a unary or Generate call without one."
+    )
+    max_deadline_seconds: float = Field(600.0, gt=0, description="Longest deadline of a unary or Generate call.")
+
+
+class ModelSettings(_Section):
+    """The base model."""
+
+    path: Path = Field(EMBEDDED_MODEL, description="A diffusers Stable Diffusion 1.x or 2.x folder.")
+    clip_path: Path | None = Field(EMBEDDED_CLIP, description="CLIP folder for the scores of fine-tuning jobs.")
+    default_identifier: str = Field("sks", description="Word learned when a job names none.")
+
+
+class EngineSettings(_Section):
+    """The UNet engine."""
+
+    kind: Literal["auto", "onnxruntime", "torch"] = Field(
+        "auto", description="auto: onnxruntime on a CPU, torch on CUDA."
+    )
+    device: str = Field("auto", description="auto, cpu or cuda[:N], for torch.")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 means one per core.")
+    slots: int = Field(64, ge=2, le=65536, description="Adapter mixes resident in the engine, the base included.")
+    max_batch: int = Field(16, ge=2, le=256, description="UNet rows per step; a guided picture is two rows.")
+    lowrank_rank: int = Field(16, ge=1, le=128, description="Largest rank of a mix on one layer.")
+    lowrank_targets: tuple[str, ...] = Field(
+        ("proj_out",), description="Endings of layer names that may carry a low-rank branch."
+    )
+    parity_bound: float = Field(1e-3, gt=0, description="Largest error of the exported graph against torch at start.")
+
+
+class LimitSettings(_Section):
+    """What one request may ask for."""
+
+    default_steps: int = Field(20, ge=1, le=1000)
+    max_steps: int = Field(150, ge=1, le=1000)
+    default_guidance_scale: float = Field(5.0, ge=1, le=30)
+    max_count: int = Field(16, ge=1, le=256)
+    max_size: int = Field(1024, ge=64, description="Largest width or height in pixels.")
+    max_adapters: int = Field(4, ge=1, le=4)
+    queue_size: int = Field(256, ge=1, description="Pictures that may wait; more are refused with RESOURCE_EXHAUSTED.")
+    tenant_queue_size: int = Field(128, ge=1, description="Pictures of one tenant that may wait.")
+    max_adapter_bytes: int = Field(256 * MIB, ge=1)
+    host_cache_bytes: int = Field(GIB, ge=0, description="Adapters kept in host memory, least recently used out first.")
+    max_picture_bytes: int = Field(16 * MIB, ge=1)
+    max_picture_pixels: int = Field(40_000_000, ge=1)
+    max_pictures: int = Field(64, ge=1)
+    tenant_queued_jobs: int = Field(16, ge=1, description="Fine-tuning jobs of one tenant that may wait or run.")
+
+
+class TrainingSettings(_Section):
+    """The fine-tuning workers."""
+
+    workers: int = Field(
+        1, ge=0, le=64, description="Worker processes this server starts; 0: they are started elsewhere."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads per worker; 0 means one per core.")
+    nice: int = Field(5, ge=0, le=19, description="How far workers step back for serving on a shared CPU.")
+    lease_seconds: float = Field(30.0, gt=0, description="A worker silent for this long loses its job.")
+    poll_seconds: float = Field(0.25, gt=0, description="How often idle workers look for jobs.")
+    max_attempts: int = Field(5, ge=1, description="Times a job is taken before it fails for good.")
+    keep_pictures: bool = Field(False, description="Keep training pictures after the job has ended.")
+
+
+class StoreSettings(_Section):
+    """What outlives the process."""
+
+    path: Path = Field(Path("~/.local/share/hueshift"), description="Folder of the database and the adapter files.")
+    cache_path: Path = Field(Path("~/.cache/hueshift"), description="Folder of exported graphs and decompositions.")
+
+
+class AuthSettings(_Section):
+    """Who may call."""
+
+    required: bool = Field(
+        False,
+        description="Refuse calls without an API key. Implied as soon as one key exists or the address is not loopback.",
+    )
+    default_tenant: str = Field(
+        "local", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Tenant of keyless loopback calls."
+    )
+
+
+class LogSettings(_Section):
+    """Logging."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    json_lines: bool = Field(True, description="JSON lines; false prints for people.")
+
+
+class Settings(BaseSettings):
+    """All settings."""
+
+    model_config = SettingsConfigDict(env_prefix="HUESHIFT_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    server: ServerSettings = ServerSettings()
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    limits: LimitSettings = LimitSettings()
+    training: TrainingSettings = TrainingSettings()
+    store: StoreSettings = StoreSettings()
+    auth: AuthSettings = AuthSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: arguments, environment, then the TOML file named by the caller."""
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=settings_cls.model_config.get("toml_file"))
+        return init_settings, env_settings, toml
+
+
+def load_settings(config: Path | None = None, **overrides: object) -> Settings:
+    """Read the settings, `overrides` (sections as dicts) over the environment over the file.
+
+    Raises InvalidArgument (SETTINGS_INVALID) naming every wrong setting, what was given and what is allowed.
+    """
+    if config is not None and not config.is_file():
+        raise InvalidArgument.for_field("--config", f"{config} is not a file", Reason.SETTINGS_INVALID)
+
+    class _Loaded(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        return _Loaded(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        violations = [
+            FieldViolation(".".join(map(str, e["loc"])), f"{e['msg']}, given {e.get('input')!r}")
+            for e in error.errors()
+        ]
+        text = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        raise InvalidArgument(Reason.SETTINGS_INVALID, f"settings refused: {text}", violations=violations) from error

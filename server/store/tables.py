@@ -1,0 +1,133 @@
+"""The tables that hold the truth: adapters, jobs, keys. SQLAlchemy Core, so that SQLite and Postgres share every query.
+
+Times are seconds since the epoch as floats, given by the clock that is passed in: tests move it at will, and a database
+server's own clock is never compared with ours.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+schema = Table("schema", metadata, Column("version", Integer, primary_key=True))
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", String(32), primary_key=True),
+    # SHA-256 of the secret: keys are 256 random bits, so a slow hash would add nothing.
+    Column("secret_hash", String(64), nullable=False, unique=True),
+    Column("tenant", String(63), nullable=False),
+    Column("label", String(120), nullable=False, default=""),
+    Column("created", Float, nullable=False),
+    Column("revoked", Float),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("adapter_id", String(63), primary_key=True),
+    Column("display_name", String(120), nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("pinned", Boolean, nullable=False, default=False),
+    Column("created", Float, nullable=False),
+    Column("updated", Float, nullable=False),
+    Index("adapters_by_age", "tenant", "created", "adapter_id"),
+)
+
+revisions = Table(
+    "revisions",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("adapter_id", String(63), primary_key=True),
+    Column("revision", BigInteger, primary_key=True, autoincrement=False),
+    Column("content_hash", String(64), nullable=False),
+    Column("base_hash", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("method", String(32), nullable=False),
+    Column("identifier", String(64), nullable=False, default=""),
+    Column("size_bytes", BigInteger, nullable=False),
+    # The job that published it; unique, so that a job publishes at most once whoever tries.
+    Column("job_id", String(32), unique=True),
+    Column("created", Float, nullable=False),
+    ForeignKeyConstraint(["tenant", "adapter_id"], ["adapters.tenant", "adapters.adapter_id"], ondelete="CASCADE"),
+    Index("revisions_by_content", "content_hash"),
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("method", String(64), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    # SHA-256 of the request, so that a reused key with another request is refused.
+    Column("request_hash", String(64), nullable=False),
+    Column("result", JSON, nullable=False),
+    Column("created", Float, nullable=False),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job_id", String(32), primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("priority", Integer, nullable=False, default=0),
+    # The validated spec, as plain data (training.spec.TrainingSpec).
+    Column("spec", JSON, nullable=False),
+    Column("adapter_id", String(63), nullable=False),
+    Column("display_name", String(120), nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("step", Integer, nullable=False, default=0),
+    Column("steps", Integer, nullable=False),
+    Column("loss", Float),
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("lease_owner", String(64)),
+    Column("lease_expires", Float),
+    # Rises at every claim; writes of an older holder are refused.
+    Column("fencing_token", BigInteger, nullable=False, default=0),
+    Column("cancel_requested", Boolean, nullable=False, default=False),
+    Column("checkpoint", String(200)),
+    Column("revision", BigInteger, nullable=False, default=0),
+    Column("scores", JSON),
+    Column("error_reason", String(64)),
+    Column("error_message", Text),
+    Column("sequence", BigInteger, nullable=False, default=0),
+    Column("created", Float, nullable=False),
+    Column("started", Float),
+    Column("ended", Float),
+    Index("jobs_to_claim", "state", "priority", "created"),
+    Index("jobs_by_tenant", "tenant", "created", "job_id"),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("job_id", String(32), primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", Float, nullable=False),
+    # state, progress or sample
+    Column("kind", String(16), nullable=False),
+    Column("payload", JSON, nullable=False),
+    Column("data", LargeBinary),
+    ForeignKeyConstraint(["job_id"], ["jobs.job_id"], ondelete="CASCADE"),
+    UniqueConstraint("job_id", "sequence"),
+)

@@ -1,0 +1,60 @@
+"""What a fine-tuning job is asked to do, as plain validated data that survives in the job table."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+
+class Method(StrEnum):
+    """What is learned."""
+
+    SVDIFF = "svdiff"
+    RESIDUALS = "residuals"
+
+
+class SubjectKind(StrEnum):
+    """What the pictures have in common."""
+
+    SUBJECT = "subject"
+    STYLE = "style"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSpec:
+    """A complete job: every default is filled in, so that a later change of defaults does not change a queued job.
+
+    `captions` has one entry per picture. `sample_interval` 0 samples only at the end.
+    """
+
+    method: Method
+    subject_kind: SubjectKind
+    captions: tuple[str, ...]
+    identifier: str
+    class_noun: str
+    learn_identifier: bool
+    identifier_init: tuple[str, ...]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    norm_learning_rate: float
+    identifier_learning_rate: float
+    warmup_steps: int
+    seed: int
+    prior_weight: float
+    prior_images: int
+    sample_interval: int
+    checkpoint_interval: int
+    sample_prompts: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for the job table."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        lists = ("captions", "identifier_init", "sample_prompts")
+        fixed = {name: tuple(value) if name in lists else value for name, value in data.items()}
+        fixed["method"] = Method(fixed["method"])
+        fixed["subject_kind"] = SubjectKind(fixed["subject_kind"])
+        return cls(**fixed)
