@@ -32,8 +32,8 @@ class LowRankFactors:
 class Adapter:
     """One adapter, bound to the base model whose hash it names.
 
-    `spectral` maps a matrix layer to the shifts of its singular values [rank]; `norm` maps a norm layer to the shifts of
-    its weights [size]. `lowrank` maps a matrix layer to its factors. `tokens` maps a placeholder word to its learned
+    `spectral` maps a matrix layer to the shifts of its singular values [rank]; `norm` maps a norm layer to the shifts
+    of its weights [size]. `lowrank` maps a matrix layer to its factors. `tokens` maps a placeholder word to its learned
     embeddings [vectors, token_width]; only one vector per word can be served today. Absent layers are unchanged.
     """
 

@@ -1,7 +1,7 @@
 """The errors of Hueshift: few types, one per kind of answer, each carrying a stable reason.
 
-A reason is part of the contract: callers branch on it, and it never changes meaning. The server maps kinds to gRPC codes
-in one place (server/rpc/status.py); nothing else knows about gRPC.
+A reason is part of the contract: callers branch on it, and it never changes meaning. The server maps types to gRPC
+codes in one place (server/rpc/status.py); nothing else knows about gRPC.
 """
 
 from collections.abc import Mapping, Sequence

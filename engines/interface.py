@@ -1,8 +1,8 @@
 """What the step loop knows of a UNet engine: rows go into slots, and one call denoises a mixed batch.
 
-A slot holds one adapter mix. Slot 0 is the base model and never changes. Loading a row is a copy into memory the engine
-already owns: the compiled graph takes the slabs as inputs, so nothing is rebuilt, and rows of slots that running samples
-use stay as they are.
+A slot holds one adapter mix. Slot 0 is the base model and never changes. Loading a row is a copy into memory that the
+engine already owns: the compiled graph takes the slabs as inputs, so nothing is rebuilt, and the slots of running samples
+stay as they are.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class Plan(StrEnum):
     """Shared weights plus a per-sample low-rank branch: y = Wx + B_i(A_i x)."""
 
     FACTORED = "factored"
-    """Weights as their SVD with per-sample singular values, plus the low-rank branch: y = U(s_i * V^T x) + B_i(A_i x)."""
+    """Weights as their SVD with per-sample singular values, plus that branch: y = U(s_i * V^T x) + B_i(A_i x)."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRow:
     """One adapter mix as the flat fp32 vectors an engine reads.
 
-    `spectral` [spectral_size] holds *effective* values, relu(sigma + delta) for each matrix and w + shift for each norm;
-    None means the base's own. `lowrank` [lowrank_size] holds A and B of every target with scale and weight folded into
+    `spectral` [spectral_size] holds *effective* values, relu(sigma + delta) for each matrix and w + shift for each
+    norm; None means the base's own. `lowrank` [lowrank_size] holds A and B of every target with scale and weight folded into
     B; None means zeros. The layout of both is `engines.rows.RowLayout`.
     """
 

@@ -110,7 +110,7 @@ class AuthSettings(_Section):
 
     required: bool = Field(
         False,
-        description="Refuse calls without an API key. Implied as soon as one key exists or the address is not loopback.",
+        description="Refuse calls without an API key. Implied once a key exists or the address is not loopback.",
     )
     default_tenant: str = Field(
         "local", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Tenant of keyless loopback calls."

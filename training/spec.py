@@ -54,7 +54,7 @@ class TrainingSpec:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Read what `to_json` wrote."""
         lists = ("captions", "identifier_init", "sample_prompts")
-        fixed = {name: tuple(value) if name in lists else value for name, value in data.items()}
+        fixed: dict[str, Any] = {name: tuple(value) if name in lists else value for name, value in data.items()}
         fixed["method"] = Method(fixed["method"])
         fixed["subject_kind"] = SubjectKind(fixed["subject_kind"])
         return cls(**fixed)
