@@ -1,8 +1,8 @@
 """What the step loop knows of a UNet engine: rows go into slots, and one call denoises a mixed batch.
 
 A slot holds one adapter mix. Slot 0 is the base model and never changes. Loading a row is a copy into memory that the
-engine already owns: the compiled graph takes the slabs as inputs, so nothing is rebuilt, and the slots of running samples
-stay as they are.
+engine already owns: the compiled graph takes the slabs as inputs, so nothing is rebuilt, and the slots of running
+samples stay as they are.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class EngineRow:
     """One adapter mix as the flat fp32 vectors an engine reads.
 
     `spectral` [spectral_size] holds *effective* values, relu(sigma + delta) for each matrix and w + shift for each
-    norm; None means the base's own. `lowrank` [lowrank_size] holds A and B of every target with scale and weight folded into
-    B; None means zeros. The layout of both is `engines.rows.RowLayout`.
+    norm; None means the base's own. `lowrank` [lowrank_size] holds A and B of every target with scale and weight
+    folded into B; None means zeros. The layout of both is `engines.rows.RowLayout`.
     """
 
     spectral: Tensor | None = None
