@@ -24,7 +24,7 @@ def base_model() -> BaseModel:
 @pytest.fixture(scope="session")
 def cache_dir(pytestconfig: pytest.Config) -> Path:
     """Folder of decompositions and exported graphs, keyed by content, kept in pytest's own cache between runs."""
-    return Path(pytestconfig.cache.mkdir("hueshift"))  # type: ignore[union-attr]
+    return Path(pytestconfig.cache.mkdir("hueshift"))
 
 
 @pytest.fixture(scope="session")
