@@ -14,6 +14,7 @@ class Reason(StrEnum):
 
     # The caller's input.
     INVALID_FIELD = "INVALID_FIELD"
+    MESSAGE_MALFORMED = "MESSAGE_MALFORMED"
     MESSAGE_OUT_OF_ORDER = "MESSAGE_OUT_OF_ORDER"
     UPLOAD_SIZE_MISMATCH = "UPLOAD_SIZE_MISMATCH"
     UPLOAD_TOO_LARGE = "UPLOAD_TOO_LARGE"
@@ -43,6 +44,7 @@ class Reason(StrEnum):
     ADAPTER_DELETED = "ADAPTER_DELETED"
     FINE_TUNE_NOT_FOUND = "FINE_TUNE_NOT_FOUND"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    METHOD_NOT_FOUND = "METHOD_NOT_FOUND"
     IDEMPOTENCY_CONFLICT = "IDEMPOTENCY_CONFLICT"
     # Who asks.
     CREDENTIAL_MISSING = "CREDENTIAL_MISSING"
@@ -113,6 +115,10 @@ class InvalidArgument(HueshiftError):
 
 class NotFound(HueshiftError):
     """The named thing does not exist for this caller."""
+
+
+class Unimplemented(HueshiftError):
+    """The server has no such method."""
 
 
 class AlreadyExists(HueshiftError):
