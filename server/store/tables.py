@@ -102,6 +102,10 @@ jobs = Table(
     Column("attempt", Integer, nullable=False, default=0),
     Column("lease_owner", String(64)),
     Column("lease_expires", Float),
+    # Leases that ended without a word from their worker; the sum over jobs is a metric.
+    Column("leases_lost", Integer, nullable=False, default=0),
+    # A queued job is not taken before this time: the pause before another try.
+    Column("not_before", Float, nullable=False, default=0.0),
     # Rises at every claim; writes of an older holder are refused.
     Column("fencing_token", BigInteger, nullable=False, default=0),
     Column("cancel_requested", Boolean, nullable=False, default=False),

@@ -1,0 +1,62 @@
+"""The events of a job, numbered without gaps: each is written in the transaction of the change it tells of.
+
+Events are never deleted, so that a watcher can trust the numbers. They stay few all the same: the worker writes at most
+1,000 progress events an attempt, and only the newest samples keep their picture.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from hueshift.server.store.job_records import EventKind, JobEvent, JobRecord
+from hueshift.server.store.tables import job_events
+
+# A 128-pixel PNG takes about 20 kB, a 768-pixel one 1 MB: 64 MB a job at worst.
+KEPT_SAMPLES = 64
+
+
+def append_event(
+    connection: Connection,
+    job: JobRecord,
+    time: float,
+    kind: EventKind,
+    payload: Mapping[str, Any],
+    data: bytes | None = None,
+) -> None:
+    """Write the event numbered `job.sequence`. The caller raised that number in this transaction."""
+    connection.execute(
+        insert(job_events).values(
+            job_id=job.job_id, sequence=job.sequence, time=time, kind=kind.value, payload=dict(payload), data=data
+        )
+    )
+    if kind is EventKind.SAMPLE:
+        _drop_old_samples(connection, job.job_id)
+
+
+def read_events(connection: Connection, job_id: str, after: int, limit: int) -> list[JobEvent]:
+    """Return at most `limit` events numbered above `after`, in order."""
+    rows = connection.execute(
+        select(job_events)
+        .where(job_events.c.job_id == job_id, job_events.c.sequence > after)
+        .order_by(job_events.c.sequence)
+        .limit(limit)
+    )
+    return [JobEvent(r.sequence, r.time, EventKind(r.kind), r.payload, r.data) for r in rows]
+
+
+def _drop_old_samples(connection: Connection, job_id: str) -> None:
+    samples = (job_events.c.job_id == job_id, job_events.c.kind == EventKind.SAMPLE.value)
+    oldest_kept = connection.scalar(
+        select(job_events.c.sequence)
+        .where(*samples)
+        .order_by(job_events.c.sequence.desc())
+        .offset(KEPT_SAMPLES - 1)
+        .limit(1)
+    )
+    if oldest_kept is not None:
+        connection.execute(
+            update(job_events)
+            .where(*samples, job_events.c.sequence < oldest_kept, job_events.c.data.is_not(None))
+            .values(data=None)
+        )

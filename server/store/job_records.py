@@ -1,0 +1,130 @@
+"""What the job table holds, as frozen records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+from sqlalchemy import Row
+
+from hueshift.training.spec import TrainingSpec
+
+
+class JobState(StrEnum):
+    """Where a job stands. queued -> running -> an ended state, and back to queued when a worker is lost."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """True for the states a job never leaves."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class EventKind(StrEnum):
+    """What an event tells."""
+
+    STATE = "state"
+    PROGRESS = "progress"
+    SAMPLE = "sample"
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be queued. Larger `priority` goes first."""
+
+    job_id: str
+    tenant: str
+    spec: TrainingSpec
+    adapter_id: str
+    display_name: str
+    labels: Mapping[str, str]
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """One row of the job table. Times are seconds since the epoch."""
+
+    job_id: str
+    tenant: str
+    state: JobState
+    priority: int
+    spec: TrainingSpec
+    adapter_id: str
+    display_name: str
+    labels: Mapping[str, str]
+    step: int
+    steps: int
+    loss: float | None
+    attempt: int
+    lease_owner: str | None
+    lease_expires: float | None
+    leases_lost: int
+    not_before: float
+    fencing_token: int
+    cancel_requested: bool
+    checkpoint: str | None
+    revision: int
+    scores: Mapping[str, float] | None
+    error_reason: str | None
+    error_message: str | None
+    sequence: int
+    created: float
+    started: float | None
+    ended: float | None
+
+    @classmethod
+    def from_row(cls, row: Row[Any]) -> Self:
+        """Read a row with all columns."""
+        values = dict(row._mapping)
+        values["state"] = JobState(values["state"])
+        values["spec"] = TrainingSpec.from_json(values["spec"])
+        return cls(**values)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what may change during a job's life, as plain data for a state event."""
+        return {
+            "state": self.state.value,
+            "step": self.step,
+            "loss": self.loss,
+            "attempt": self.attempt,
+            "revision": self.revision,
+            "scores": dict(self.scores) if self.scores is not None else None,
+            "error_reason": self.error_reason,
+            "error_message": self.error_message,
+            "sequence": self.sequence,
+            "started": self.started,
+            "ended": self.ended,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's right to a job: valid while the job runs under the same fencing token."""
+
+    job_id: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """A job and the lease it was taken under."""
+
+    job: JobRecord
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """One event. `data` is the PNG of a sample; old samples lose it, see `job_events.KEPT_SAMPLES`."""
+
+    sequence: int
+    time: float
+    kind: EventKind
+    payload: Mapping[str, Any]
+    data: bytes | None

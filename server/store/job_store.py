@@ -1,0 +1,373 @@
+"""The job table as a queue with leases: what survives a crash of worker, server or machine.
+
+A worker holds a job by a lease it renews. A lease that runs out puts the job back, and the next claim raises the job's
+fencing token, so every write of the old holder is refused from then on; the adapter is published in the transaction
+that ends the job. Every change of state writes its event in the same transaction.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_, update
+
+from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.errors import Cancelled, FailedPrecondition, Reason, ResourceExhausted
+from hueshift.server.clock import Clock
+from hueshift.server.rpc.names import not_found
+from hueshift.server.store.database import Database
+from hueshift.server.store.idempotency import recall, remember
+from hueshift.server.store.job_events import append_event, read_events
+from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
+from hueshift.server.store.tables import jobs
+
+CREATE_METHOD = "CreateFineTune"
+# Training on a CPU takes a minute or two: sooner than this a place rarely becomes free.
+QUOTA_RETRY_SECONDS = 15.0
+_OPEN = (JobState.QUEUED.value, JobState.RUNNING.value)
+_NO_LEASE: Mapping[str, Any] = {"lease_owner": None, "lease_expires": None}
+
+
+class PublishedRevision(Protocol):
+    """What publishing gives back."""
+
+    @property
+    def revision(self) -> int:
+        """Number of the revision within its adapter."""
+        ...
+
+
+class AdapterPublisher(Protocol):
+    """The part of the adapter store that ends a job."""
+
+    def publish(
+        self,
+        tenant: str,
+        adapter_id: str,
+        display_name: str,
+        labels: Mapping[str, str],
+        data: bytes,
+        adapter: Adapter,
+        job_id: str = "",
+        connection: Connection | None = None,
+    ) -> PublishedRevision:
+        """Add a revision in the caller's transaction."""
+        ...
+
+
+class JobStore:
+    """Jobs and their leases. Synchronous and safe to share between threads and processes."""
+
+    def __init__(self, database: Database, clock: Clock, *, max_attempts: int = 5) -> None:
+        self._database = database
+        self._clock = clock
+        self._max_attempts = max_attempts
+
+    def create(
+        self, new: NewJob, *, tenant_limit: int, idempotency_key: str = "", request_hash: str = ""
+    ) -> tuple[JobRecord, bool]:
+        """Queue a job; with a key used before for the same request, return that job and True.
+
+        Raises ResourceExhausted (TENANT_QUOTA) when the tenant has `tenant_limit` jobs that have not ended, and
+        AlreadyExists (IDEMPOTENCY_CONFLICT).
+        """
+        with self._database.write() as connection:
+            if idempotency_key:
+                known = recall(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash)
+                if known is not None:
+                    return self._own(connection, new.tenant, str(known["job_id"])), True
+            self._check_quota(connection, new.tenant, tenant_limit)
+            row = connection.execute(insert(jobs).values(self._first_row(new)).returning(*jobs.c)).one()
+            job = JobRecord.from_row(row)
+            append_event(connection, job, job.created, EventKind.STATE, job.snapshot())
+            if idempotency_key:
+                result = {"job_id": new.job_id}
+                remember(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash, result)
+            return job, False
+
+    def recall(self, tenant: str, idempotency_key: str, request_hash: str) -> JobRecord | None:
+        """Return the job an earlier `create` with this key made. Raises AlreadyExists (IDEMPOTENCY_CONFLICT)."""
+        with self._database.read() as connection:
+            known = recall(connection, tenant, CREATE_METHOD, idempotency_key, request_hash)
+            return None if known is None else self._own(connection, tenant, str(known["job_id"]))
+
+    def check_quota(self, tenant: str, tenant_limit: int) -> None:
+        """Raise what `create` would raise now, before a caller uploads for nothing."""
+        with self._database.read() as connection:
+            self._check_quota(connection, tenant, tenant_limit)
+
+    def get(self, tenant: str, job_id: str) -> JobRecord:
+        """Return a job of the tenant. Raises NotFound (FINE_TUNE_NOT_FOUND)."""
+        with self._database.read() as connection:
+            return self._own(connection, tenant, job_id)
+
+    def list_jobs(
+        self,
+        tenant: str,
+        page_size: int,
+        after: tuple[float, str] | None = None,
+        states: Iterable[JobState] = (),
+    ) -> list[JobRecord]:
+        """Return at most `page_size` jobs of the tenant, newest first, that follow the row (created, job_id)."""
+        query = select(jobs).where(jobs.c.tenant == tenant)
+        wanted = [state.value for state in states]
+        if wanted:
+            query = query.where(jobs.c.state.in_(wanted))
+        if after is not None:
+            query = query.where(tuple_(jobs.c.created, jobs.c.job_id) < after)
+        query = query.order_by(jobs.c.created.desc(), jobs.c.job_id.desc()).limit(page_size)
+        with self._database.read() as connection:
+            return [JobRecord.from_row(row) for row in connection.execute(query)]
+
+    def events(self, job_id: str, after: int = 0, limit: int = 200) -> list[JobEvent]:
+        """Return at most `limit` events numbered above `after`. The caller has checked whose job it is."""
+        with self._database.read() as connection:
+            return read_events(connection, job_id, after, limit)
+
+    def cancel(self, tenant: str, job_id: str) -> JobRecord:
+        """Cancel a queued job at once, ask a running one to stop, return an ended one as it is. Raises NotFound."""
+        with self._database.write() as connection:
+            job = self._own(connection, tenant, job_id, lock=True)
+            if job.state is JobState.QUEUED:
+                return self._move(connection, job, JobState.CANCELLED)
+            if job.state is JobState.RUNNING:
+                return self._change(connection, job.job_id, cancel_requested=True)
+            return job
+
+    def claim(self, owner: str, lease_seconds: float) -> ClaimedJob | None:
+        """Take the next job: highest priority, then the tenant with the fewest running jobs, then the oldest.
+
+        Returns None when nothing waits.
+        """
+        now = self._clock.time()
+        waiting = (jobs.c.state == JobState.QUEUED.value) & (jobs.c.not_before <= now)
+        with self._database.read() as connection:
+            # Idle workers poll; only a job worth taking is worth the write lock.
+            if connection.scalar(select(jobs.c.job_id).where(waiting).limit(1)) is None:
+                return None
+        others = jobs.alias("others")
+        running = (
+            select(func.count())
+            .select_from(others)
+            .where(others.c.tenant == jobs.c.tenant, others.c.state == JobState.RUNNING.value)
+            .scalar_subquery()
+        )
+        query = (
+            select(jobs)
+            .where(waiting)
+            .order_by(jobs.c.priority.desc(), running, jobs.c.created, jobs.c.job_id)
+            .limit(1)
+            .with_for_update(skip_locked=True, of=jobs)
+        )
+        with self._database.write() as connection:
+            row = connection.execute(query).one_or_none()
+            if row is None:
+                return None
+            job = self._move(
+                connection,
+                JobRecord.from_row(row),
+                JobState.RUNNING,
+                attempt=jobs.c.attempt + 1,
+                fencing_token=jobs.c.fencing_token + 1,
+                lease_owner=owner,
+                lease_expires=now + lease_seconds,
+                started=func.coalesce(jobs.c.started, now),
+            )
+            return ClaimedJob(job, Lease(job.job_id, job.fencing_token))
+
+    def heartbeat(self, lease: Lease, lease_seconds: float) -> bool:
+        """Renew a lease; True means that the job is to be cancelled. Raises FailedPrecondition (LEASE_LOST)."""
+        with self._database.write() as connection:
+            self._held(connection, lease)
+            expires = self._clock.time() + lease_seconds
+            return self._change(connection, lease.job_id, lease_expires=expires).cancel_requested
+
+    def progress(self, lease: Lease, step: int, loss: float, seconds_per_step: float) -> None:
+        """Record the steps done and tell the watchers. Raises FailedPrecondition (LEASE_LOST)."""
+        with self._database.write() as connection:
+            job = self._held(connection, lease)
+            payload = {"step": step, "steps": job.steps, "loss": loss, "seconds_per_step": seconds_per_step}
+            job = self._change(connection, job.job_id, step=step, loss=loss, sequence=jobs.c.sequence + 1)
+            append_event(connection, job, self._clock.time(), EventKind.PROGRESS, payload)
+
+    def sample(self, lease: Lease, step: int, prompt: str, png: bytes) -> None:
+        """Show a sample picture to the watchers. Raises FailedPrecondition (LEASE_LOST)."""
+        with self._database.write() as connection:
+            job = self._change(connection, self._held(connection, lease).job_id, sequence=jobs.c.sequence + 1)
+            payload = {"step": step, "prompt": prompt}
+            append_event(connection, job, self._clock.time(), EventKind.SAMPLE, payload, png)
+
+    def checkpoint(self, lease: Lease, path: str) -> None:
+        """Record where the newest checkpoint lies. Raises FailedPrecondition (LEASE_LOST)."""
+        with self._database.write() as connection:
+            self._change(connection, self._held(connection, lease).job_id, checkpoint=path)
+
+    def publish(
+        self,
+        lease: Lease,
+        adapters: AdapterPublisher,
+        data: bytes,
+        adapter: Adapter,
+        scores: Mapping[str, float] | None,
+    ) -> JobRecord:
+        """Publish the adapter and end the job, both or neither.
+
+        Raises FailedPrecondition (LEASE_LOST) when the job is no longer this worker's, Cancelled when its cancellation
+        was asked for meanwhile.
+        """
+        with self._database.write() as connection:
+            job = self._held(connection, lease)
+            if job.cancel_requested:
+                raise Cancelled(Reason.CANCELLED, "the job was cancelled before it could publish")
+            published = adapters.publish(
+                job.tenant,
+                job.adapter_id,
+                job.display_name,
+                job.labels,
+                data,
+                adapter,
+                job_id=job.job_id,
+                connection=connection,
+            )
+            return self._move(
+                connection,
+                job,
+                JobState.SUCCEEDED,
+                revision=published.revision,
+                step=job.steps,
+                scores=None if scores is None else dict(scores),
+            )
+
+    def fail(self, lease: Lease, reason: str, message: str) -> JobRecord:
+        """End a job for good. Raises FailedPrecondition (LEASE_LOST)."""
+        with self._database.write() as connection:
+            job = self._held(connection, lease)
+            return self._move(connection, job, JobState.FAILED, error_reason=reason, error_message=message)
+
+    def retry(self, lease: Lease, message: str, delay: float) -> JobRecord:
+        """Put a job back after a failure of ours, to be taken `delay` seconds later at the earliest.
+
+        Out of attempts it fails with ATTEMPTS_EXHAUSTED and `message`. Raises FailedPrecondition (LEASE_LOST).
+        """
+        with self._database.write() as connection:
+            return self._put_back(connection, self._held(connection, lease), message, delay)
+
+    def release(self, lease: Lease) -> JobRecord:
+        """Put a job back because its worker stops; this does not count as an attempt. Raises as `fail`."""
+        with self._database.write() as connection:
+            job = self._held(connection, lease)
+            if job.cancel_requested:
+                return self._move(connection, job, JobState.CANCELLED)
+            return self._move(connection, job, JobState.QUEUED, attempt=job.attempt - 1)
+
+    def stop_cancelled(self, lease: Lease) -> JobRecord:
+        """End a running job whose cancellation was asked for. Raises FailedPrecondition (LEASE_LOST)."""
+        with self._database.write() as connection:
+            return self._move(connection, self._held(connection, lease), JobState.CANCELLED)
+
+    def expire_leases(self, owner: str | None = None) -> list[JobRecord]:
+        """Put back the jobs whose lease has run out; with `owner`, those of that dead worker whatever their lease.
+
+        Returns the jobs as they stand: queued, cancelled, or failed with ATTEMPTS_EXHAUSTED.
+        """
+        lost: ColumnElement[bool] = jobs.c.state == JobState.RUNNING.value
+        lost &= jobs.c.lease_expires < self._clock.time() if owner is None else jobs.c.lease_owner == owner
+        with self._database.read() as connection:
+            if connection.scalar(select(jobs.c.job_id).where(lost).limit(1)) is None:
+                return []
+        message = "its worker was lost again and again; the server's log and memory say why"
+        with self._database.write() as connection:
+            rows = connection.execute(select(jobs).where(lost).with_for_update(skip_locked=True)).all()
+            return [
+                self._put_back(connection, JobRecord.from_row(row), message, 0.0, leases_lost=row.leases_lost + 1)
+                for row in rows
+            ]
+
+    def counts(self) -> dict[JobState, int]:
+        """Return how many jobs stand in each state."""
+        with self._database.read() as connection:
+            found = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
+            known = {str(state): int(count) for state, count in found}
+        return {state: known.get(state.value, 0) for state in JobState}
+
+    def leases_lost(self) -> int:
+        """Return how many leases have been lost since the table was made."""
+        with self._database.read() as connection:
+            return int(connection.scalar(select(func.coalesce(func.sum(jobs.c.leases_lost), 0))) or 0)
+
+    def open_jobs(self) -> set[str]:
+        """Return the ids of all jobs that have not ended."""
+        with self._database.read() as connection:
+            return set(connection.scalars(select(jobs.c.job_id).where(jobs.c.state.in_(_OPEN))))
+
+    def _first_row(self, new: NewJob) -> dict[str, Any]:
+        return {
+            "job_id": new.job_id,
+            "tenant": new.tenant,
+            "state": JobState.QUEUED.value,
+            "priority": new.priority,
+            "spec": new.spec.to_json(),
+            "adapter_id": new.adapter_id,
+            "display_name": new.display_name,
+            "labels": dict(new.labels),
+            "steps": new.spec.steps,
+            "sequence": 1,
+            "created": self._clock.time(),
+        }
+
+    def _check_quota(self, connection: Connection, tenant: str, limit: int) -> None:
+        used = connection.scalar(select(func.count()).where(jobs.c.tenant == tenant, jobs.c.state.in_(_OPEN))) or 0
+        if used >= limit:
+            raise ResourceExhausted(
+                Reason.TENANT_QUOTA,
+                f"{used} fine-tuning jobs of yours wait or run; allowed: {limit}. Wait for one to end, or cancel one.",
+                metadata={"quota": "tenant_queued_jobs", "limit": str(limit), "used": str(used)},
+                retry_after=QUOTA_RETRY_SECONDS,
+            )
+
+    def _own(self, connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> JobRecord:
+        query = select(jobs).where(jobs.c.job_id == job_id, jobs.c.tenant == tenant)
+        row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+        if row is None:
+            raise not_found(Reason.FINE_TUNE_NOT_FOUND, "fineTunes", job_id)
+        return JobRecord.from_row(row)
+
+    def _held(self, connection: Connection, lease: Lease) -> JobRecord:
+        query = select(jobs).where(
+            jobs.c.job_id == lease.job_id,
+            jobs.c.fencing_token == lease.token,
+            jobs.c.state == JobState.RUNNING.value,
+        )
+        row = connection.execute(query.with_for_update()).one_or_none()
+        if row is None:
+            raise FailedPrecondition(
+                Reason.LEASE_LOST,
+                f"job {lease.job_id} is no longer held under token {lease.token}: it ended or was given to another",
+            )
+        return JobRecord.from_row(row)
+
+    def _put_back(
+        self, connection: Connection, job: JobRecord, message: str, delay: float, **changes: Any
+    ) -> JobRecord:
+        if job.cancel_requested:
+            return self._move(connection, job, JobState.CANCELLED, **changes)
+        if job.attempt >= self._max_attempts:
+            changes |= {
+                "error_reason": Reason.ATTEMPTS_EXHAUSTED.value,
+                "error_message": f"given up after {job.attempt} attempts: {message}",
+            }
+            return self._move(connection, job, JobState.FAILED, **changes)
+        return self._move(connection, job, JobState.QUEUED, not_before=self._clock.time() + delay, **changes)
+
+    def _move(self, connection: Connection, job: JobRecord, state: JobState, **changes: Any) -> JobRecord:
+        now = self._clock.time()
+        if state is not JobState.RUNNING:
+            changes = {**_NO_LEASE, **changes}
+        if state.ended:
+            changes["ended"] = now
+        moved = self._change(connection, job.job_id, state=state.value, sequence=jobs.c.sequence + 1, **changes)
+        append_event(connection, moved, now, EventKind.STATE, moved.snapshot())
+        return moved
+
+    def _change(self, connection: Connection, job_id: str, **changes: Any) -> JobRecord:
+        query = update(jobs).where(jobs.c.job_id == job_id).values(changes).returning(*jobs.c)
+        return JobRecord.from_row(connection.execute(query).one())
