@@ -1,0 +1,164 @@
+"""Adapter files on disk, named by their SHA-256. A file under its final name is whole: it gets that name by a rename.
+
+Writing goes in two halves, so that the slow one needs no database lock: `stage` writes and syncs a temporary file,
+`commit` renames it. A crash leaves a temporary file or a file without a row; the adapter store sweeps both.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hueshift.adapters.errors import InvalidArgument, Reason, ResourceExhausted
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBlob:
+    """A synced temporary file, waiting for its name."""
+
+    content_hash: str
+    size_bytes: int
+    file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class BlobEntry:
+    """A file of the store and its age in seconds by the file system's clock."""
+
+    content_hash: str
+    size_bytes: int
+    age: float
+
+
+class BlobStore:
+    """A folder of files named by content. Safe for several threads and processes on one local disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.expanduser().resolve()
+        self._temporary = self._folder / "tmp"
+        self._temporary.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def put(self, data: bytes) -> str:
+        """Store the bytes and return their SHA-256. Storing the same bytes again is harmless."""
+        staged = self.stage(data)
+        self.commit(staged)
+        return staged.content_hash
+
+    def stage(self, data: bytes | Path) -> StagedBlob:
+        """Write bytes, or a copy of a file, under a temporary name and sync them.
+
+        Raises ResourceExhausted (STORE_FULL) when the disk is full.
+        """
+        file = self._temporary / secrets.token_hex(16)
+        digest = hashlib.sha256()
+        size = 0
+        try:
+            with _disk_space(), file.open("xb") as target:
+                for chunk in _chunks(data):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    target.write(chunk)
+                target.flush()
+                os.fsync(target.fileno())
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        return StagedBlob(digest.hexdigest(), size, file)
+
+    def commit(self, staged: StagedBlob) -> None:
+        """Give a staged file its final name. One already there is replaced, which also heals a damaged file."""
+        target = self.path(staged.content_hash)
+        if not target.parent.is_dir():
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            _sync_folder(self._folder)
+        with _disk_space():
+            staged.file.replace(target)
+            _sync_folder(target.parent)
+
+    def discard(self, staged: StagedBlob) -> None:
+        """Remove a staged file that was not committed; harmless after `commit`."""
+        staged.file.unlink(missing_ok=True)
+
+    def path(self, content_hash: str) -> Path:
+        """Return where a file of that hash lies or would lie. Raises InvalidArgument on a malformed hash."""
+        if not _HASH.fullmatch(content_hash):
+            raise InvalidArgument.for_field("content_hash", f"{content_hash[:80]!r} is not a SHA-256 in hexadecimal")
+        return self._folder / content_hash[:2] / content_hash
+
+    def delete(self, content_hash: str) -> int:
+        """Remove a file at once and return the bytes freed; 0 if there was none."""
+        file = self.path(content_hash)
+        try:
+            size = file.stat().st_size
+            file.unlink()
+        except FileNotFoundError:
+            return 0
+        _sync_folder(file.parent)
+        return size
+
+    def entries(self) -> Iterator[BlobEntry]:
+        """List every stored file, in no order. Files removed meanwhile are left out."""
+        now = time.time()
+        for shard in self._folder.iterdir():
+            if len(shard.name) != 2 or not shard.is_dir():
+                continue
+            for file in shard.iterdir():
+                try:
+                    status = file.stat()
+                except FileNotFoundError:
+                    continue
+                if _HASH.fullmatch(file.name):
+                    yield BlobEntry(file.name, status.st_size, max(0.0, now - status.st_mtime))
+
+    def sweep_temporaries(self, min_age: float) -> int:
+        """Remove temporary files older than `min_age` seconds, left by a crash. Returns the bytes freed."""
+        now = time.time()
+        freed = 0
+        for file in self._temporary.iterdir():
+            try:
+                status = file.stat()
+                if now - status.st_mtime >= min_age:
+                    file.unlink()
+                    freed += status.st_size
+            except FileNotFoundError:
+                continue
+        return freed
+
+
+def _chunks(data: bytes | Path) -> Iterator[bytes]:
+    if isinstance(data, bytes):
+        yield data
+        return
+    with data.open("rb") as source:
+        while chunk := source.read(_CHUNK):
+            yield chunk
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename or a removal survives a power cut only once its folder is synced.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_space() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceExhausted(
+            Reason.STORE_FULL, "the disk of the store is full; delete adapters or free space, then try again"
+        ) from error

@@ -1,0 +1,241 @@
+"""One database for all that must outlive a crash: SQLite in a file by default, Postgres when several hosts share.
+
+SQLite runs in WAL mode with synchronous=FULL: with NORMAL the last commits may be lost at a power cut. Writes begin
+with BEGIN IMMEDIATE, because a transaction that reads first and upgrades later fails at once when another has written
+in between, whatever the busy timeout. WAL needs a local disk, not a network share.
+"""
+
+import hashlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from hueshift.adapters.errors import (
+    FailedPrecondition,
+    HueshiftError,
+    InvalidArgument,
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+)
+from hueshift.server.clock import Clock
+from hueshift.server.store import tables
+
+_BUSY_SECONDS = 20.0
+# Every thread of asyncio's default pool (32 at most) and a few of ours may hold a connection at once.
+_POOL_SIZE = 8
+_POOL_OVERFLOW = 32
+_WRITE_OPTION = "hueshift_write"
+_CLOCK_OPTION = "hueshift_clock"
+_BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+# Postgres: serialization failure, deadlock, shutting down, cannot connect now.
+_RETRY_STATES = frozenset({"40001", "40P01", "57P01", "57P03"})
+
+
+class Database:
+    """Connections to the tables of `hueshift.server.store.tables`. Safe to share between threads, not across a fork.
+
+    `clock` gives the times of every record; the stores built on this database use it.
+    """
+
+    def __init__(self, location: str | Path, clock: Clock) -> None:
+        """Open the database file or URL at `location`, and create its tables if it is empty.
+
+        Raises InvalidArgument (SETTINGS_INVALID) on an unusable URL, FailedPrecondition (STORE_SCHEMA) on the tables of
+        another version or a file that is no database.
+        """
+        self.clock = clock
+        self._engine = _open(location).execution_options(**{_CLOCK_OPTION: clock})
+        self._is_sqlite = self._engine.dialect.name == "sqlite"
+        self._writer = self._engine.execution_options(**{_WRITE_OPTION: True})
+        # SQLite has one writer. Waiting here is fair and wakes at once; its busy handler polls.
+        self._write_turn = threading.Lock()
+        try:
+            self._prepare(str(location) if self._is_sqlite else self._engine.url.render_as_string())
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Give a connection that sees one moment of the database (SQLite) or committed rows (Postgres).
+
+        Raises Unavailable (STORE_UNAVAILABLE) when the database does not answer.
+        """
+        with _translated(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Give a connection in a writing transaction: committed at the end of the block, rolled back on any exception.
+
+        Not reentrant. Raises Unavailable (STORE_UNAVAILABLE) when no turn comes within 20 seconds, ResourceExhausted
+        (STORE_FULL) when the disk is full.
+        """
+        if not self._is_sqlite:
+            with _translated(), self._engine.begin() as connection:
+                yield connection
+            return
+        if not self._write_turn.acquire(timeout=_BUSY_SECONDS):
+            raise _unavailable("its writers kept it busy")
+        try:
+            with _translated(), self._writer.begin() as connection:
+                yield connection
+        finally:
+            self._write_turn.release()
+
+    def close(self) -> None:
+        """Close every pooled connection."""
+        self._engine.dispose()
+
+    def _prepare(self, shown: str) -> None:
+        try:
+            if self._is_sqlite:
+                self._use_wal()
+            with self.write() as connection:
+                lock(connection, "schema")
+                _create_or_check(connection, shown)
+        except (DBAPIError, sqlite3.DatabaseError) as error:
+            if _sqlite_code(error) != sqlite3.SQLITE_NOTADB:
+                raise
+            raise FailedPrecondition(
+                Reason.STORE_SCHEMA, f"{shown} is not a SQLite database. Give another store folder."
+            ) from error
+
+    def _use_wal(self) -> None:
+        # Switching needs the file alone, and SQLite does not wait for that: when two processes meet here, try again.
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            connection = self._engine.raw_connection()
+            try:
+                mode = connection.cursor().execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode not in _BUSY_CODES or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+                continue
+            finally:
+                connection.close()
+            if mode != "wal":
+                raise FailedPrecondition(
+                    Reason.STORE_SCHEMA, f"SQLite offers journal mode {mode} here; the store needs WAL on a local disk"
+                )
+            return
+
+
+def lock(connection: Connection, name: str) -> None:
+    """Hold the lock of that name until the transaction ends.
+
+    On Postgres an advisory lock; on SQLite a writing transaction is alone already.
+    """
+    if connection.dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def now(connection: Connection) -> float:
+    """Return the time of the database's clock, in seconds since the epoch."""
+    clock: Clock = connection.get_execution_options()[_CLOCK_OPTION]
+    return clock.time()
+
+
+def _open(location: str | Path) -> Engine:
+    try:
+        if isinstance(location, str) and "://" in location:
+            url = make_url(location)
+        else:
+            file = Path(location).expanduser().resolve()
+            # The folder holds what users taught and the hashes of their keys.
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            url = make_url("sqlite://").set(database=str(file))
+        if url.get_backend_name() not in ("sqlite", "postgresql") or (
+            url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
+        ):
+            raise InvalidArgument.for_field(
+                "store.database",
+                f"{url.render_as_string()} given; allowed: a SQLite file or a postgresql:// URL",
+                Reason.SETTINGS_INVALID,
+            )
+        options = {"pool_size": _POOL_SIZE, "max_overflow": _POOL_OVERFLOW, "pool_timeout": _BUSY_SECONDS}
+        if url.get_backend_name() == "postgresql":
+            return create_engine(url, pool_pre_ping=True, **options)
+        engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False}, **options)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise InvalidArgument.for_field(
+            "store.database", f"cannot be opened: {error}", Reason.SETTINGS_INVALID
+        ) from error
+    event.listen(engine, "connect", _on_connect)
+    event.listen(engine, "begin", _on_begin)
+    return engine
+
+
+def _on_connect(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
+    # The driver would otherwise send BEGIN by its own rules, and none before a SELECT.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _on_begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITE_OPTION, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _create_or_check(connection: Connection, shown: str) -> None:
+    present = set(inspect(connection).get_table_names())
+    ours = present & set(tables.metadata.tables)
+    if not ours:
+        tables.metadata.create_all(connection)
+        connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
+        return
+    versions = list(connection.execute(select(tables.schema.c.version)).scalars()) if "schema" in ours else []
+    if versions != [tables.SCHEMA_VERSION]:
+        found = ", ".join(map(str, versions)) or "none"
+        raise FailedPrecondition(
+            Reason.STORE_SCHEMA,
+            f"{shown} holds schema version {found}; this server reads version {tables.SCHEMA_VERSION}. "
+            "Start the server version that wrote it, or give another store folder.",
+        )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        known = _known(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _known(error: DBAPIError) -> HueshiftError | None:
+    code = _sqlite_code(error)
+    if code is not None and code & 0xFF in _BUSY_CODES:
+        return _unavailable("its writers kept it busy")
+    if code == sqlite3.SQLITE_FULL:
+        return ResourceExhausted(Reason.STORE_FULL, "the disk of the store is full; free space and try again")
+    if error.connection_invalidated or getattr(error.orig, "sqlstate", None) in _RETRY_STATES:
+        return _unavailable("the connection was lost")
+    return None
+
+
+def _sqlite_code(error: DBAPIError | sqlite3.DatabaseError) -> int | None:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return getattr(cause, "sqlite_errorcode", None)
+
+
+def _unavailable(cause: str) -> Unavailable:
+    return Unavailable(
+        Reason.STORE_UNAVAILABLE, f"the database did not answer in time: {cause}; try again", retry_after=1.0
+    )
