@@ -1,0 +1,143 @@
+"""What the services and the scheduler say to each other about one Generate call: the request and its events."""
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+from hueshift.engines.interface import Plan
+from hueshift.engines.pictures import PictureFormat
+from hueshift.engines.samplers import SamplerKind
+from hueshift.server.event_stream import EventStream
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """One adapter of a request, resolved: its resource name, revision, SHA-256 of its file, and its weight."""
+
+    name: str
+    revision: int
+    content_hash: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A checked request. One picture per seed; `width` and `height` in pixels, multiples of the base's size_multiple.
+
+    `guidance_scale` above 1 turns guidance on, which makes a picture two UNet rows. `priority` orders the requests of
+    one tenant, larger first. `deadline` is in the clock's monotonic seconds. `preview_interval` 0 means no previews.
+    """
+
+    request_id: str
+    tenant: str
+    prompt: str
+    negative_prompt: str
+    adapters: tuple[AppliedAdapter, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    sampler: SamplerKind
+    eta: float
+    width: int
+    height: int
+    format: PictureFormat
+    preview_interval: int
+    priority: int
+    deadline: float
+
+    @property
+    def rows(self) -> int:
+        """UNet rows of one picture."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    @property
+    def mix(self) -> tuple[tuple[str, float], ...]:
+        """The adapters as (content hash, weight); those of weight 0 change nothing and are left out."""
+        return tuple((a.content_hash, a.weight) for a in self.adapters if a.weight != 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of one picture went, in seconds: waiting, loading rows, encoding text, denoising, decoding."""
+
+    queue: float
+    adapter_load: float
+    text: float
+    denoise: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedEvent:
+    """Accepted; `position` pictures were waiting before it."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """Steps done and steps in all, summed over the request's pictures."""
+
+    step: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewEvent:
+    """The current estimate of picture `index` after `step` steps, as a file."""
+
+    index: int
+    step: int
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEvent:
+    """One finished picture. `plans` in order of first use."""
+
+    index: int
+    data: bytes
+    media_type: str
+    seed: int
+    width: int
+    height: int
+    adapters: tuple[AppliedAdapter, ...]
+    plans: tuple[Plan, ...]
+    engine: str
+    base_hash: str
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """All pictures were sent: how many, seconds since acceptance, prompt tokens that had no effect."""
+
+    images: int
+    total_seconds: float
+    truncated_tokens: int
+
+
+GenerationEvent = QueuedEvent | ProgressEvent | PreviewEvent | ImageEvent | FinishedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationHandle:
+    """The caller's end of an accepted request."""
+
+    request_id: str
+    stream: EventStream[GenerationEvent]
+    cancel: Callable[[], None]
+    """Gives the request up; its rows are free before the next step. Safe to call at any time, from any thread."""
+
+    async def events(self) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield the events in order, FinishedEvent last. To be iterated once, in the event loop that submitted.
+
+        Leaving early, by a break or because the task is cancelled, cancels the request. Raises the HueshiftError that
+        ended it: DeadlineExceeded, Cancelled, FailedPrecondition (ADAPTER_DELETED), Internal, and what loading the
+        adapters raised.
+        """
+        try:
+            async for event in self.stream:
+                yield event
+        finally:
+            self.cancel()
