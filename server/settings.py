@@ -38,6 +38,7 @@ class ServerSettings(_Section):
         120.0, gt=0, description="Deadline of a unary or Generate call without one."
     )
     max_deadline_seconds: float = Field(600.0, gt=0, description="Longest deadline of a unary or Generate call.")
+    upload_idle_seconds: float = Field(60.0, gt=0, description="An upload that sends nothing for this long ends.")
 
 
 class ModelSettings(_Section):

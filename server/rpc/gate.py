@@ -1,0 +1,101 @@
+"""The gate: nothing passes before warm-up has ended, nothing new passes while the server drains."""
+
+import asyncio
+from collections.abc import Collection
+from enum import StrEnum
+from typing import Any
+
+from hueshift.adapters.errors import Reason, Unavailable
+from hueshift.server.rpc.handlers import Call, Interceptor, Proceed
+
+# Long enough for a balancer to have noticed, short enough not to be felt.
+_RETRY_SECONDS = 1.0
+
+
+class GateState(StrEnum):
+    """Where the server stands."""
+
+    WARMING = "warming"
+    OPEN = "open"
+    DRAINING = "draining"
+
+
+class Gate(Interceptor):
+    """Counts the calls inside and lets them out. One event loop uses it.
+
+    `resumable` names the streams that a client can take up again elsewhere (WatchFineTune): a drain ends them at once,
+    because they may stay open for hours. Every other call inside gets the drain's time to finish.
+    """
+
+    def __init__(self, resumable: Collection[str]) -> None:
+        self._resumable = frozenset(resumable)
+        self._inside: dict[asyncio.Timeout, str] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self.state = GateState.WARMING
+
+    @property
+    def inside(self) -> int:
+        """Calls that have passed and not ended."""
+        return len(self._inside)
+
+    def open(self) -> None:
+        """Let calls pass, unless the server drains already."""
+        if self.state is GateState.WARMING:
+            self.state = GateState.OPEN
+
+    async def drain(self, seconds: float) -> int:
+        """Refuse new calls and wait for those inside; return how many were cut off after `seconds`."""
+        self.state = GateState.DRAINING
+        for limit, method in list(self._inside.items()):
+            if method in self._resumable:
+                _end(limit)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._empty.wait()
+        except TimeoutError:
+            return self.cut()
+        return 0
+
+    def cut(self) -> int:
+        """End every call inside with UNAVAILABLE; return how many."""
+        self.state = GateState.DRAINING
+        for limit in list(self._inside):
+            _end(limit)
+        return len(self._inside)
+
+    async def run(self, call: Call, request: Any, proceed: Proceed) -> Any:
+        """Pass or refuse one call. Raises Unavailable (WARMING_UP, DRAINING)."""
+        if not call.is_ours:
+            return await proceed(request)
+        if self.state is GateState.WARMING:
+            raise Unavailable(
+                Reason.WARMING_UP, "the server is warming up; its health turns to SERVING", retry_after=_RETRY_SECONDS
+            )
+        if self.state is GateState.DRAINING:
+            raise _draining()
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._inside[limit] = call.method
+                self._empty.clear()
+                try:
+                    return await proceed(request)
+                finally:
+                    del self._inside[limit]
+                    if not self._inside:
+                        self._empty.set()
+        except TimeoutError:
+            if limit.expired():
+                raise _draining() from None
+            raise
+
+
+def _end(limit: asyncio.Timeout) -> None:
+    if not limit.expired():
+        limit.reschedule(asyncio.get_running_loop().time())
+
+
+def _draining() -> Unavailable:
+    return Unavailable(
+        Reason.DRAINING, "the server is shutting down; another one takes the call", retry_after=_RETRY_SECONDS
+    )
