@@ -71,17 +71,15 @@ class JobStore:
         AlreadyExists (IDEMPOTENCY_CONFLICT).
         """
         with self._database.write() as connection:
-            if idempotency_key:
-                known = recall(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash)
-                if known is not None:
-                    return self._own(connection, new.tenant, str(known["job_id"])), True
+            known = recall(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash)
+            if known is not None:
+                return self._own(connection, new.tenant, str(known["job_id"])), True
             self._check_quota(connection, new.tenant, tenant_limit)
             row = connection.execute(insert(jobs).values(self._first_row(new)).returning(*jobs.c)).one()
             job = JobRecord.from_row(row)
             append_event(connection, job, job.created, EventKind.STATE, job.snapshot())
-            if idempotency_key:
-                result = {"job_id": new.job_id}
-                remember(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash, result)
+            kept = {"job_id": new.job_id}
+            remember(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash, kept, now=self._clock.time())
             return job, False
 
     def recall(self, tenant: str, idempotency_key: str, request_hash: str) -> JobRecord | None:
