@@ -1,0 +1,200 @@
+"""Generate: its options, its events, and the request built from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypedDict, Unpack
+
+from hueshift.client.choices import ImageFormat, Priority, Sampler
+from hueshift.client.wire import to_enum, to_seconds
+from hueshift.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """An adapter to apply: its name or bare id, its strength (-2 to 2), a fixed revision or 0 for the newest."""
+
+    adapter: str
+    weight: float = 1.0
+    revision: int = 0
+
+
+Adapters: TypeAlias = Sequence[str | AdapterUse] | Mapping[str, float]
+"""Names, uses, or names with weights."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of a Generate call; what is absent takes the server's default.
+
+    `seeds`: one per picture, or one to count up from. `timeout`: seconds for the whole call. `preview_interval`: steps
+    between early looks, 0 for none.
+    """
+
+    adapters: Adapters
+    negative_prompt: str
+    count: int
+    seeds: Sequence[int]
+    steps: int
+    guidance_scale: float
+    sampler: Sampler
+    eta: float
+    width: int
+    height: int
+    format: ImageFormat
+    preview_interval: int
+    priority: Priority
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request was accepted; `position` pictures are ahead of it."""
+
+    position: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`step` of `of` denoising steps are done, summed over the pictures."""
+
+    step: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """An early look at picture `index`, as a file."""
+
+    index: int
+    step: int
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """An adapter a picture was made with."""
+
+    adapter: str
+    revision: int
+    content_hash: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds one picture spent in each stage."""
+
+    queue: float
+    adapter_load: float
+    text: float
+    denoise: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished picture, as a file, with what it was made with."""
+
+    index: int
+    data: bytes
+    media_type: str
+    seed: int
+    width: int
+    height: int
+    adapters: tuple[AppliedAdapter, ...]
+    plans: tuple[str, ...]
+    engine: str
+    base_hash: str
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All pictures were sent. `truncated_tokens` of the prompt had no effect."""
+
+    images: int
+    seconds: float
+    truncated_tokens: int
+    request_id: str
+
+
+GenerateEvent: TypeAlias = Queued | Progress | Preview | Picture | Finished
+
+
+def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+    """Build the request. The server checks the values; only words of ours are checked here."""
+    request = pb.GenerateRequest(
+        prompt=prompt,
+        negative_prompt=options.get("negative_prompt", ""),
+        adapters=[
+            pb.AdapterUse(adapter=use.adapter, weight=use.weight, revision=use.revision)
+            for use in _uses(options.get("adapters", ()))
+        ],
+        count=options.get("count", 0),
+        seeds=options.get("seeds", ()),
+        steps=options.get("steps", 0),
+        eta=options.get("eta", 0.0),
+        width=options.get("width", 0),
+        height=options.get("height", 0),
+        preview_interval=options.get("preview_interval", 0),
+    )
+    if "guidance_scale" in options:
+        request.guidance_scale = options["guidance_scale"]
+    if "sampler" in options:
+        request.sampler = to_enum(pb.Sampler, "SAMPLER", options["sampler"])
+    if "format" in options:
+        request.format = to_enum(pb.ImageFormat, "IMAGE_FORMAT", options["format"])
+    if "priority" in options:
+        request.priority = to_enum(pb.Priority, "PRIORITY", options["priority"])
+    return request
+
+
+def read_event(response: pb.GenerateResponse) -> GenerateEvent | None:
+    """Return the event; None for kinds newer than this client."""
+    match response.WhichOneof("event"):
+        case "queued":
+            return Queued(response.queued.position, response.queued.request_id)
+        case "progress":
+            return Progress(response.progress.step, response.progress.of)
+        case "preview":
+            preview = response.preview
+            return Preview(preview.index, preview.step, preview.data, preview.media_type)
+        case "image":
+            return _picture(response.image)
+        case "finished":
+            done = response.finished
+            return Finished(done.images, to_seconds(done.total), done.truncated_tokens, done.request_id)
+    return None
+
+
+def _uses(adapters: Adapters) -> list[AdapterUse]:
+    if isinstance(adapters, str):
+        # A lone string is a sequence of letters, hence a valid argument to the type checker.
+        raise TypeError(f"adapters={adapters!r}: give a list, for example adapters=[{adapters!r}]")
+    if isinstance(adapters, Mapping):
+        return [AdapterUse(name, weight) for name, weight in adapters.items()]
+    return [AdapterUse(use) if isinstance(use, str) else use for use in adapters]
+
+
+def _picture(image: pb.Image) -> Picture:
+    times = image.timings
+    return Picture(
+        index=image.index,
+        data=image.data,
+        media_type=image.media_type,
+        seed=image.seed,
+        width=image.width,
+        height=image.height,
+        adapters=tuple(AppliedAdapter(a.adapter, a.revision, a.content_hash, a.weight) for a in image.adapters),
+        plans=tuple(image.plans),
+        engine=image.engine,
+        base_hash=image.base_hash,
+        timings=Timings(
+            queue=to_seconds(times.queue),
+            adapter_load=to_seconds(times.adapter_load),
+            text=to_seconds(times.text),
+            denoise=to_seconds(times.denoise),
+            decode=to_seconds(times.decode),
+        ),
+    )

@@ -1,0 +1,283 @@
+"""Fine-tuning jobs: their record and events, and the calls of FineTuneService."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeAlias, TypedDict, Unpack
+
+from hueshift.client.calls import Page, Paged, Unary, Upload
+from hueshift.client.choices import JobState, Method, Subject
+from hueshift.client.errors import CorruptAnswer
+from hueshift.client.uploads import chunks, new_key
+from hueshift.client.wire import from_enum, optional, to_datetime, to_enum
+from hueshift.v1 import finetune_pb2 as pb
+
+
+class FineTuneOptions(TypedDict, total=False):
+    """Options of a fine-tuning job; what is absent takes the method's default, which `model()` lists.
+
+    `captions`: one per picture, with the identifier where the learned word belongs. `identifier_init`: known words the
+    identifier starts from. `settings` in the contract's words: steps, batch_size, learning_rate,
+    identifier_learning_rate, seed, prior_weight, prior_images, sample_interval, checkpoint_interval.
+    """
+
+    captions: Sequence[str]
+    subject: Subject
+    method: Method
+    identifier: str
+    class_noun: str
+    learn_identifier: bool
+    identifier_init: Sequence[str]
+    settings: Mapping[str, float]
+    sample_prompts: Sequence[str]
+    adapter_id: str
+    display_name: str
+    labels: Mapping[str, str]
+    idempotency_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job failed: a stable reason and a sentence."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """CLIP scores of a job's samples: against the pictures, against their prompts, and the base model's own."""
+
+    clip_i: float
+    clip_t: float
+    clip_i_base: float
+
+
+@dataclass(frozen=True, slots=True)
+class FineTune:
+    """A fine-tuning job. `loss` is None before its first step, times are None before they come."""
+
+    name: str
+    state: JobState
+    method: Method
+    subject: Subject
+    step: int
+    steps: int
+    loss: float | None
+    adapter: str
+    revision: int
+    attempt: int
+    error: JobError | None
+    created: datetime
+    started: datetime | None
+    ended: datetime | None
+    sequence: int
+    scores: Scores | None
+
+    @property
+    def id(self) -> str:
+        """The bare id, the last part of the name."""
+        return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The job's state changed; `job` is the job after it."""
+
+    sequence: int
+    time: datetime
+    job: FineTune
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingProgress:
+    """`step` of `steps` are done; loss and seconds per step are means since the last such event."""
+
+    sequence: int
+    time: datetime
+    step: int
+    steps: int
+    loss: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSample:
+    """A sample picture, as PNG."""
+
+    sequence: int
+    time: datetime
+    step: int
+    prompt: str
+    data: bytes
+
+
+JobEvent: TypeAlias = StateChanged | TrainingProgress | TrainingSample
+
+
+class FineTuneFailed(Exception):
+    """The job ended without an adapter; `job` says how."""
+
+    def __init__(self, job: FineTune) -> None:
+        cause = f": {job.error.message} ({job.error.reason})" if job.error else ""
+        super().__init__(f"{job.name} ended {job.state.value}{cause}")
+        self.job = job
+
+
+def create_call(
+    pictures: Sequence[bytes], **options: Unpack[FineTuneOptions]
+) -> Upload[pb.CreateFineTuneRequest, pb.CreateFineTuneResponse, FineTune]:
+    """Queue a job. Repeats of this one call, retries included, queue it once.
+
+    Raises ValueError where captions and pictures do not match in number, or a setting is unknown.
+    """
+    spec = _spec(pictures, options)
+
+    def messages() -> Iterator[pb.CreateFineTuneRequest]:
+        yield pb.CreateFineTuneRequest(spec=spec)
+        for index, picture in enumerate(pictures):
+            for chunk in chunks(picture):
+                yield pb.CreateFineTuneRequest(chunk=pb.PictureChunk(index=index, data=chunk))
+
+    return Upload(lambda s: s.finetune.CreateFineTune, messages, lambda r: read_job(r.fine_tune))
+
+
+def get_call(name: str) -> Unary[pb.GetFineTuneRequest, pb.GetFineTuneResponse, FineTune]:
+    """Return one job."""
+    request = pb.GetFineTuneRequest(name=name)
+    return Unary(lambda s: s.finetune.GetFineTune, request, lambda r: read_job(r.fine_tune))
+
+
+def list_call(states: Sequence[JobState], page_size: int) -> Paged[FineTune]:
+    """Return the jobs page by page."""
+    numbers = [to_enum(pb.FineTuneState, "FINE_TUNE_STATE", state) for state in states]
+
+    def page(token: str) -> Unary[Any, Any, Page[FineTune]]:
+        request = pb.ListFineTunesRequest(page_size=page_size, page_token=token, states=numbers)
+        return Unary(lambda s: s.finetune.ListFineTunes, request, _read_page)
+
+    return page
+
+
+def cancel_call(name: str) -> Unary[pb.CancelFineTuneRequest, pb.CancelFineTuneResponse, FineTune]:
+    """Ask a job to stop."""
+    request = pb.CancelFineTuneRequest(name=name)
+    return Unary(lambda s: s.finetune.CancelFineTune, request, lambda r: read_job(r.fine_tune))
+
+
+def name_of(job: str | FineTune) -> str:
+    """Return the name of a job given as record or name."""
+    return job.name if isinstance(job, FineTune) else job
+
+
+def succeeded(job: FineTune) -> FineTune:
+    """Return the job. Raises FineTuneFailed unless it succeeded."""
+    if job.state is not JobState.SUCCEEDED:
+        raise FineTuneFailed(job)
+    return job
+
+
+def watch_ended_early(name: str) -> CorruptAnswer:
+    """Build the error of a server that keeps ending a watch before the job has ended."""
+    return CorruptAnswer.because(f"the server ends the watch of {name} again and again although the job goes on")
+
+
+class WatchCursor:
+    """Where a watch stands: which event came last, and whether it was the job's last one."""
+
+    def __init__(self, name: str, after_sequence: int) -> None:
+        self._name = name
+        self._sequence = after_sequence
+        self.ended = False
+
+    def request(self) -> pb.WatchFineTuneRequest:
+        """Return the request that goes on from here."""
+        return pb.WatchFineTuneRequest(name=self._name, after_sequence=self._sequence)
+
+    def take(self, message: pb.WatchFineTuneResponse) -> JobEvent | None:
+        """Return the event; None if it was seen before or is of a kind newer than this client."""
+        if message.sequence <= self._sequence:
+            return None
+        self._sequence = message.sequence
+        event = _read_job_event(message)
+        self.ended = isinstance(event, StateChanged) and event.job.state.ended
+        return event
+
+
+def read_job(message: pb.FineTune) -> FineTune:
+    """Return the record of a message."""
+    return FineTune(
+        name=message.name,
+        state=from_enum(pb.FineTuneState, "FINE_TUNE_STATE", JobState, message.state, JobState.UNKNOWN),
+        method=from_enum(pb.FineTuneMethod, "FINE_TUNE_METHOD", Method, message.method, Method.UNKNOWN),
+        subject=from_enum(pb.FineTuneSubject, "FINE_TUNE_SUBJECT", Subject, message.subject, Subject.UNKNOWN),
+        step=message.step,
+        steps=message.steps,
+        loss=optional(message.HasField("loss"), lambda: message.loss),
+        adapter=message.adapter,
+        revision=message.revision,
+        attempt=message.attempt,
+        error=optional(message.HasField("error"), lambda: JobError(message.error.reason, message.error.message)),
+        created=to_datetime(message.create_time),
+        started=optional(message.HasField("start_time"), lambda: to_datetime(message.start_time)),
+        ended=optional(message.HasField("end_time"), lambda: to_datetime(message.end_time)),
+        sequence=message.sequence,
+        scores=optional(
+            message.HasField("scores"),
+            lambda: Scores(message.scores.clip_i, message.scores.clip_t, message.scores.clip_i_base),
+        ),
+    )
+
+
+def _read_job_event(message: pb.WatchFineTuneResponse) -> JobEvent | None:
+    sequence, time = message.sequence, to_datetime(message.time)
+    match message.WhichOneof("event"):
+        case "state_change":
+            return StateChanged(sequence, time, read_job(message.state_change))
+        case "progress":
+            p = message.progress
+            return TrainingProgress(sequence, time, p.step, p.steps, p.loss, p.seconds_per_step)
+        case "sample":
+            return TrainingSample(sequence, time, message.sample.step, message.sample.prompt, message.sample.data)
+    return None
+
+
+def _spec(pictures: Sequence[bytes], options: FineTuneOptions) -> pb.FineTuneSpec:
+    captions = options.get("captions") or [""] * len(pictures)
+    if len(captions) != len(pictures):
+        raise ValueError(f"{len(captions)} captions for {len(pictures)} pictures: give one each, or none")
+    spec = pb.FineTuneSpec(
+        adapter_id=options.get("adapter_id", ""),
+        display_name=options.get("display_name", ""),
+        identifier=options.get("identifier", ""),
+        class_noun=options.get("class_noun", ""),
+        identifier_init=options.get("identifier_init", ()),
+        sample_prompts=options.get("sample_prompts", ()),
+        settings=_settings(options.get("settings", {})),
+        pictures=[
+            pb.PictureSpec(caption=caption, size_bytes=len(picture))
+            for caption, picture in zip(captions, pictures, strict=True)
+        ],
+        idempotency_key=options.get("idempotency_key") or new_key(),
+        labels=options.get("labels", {}),
+        learn_identifier=options.get("learn_identifier"),
+    )
+    if "method" in options:
+        spec.method = to_enum(pb.FineTuneMethod, "FINE_TUNE_METHOD", options["method"])
+    if "subject" in options:
+        spec.subject = to_enum(pb.FineTuneSubject, "FINE_TUNE_SUBJECT", options["subject"])
+    return spec
+
+
+def _settings(given: Mapping[str, float]) -> pb.FineTuneSettings:
+    fields = pb.FineTuneSettings.DESCRIPTOR.fields_by_name
+    settings = pb.FineTuneSettings()
+    for name, value in given.items():
+        if name not in fields:
+            raise ValueError(f"there is no setting {name!r}; there are {', '.join(fields)}")
+        setattr(settings, name, value)
+    return settings
+
+
+def _read_page(message: pb.ListFineTunesResponse) -> Page[FineTune]:
+    return Page(tuple(read_job(job) for job in message.fine_tunes), message.next_page_token)
