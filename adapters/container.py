@@ -1,0 +1,239 @@
+"""The safetensors container: an 8-byte little-endian header length, a JSON header, then the bytes of the tensors.
+
+Everything about the header is checked here before any tensor byte is read. The format is read by hand because the order
+of checks is the point: caps first, then JSON, then types and places. It is the format of the safetensors project.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from hueshift.adapters.errors import InvalidArgument, Reason
+
+DTYPES: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_METADATA = "__metadata__"
+_PREFIX = 8
+# Longest tensor name: a layer path of 62 characters in the embedded model, under 100 in SDXL.
+_MAX_NAME = 256
+_MAX_DIMENSIONS = 8
+_MAX_SIZE = 2**40
+# How files of other formats begin. A pickle can run any code when it is loaded, and so can what these may contain.
+_SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes (a pickle inside)"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x80\x02", "a Python pickle"),
+    (b"\x80\x03", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x80\x05", "a Python pickle"),
+    (b"(dp", "a Python pickle in text form"),
+    (b"(lp", "a Python pickle in text form"),
+    (b"ccopy_reg", "a Python pickle in text form"),
+    (b"cos\n", "a Python pickle in text form"),
+    (b"cposix\n", "a Python pickle in text form"),
+    (b"c__builtin__", "a Python pickle in text form"),
+    (b"cbuiltins", "a Python pickle in text form"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ\x00", "an xz archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy file"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x7fELF", "a program"),
+    (b"MZ", "a program"),
+    (b"#!", "a script"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"RIFF", "a RIFF file, such as a WebP picture"),
+    (b"<!", "an HTML page"),
+    (b"<?xml", "an XML file"),
+    (b"<html", "an HTML page"),
+    (b'{"', "a JSON file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of the file: `begin` and `end` are bytes after the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerHeader:
+    """A checked header. `data_begin` is where the tensors' bytes begin in the file."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    data_begin: int
+
+
+def header_length(start: bytes, file_size: int, max_header: int) -> int:
+    """Return the length of the JSON header, given the first bytes of the file (at least 512 where it has them).
+
+    Raises InvalidArgument: ADAPTER_FILE_UNSAFE naming another format by its content, ADAPTER_FILE_INVALID otherwise.
+    """
+    length = int.from_bytes(start[:_PREFIX], "little")
+    plausible = file_size > _PREFIX + 1 and start[_PREFIX : _PREFIX + 1] == b"{" and _PREFIX + length <= file_size
+    if not plausible:
+        _refuse_other_formats(start)
+        raise invalid(
+            f"the file of {file_size} bytes is not a safetensors file: its first 8 bytes promise a header of {length} "
+            "bytes that begins with '{'"
+        )
+    if length > max_header:
+        raise invalid(f"the header has {length} bytes; allowed: at most {max_header}")
+    return length
+
+
+def parse_header(header: bytes, file_size: int, max_tensors: int) -> ContainerHeader:
+    """Check the JSON header of a file of `file_size` bytes. Raises InvalidArgument naming what does not fit."""
+    data = parse_json(header, "the header")
+    if not isinstance(data, dict):
+        raise invalid("the header is not a JSON object")
+    metadata = data.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise invalid(f"{_METADATA} of the header must map text to text")
+    if len(data) > max_tensors:
+        raise invalid(f"the file holds {len(data)} tensors; allowed: at most {max_tensors}")
+    data_begin = _PREFIX + len(header)
+    entries = [_read_entry(name, value) for name, value in data.items()]
+    _check_places(entries, file_size - data_begin)
+    return ContainerHeader({entry.name: entry for entry in entries}, metadata, data_begin)
+
+
+def parse_json(text: bytes | str, what: str) -> Any:
+    """Parse strict JSON: no repeated keys, no NaN or Infinity. Raises InvalidArgument (ADAPTER_FILE_INVALID)."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        cause = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
+        raise invalid(f"{what} is not valid JSON: {cause}") from error
+
+
+def pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Write a container. Equal content gives equal bytes.
+
+    Wider dtypes come first, so that every tensor stays aligned; then names in order.
+    """
+    names_of = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": names_of[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % _PREFIX)
+    parts = [len(text).to_bytes(_PREFIX, "little"), text]
+    parts.extend(_to_bytes(tensors[name]) for name in order)
+    return b"".join(parts)
+
+
+def invalid(message: str) -> InvalidArgument:
+    """Build the error for a file that is not well formed."""
+    return InvalidArgument(Reason.ADAPTER_FILE_INVALID, f"adapter file refused: {message}")
+
+
+def show(value: Any) -> str:
+    """Return a short text of a parsed value for a message. Nested values are only named: showing them may not end."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    if isinstance(value, list) and len(value) <= _MAX_DIMENSIONS and all(type(item) in (int, float) for item in value):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)[:40]
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else type(value).__name__
+
+
+def _to_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _refuse_other_formats(start: bytes) -> None:
+    found = next((name for signature, name in _SIGNATURES if start.startswith(signature)), None)
+    if found is None and start[257:262] == b"ustar":
+        found = "a tar archive"
+    if found is None:
+        return
+    raise InvalidArgument(
+        Reason.ADAPTER_FILE_UNSAFE,
+        f"adapter file refused: by its content it is {found}; allowed: a safetensors file of Hueshift. Other formats "
+        "are never opened, because some run code when they are loaded.",
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated[:80]!r} is given twice")
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _read_entry(name: str, value: Any) -> TensorEntry:
+    if not 1 <= len(name) <= _MAX_NAME:
+        raise invalid(f"a tensor name has {len(name)} characters; allowed: 1 to {_MAX_NAME}")
+    shown = repr(name[:120])
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise invalid(f"tensor {shown} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InvalidArgument(
+            Reason.ADAPTER_DTYPE_UNSUPPORTED,
+            f"adapter file refused: tensor {shown} has dtype {show(dtype)}; allowed: {', '.join(DTYPES)}",
+        )
+    if not _are_sizes(shape, 1, _MAX_DIMENSIONS):
+        raise invalid(f"tensor {shown} has shape {show(shape)}; allowed: 1 to {_MAX_DIMENSIONS} whole numbers >= 1")
+    if not _are_sizes(offsets, 0, 2) or len(offsets) != 2:
+        raise invalid(f"tensor {shown} has data_offsets {show(offsets)}; allowed: two whole numbers >= 0")
+    begin, end = offsets
+    size = prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != size:
+        raise invalid(f"tensor {shown} of {size} bytes has data_offsets {begin} to {end}")
+    return TensorEntry(name, DTYPES[dtype], tuple(shape), begin, end)
+
+
+def _are_sizes(value: Any, smallest: int, longest: int) -> bool:
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= longest
+        and all(type(item) is int and smallest <= item <= _MAX_SIZE for item in value)
+    )
+
+
+def _check_places(entries: list[TensorEntry], data_size: int) -> None:
+    position = 0
+    for entry in sorted(entries, key=lambda entry: entry.begin):
+        if entry.begin != position:
+            raise invalid(
+                f"tensor {entry.name[:120]!r} begins at byte {entry.begin} of the data; expected {position}: tensors "
+                "must follow each other without gaps or overlaps"
+            )
+        position = entry.end
+    if position != data_size:
+        raise invalid(f"the tensors end at byte {position} of the data, but the file holds {data_size} bytes of it")

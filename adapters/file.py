@@ -1,0 +1,127 @@
+"""Adapter files: one safetensors file per adapter, with a JSON header under the metadata key `hueshift`.
+
+Tensors are named `spectral/<layer>` [rank], `norm/<layer>` [size], `lowrank/<layer>/a` [rank, cols],
+`lowrank/<layer>/b` [rows, rank] and `tokens/<word>` [vectors, token_width], in fp16, bf16 or fp32. Reading checks the
+file's size, then its header, then what the header says against the base model, and only then touches a tensor.
+"""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hueshift.adapters.adapter import Adapter, LowRankFactors
+from hueshift.adapters.container import DTYPES, ContainerHeader, TensorEntry, header_length, invalid, pack, parse_header
+from hueshift.adapters.errors import InvalidArgument, Reason
+from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.validate import (
+    FORMAT,
+    METADATA_KEY,
+    AdapterHeader,
+    FileLimits,
+    check_finite,
+    plan_file,
+    read_adapter_header,
+)
+
+# Enough to recognise a tar archive, whose mark lies at byte 257.
+_START = 512
+
+
+def write_adapter(adapter: Adapter) -> bytes:
+    """Return the adapter as the bytes of a file. Equal adapters give equal bytes, whatever the order of their layers.
+
+    Raises InvalidArgument (ADAPTER_DTYPE_UNSUPPORTED) for tensors that are not fp16, bf16 or fp32, and
+    (ADAPTER_NOT_FINITE) for a scale that is not a number.
+    """
+    tensors: dict[str, Tensor] = {}
+    tensors.update({f"spectral/{layer}": tensor for layer, tensor in adapter.spectral.items()})
+    tensors.update({f"norm/{layer}": tensor for layer, tensor in adapter.norm.items()})
+    tensors.update({f"tokens/{word}": tensor for word, tensor in adapter.tokens.items()})
+    for layer, factors in adapter.lowrank.items():
+        tensors[f"lowrank/{layer}/a"] = factors.a
+        tensors[f"lowrank/{layer}/b"] = factors.b
+    for layer, factors in adapter.lowrank.items():
+        if not math.isfinite(factors.scale):
+            raise InvalidArgument(Reason.ADAPTER_NOT_FINITE, f"the scale of layer {layer!r} is {factors.scale}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise InvalidArgument(
+                Reason.ADAPTER_DTYPE_UNSUPPORTED,
+                f"tensor {name!r} has dtype {tensor.dtype}; allowed: {', '.join(map(str, DTYPES.values()))}",
+            )
+    header = {
+        "format": FORMAT,
+        "kind": adapter.kind.value,
+        "base_hash": adapter.base_hash,
+        "method": adapter.method,
+        "identifier": adapter.identifier,
+        "scales": {layer: float(factors.scale) for layer, factors in adapter.lowrank.items()},
+    }
+    return pack(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))})
+
+
+def read_adapter(data: bytes | Path, layout: BaseLayout, limits: FileLimits) -> Adapter:
+    """Read and check an adapter file for the base model of `layout`. Every tensor owns its memory.
+
+    Raises InvalidArgument (UPLOAD_TOO_LARGE, ADAPTER_FILE_UNSAFE, ADAPTER_FILE_INVALID, ADAPTER_DTYPE_UNSUPPORTED,
+    ADAPTER_TENSOR_UNKNOWN, ADAPTER_SHAPE_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_NOT_FINITE) or FailedPrecondition
+    (ADAPTER_BASE_MISMATCH), naming the tensor, what it is and what is allowed.
+    """
+    with _open(data) as file:
+        container, header = _read_headers(file, limits)
+        plan = plan_file(container, header, layout, limits)
+
+        def read(entry: TensorEntry) -> Tensor:
+            return _read_tensor(file, container.data_begin, entry)
+
+        return Adapter(
+            kind=header.kind,
+            base_hash=header.base_hash,
+            method=header.method,
+            spectral={layer: read(entry) for layer, entry in plan.spectral.items()},
+            norm={layer: read(entry) for layer, entry in plan.norm.items()},
+            lowrank={
+                layer: LowRankFactors(read(a), read(b), header.scales[layer]) for layer, (a, b) in plan.lowrank.items()
+            },
+            tokens={word: read(entry) for word, entry in plan.tokens.items()},
+            identifier=header.identifier,
+        )
+
+
+def peek_header(data: bytes | Path, limits: FileLimits | None = None) -> AdapterHeader:
+    """Read only what a file says of itself, whatever its base model. Raises InvalidArgument as `read_adapter`."""
+    with _open(data) as file:
+        return _read_headers(file, limits or FileLimits())[1]
+
+
+def _open(data: bytes | Path) -> io.BufferedIOBase:
+    return io.BytesIO(data) if isinstance(data, bytes) else data.open("rb")
+
+
+def _read_headers(file: io.BufferedIOBase, limits: FileLimits) -> tuple[ContainerHeader, AdapterHeader]:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size > limits.max_bytes:
+        raise InvalidArgument(
+            Reason.UPLOAD_TOO_LARGE, f"the adapter file has {size} bytes; allowed: at most {limits.max_bytes}"
+        )
+    start = file.read(_START)
+    length = header_length(start, size, limits.max_header_bytes)
+    file.seek(8)
+    container = parse_header(file.read(length), size, limits.max_tensors)
+    return container, read_adapter_header(container)
+
+
+def _read_tensor(file: io.BufferedIOBase, data_begin: int, entry: TensorEntry) -> Tensor:
+    # A buffer of its own: aligned whatever the place in the file, and the file's bytes are not kept alive.
+    buffer = bytearray(entry.end - entry.begin)
+    file.seek(data_begin + entry.begin)
+    if file.readinto(buffer) != len(buffer):
+        raise invalid(f"the file ends inside tensor {entry.name!r}")
+    tensor = torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
+    check_finite(entry.name, tensor)
+    return tensor
