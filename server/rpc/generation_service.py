@@ -1,0 +1,183 @@
+"""GenerationService: one checked call becomes one scheduler request, and its events become the stream."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from hueshift.adapters.errors import FailedPrecondition, Reason, ResourceRef
+from hueshift.engines.base_model import BaseModel
+from hueshift.server.clock import Clock
+from hueshift.server.generation import (
+    AppliedAdapter,
+    GenerationEvent,
+    GenerationHandle,
+    GenerationRequest,
+    ImageEvent,
+    PreviewEvent,
+    ProgressEvent,
+    QueuedEvent,
+    Timings,
+)
+from hueshift.server.rpc.call import current_call
+from hueshift.server.rpc.generation_checks import CheckedRequest, WantedAdapter, check_request
+from hueshift.server.rpc.names import adapter_name
+from hueshift.server.settings import LimitSettings, ServerSettings
+from hueshift.server.store.adapter_records import RevisionRecord
+from hueshift.v1 import generation_pb2 as pb
+from hueshift.v1 import generation_pb2_grpc
+
+
+class Submits(Protocol):
+    """The part of the scheduler that is needed here."""
+
+    def submit(self, request: GenerationRequest) -> GenerationHandle:
+        """Queue a request; called in the event loop, does not block."""
+        ...
+
+
+class Revisions(Protocol):
+    """The part of the adapter store that is needed here."""
+
+    def revision(self, tenant: str, adapter_id: str, number: int = 0) -> RevisionRecord:
+        """Return a revision of a tenant's adapter; reads the database."""
+        ...
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Generates pictures."""
+
+    def __init__(
+        self,
+        scheduler: Submits,
+        adapters: Revisions,
+        base: BaseModel,
+        limits: LimitSettings,
+        server: ServerSettings,
+        clock: Clock,
+    ) -> None:
+        self._scheduler = scheduler
+        self._adapters = adapters
+        self._base = base
+        self._limits = limits
+        self._server = server
+        self._clock = clock
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Generate pictures; see the contract."""
+        call = current_call()
+        checked = check_request(request, call.tenant, self._limits, self._base)
+        applied = await asyncio.to_thread(self._resolve, call.tenant, checked.adapters)
+        deadline = call.deadline
+        if deadline is None:
+            deadline = self._clock.monotonic() + self._server.default_deadline_seconds
+        handle = self._scheduler.submit(
+            _to_generation(request, checked, applied, call.request_id, call.tenant, deadline)
+        )
+        # Closing the events is what gives the places in the batch back when the caller has gone.
+        async with aclosing(handle.events()) as events:
+            async for event in events:
+                yield _to_response(event, call.request_id)
+
+    def _resolve(self, tenant: str, wanted: tuple[WantedAdapter, ...]) -> tuple[AppliedAdapter, ...]:
+        """Look the adapters up within the tenant, at every call: a right that was taken away counts at once."""
+        found = []
+        for adapter in wanted:
+            record = self._adapters.revision(tenant, adapter.adapter_id, adapter.revision)
+            name = adapter_name(tenant, adapter.adapter_id)
+            if record.base_hash != self._base.base_hash:
+                raise FailedPrecondition(
+                    Reason.ADAPTER_BASE_MISMATCH,
+                    f"adapter {name!r} belongs to the base model {record.base_hash[:12]}, this server runs "
+                    f"{self._base.base_hash[:12]}; fine-tune it again here",
+                    resource=ResourceRef("hueshift.v1/adapters", name),
+                )
+            found.append(AppliedAdapter(name, record.revision, record.content_hash, adapter.weight))
+        return tuple(found)
+
+
+def _to_generation(
+    request: pb.GenerateRequest,
+    checked: CheckedRequest,
+    applied: tuple[AppliedAdapter, ...],
+    request_id: str,
+    tenant: str,
+    deadline: float,
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        tenant=tenant,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        adapters=applied,
+        seeds=checked.seeds,
+        steps=checked.steps,
+        guidance_scale=checked.guidance_scale,
+        sampler=checked.sampler,
+        eta=checked.eta,
+        width=checked.width,
+        height=checked.height,
+        format=checked.format,
+        preview_interval=checked.preview_interval,
+        priority=checked.priority,
+        deadline=deadline,
+    )
+
+
+def _to_response(event: GenerationEvent, request_id: str) -> pb.GenerateResponse:
+    if isinstance(event, QueuedEvent):
+        return pb.GenerateResponse(queued=pb.Queued(position=event.position, request_id=request_id))
+    if isinstance(event, ProgressEvent):
+        return pb.GenerateResponse(progress=pb.Progress(step=event.step, of=event.of))
+    if isinstance(event, PreviewEvent):
+        preview = pb.Preview(index=event.index, step=event.step, data=event.data, media_type=event.media_type)
+        return pb.GenerateResponse(preview=preview)
+    if isinstance(event, ImageEvent):
+        return pb.GenerateResponse(image=_to_image(event))
+    finished = pb.Finished(
+        images=event.images,
+        total=_duration(event.total_seconds),
+        truncated_tokens=event.truncated_tokens,
+        request_id=request_id,
+    )
+    return pb.GenerateResponse(finished=finished)
+
+
+def _to_image(event: ImageEvent) -> pb.Image:
+    return pb.Image(
+        index=event.index,
+        data=event.data,
+        media_type=event.media_type,
+        seed=event.seed,
+        width=event.width,
+        height=event.height,
+        adapters=[
+            pb.AppliedAdapter(adapter=a.name, revision=a.revision, content_hash=a.content_hash, weight=a.weight)
+            for a in event.adapters
+        ],
+        plans=[plan.value for plan in event.plans],
+        engine=event.engine,
+        base_hash=event.base_hash,
+        timings=_to_timings(event.timings),
+    )
+
+
+def _to_timings(timings: Timings) -> pb.Timings:
+    return pb.Timings(
+        queue=_duration(timings.queue),
+        adapter_load=_duration(timings.adapter_load),
+        text=_duration(timings.text),
+        denoise=_duration(timings.denoise),
+        decode=_duration(timings.decode),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return duration

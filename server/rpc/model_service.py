@@ -1,0 +1,89 @@
+"""ModelService: the base model, its defaults and the server's limits, so that clients need no constants."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+from hueshift.adapters.errors import Reason
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.interface import UNetEngine
+from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, SAMPLERS
+from hueshift.server.rpc.names import not_found
+from hueshift.server.rpc.pages import check_page_size, decode_token
+from hueshift.server.settings import Settings
+from hueshift.training.defaults import method_defaults
+from hueshift.training.spec import Method, SubjectKind
+from hueshift.v1 import finetune_pb2, model_pb2, model_pb2_grpc
+
+_METHODS: Mapping[Method, "finetune_pb2.FineTuneMethod.ValueType"] = {
+    Method.SVDIFF: finetune_pb2.FINE_TUNE_METHOD_SVDIFF,
+    Method.RESIDUALS: finetune_pb2.FINE_TUNE_METHOD_RESIDUALS,
+}
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """Describes the one base model of this server."""
+
+    def __init__(self, base: BaseModel, engine: UNetEngine, settings: Settings) -> None:
+        self._model = describe_model(base, engine, settings)
+
+    async def GetModel(
+        self, request: model_pb2.GetModelRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> model_pb2.GetModelResponse:
+        """Return the model; an empty name means it too."""
+        if request.name not in ("", self._model.name, self._model.name.removeprefix("models/")):
+            raise not_found(Reason.MODEL_NOT_FOUND, "models", request.name[:160])
+        return model_pb2.GetModelResponse(model=self._model)
+
+    async def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> model_pb2.ListModelsResponse:
+        """Return the model on the first page; a valid token names what follows it, which is nothing."""
+        check_page_size(request.page_size)
+        after = decode_token(request.page_token)
+        return model_pb2.ListModelsResponse(models=[] if after else [self._model])
+
+
+def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> model_pb2.Model:
+    """Build the model's record."""
+    limits = settings.limits
+    default_sampler = next(number for number, kind in SAMPLERS.items() if kind is DEFAULT_SAMPLER)
+    return model_pb2.Model(
+        name=f"models/{base.name}",
+        base_hash=base.base_hash,
+        engine=engine.name,
+        plans=[plan.value for plan in engine.plans],
+        samplers=list(SAMPLERS),
+        default_sampler=default_sampler,
+        default_steps=limits.default_steps,
+        default_guidance_scale=limits.default_guidance_scale,
+        width=base.pixels,
+        height=base.pixels,
+        size_multiple=base.size_multiple,
+        max_size=max(limits.max_size, base.pixels) // base.size_multiple * base.size_multiple,
+        max_count=limits.max_count,
+        max_steps=limits.max_steps,
+        max_tokens=base.max_tokens,
+        batch_capacity=engine.max_batch // 2,
+        methods=[_describe_method(method, number) for method, number in _METHODS.items()],
+        default_identifier=settings.model.default_identifier,
+        max_adapter_bytes=limits.max_adapter_bytes,
+        max_picture_bytes=limits.max_picture_bytes,
+        max_pictures=limits.max_pictures,
+    )
+
+
+def _describe_method(method: Method, number: "finetune_pb2.FineTuneMethod.ValueType") -> model_pb2.MethodInfo:
+    return model_pb2.MethodInfo(
+        method=number,
+        subject_defaults=_settings(method, SubjectKind.SUBJECT),
+        style_defaults=_settings(method, SubjectKind.STYLE),
+    )
+
+
+def _settings(method: Method, subject: SubjectKind) -> finetune_pb2.FineTuneSettings:
+    """Return those of the training defaults that a caller can set."""
+    names = finetune_pb2.FineTuneSettings.DESCRIPTOR.fields_by_name
+    chosen = {name: value for name, value in method_defaults(method, subject).items() if name in names}
+    return finetune_pb2.FineTuneSettings(**chosen)
