@@ -30,8 +30,6 @@ Floats = npt.NDArray[np.float64]
 LCM_ORIGIN_STEPS = 50
 _LCM_TIME_SCALE = 10.0
 _LCM_SIGMA_DATA = 0.5
-# Below this many steps DPM-Solver++ ends with a first-order step, which diffusers found to be steadier.
-_DPM_FEW_STEPS = 15
 
 
 class SamplerKind(StrEnum):
@@ -71,13 +69,14 @@ def make_table(schedule: NoiseSchedule, kind: SamplerKind, steps: int, eta: floa
         raise InvalidArgument.for_field("steps", f"{steps} given; at least 1 is needed")
     if not 0 <= eta <= 1:
         raise InvalidArgument.for_field("eta", f"{eta} given; allowed: 0 to 1")
-    timesteps, rows, init_scale = _BUILDERS[kind](schedule, steps, eta)
+    timesteps = _TIMESTEPS[kind](schedule, steps)
     if np.any(np.diff(timesteps) >= 0):
         raise InvalidArgument.for_field(
             "steps",
-            f"{steps} given, but {kind} on a schedule of {schedule.train_steps} timesteps in {schedule.timestep_spacing!r} "
-            "spacing would visit a timestep twice; ask for fewer steps",
+            f"{steps} given, but {kind} with {schedule.timestep_spacing!r} spacing of {schedule.train_steps} timesteps "
+            "would visit one twice; ask for fewer steps",
         )
+    rows, init_scale = _ROWS[kind](schedule, timesteps, eta)
     return SamplerTable(
         kind=kind,
         timesteps=torch.from_numpy(timesteps).float(),
@@ -87,10 +86,10 @@ def make_table(schedule: NoiseSchedule, kind: SamplerKind, steps: int, eta: floa
     )
 
 
-def _ddim(schedule: NoiseSchedule, steps: int, eta: float) -> tuple[Floats, Floats, float]:
+def _ddim(schedule: NoiseSchedule, timesteps: Floats, eta: float) -> tuple[Floats, float]:
     """DDIM (Song et al. 2020, equations 12 and 16)."""
     alpha_bar = _alpha_bar(schedule)
-    timesteps = _spaced(schedule, steps).round()
+    steps = len(timesteps)
     final = 1.0 if schedule.set_alpha_to_one else alpha_bar[0]
     rows = np.zeros((steps, 6))
     for i, timestep in enumerate(timesteps.astype(int)):
@@ -102,12 +101,12 @@ def _ddim(schedule: NoiseSchedule, steps: int, eta: float) -> tuple[Floats, Floa
         rows[i, :2] = np.sqrt(then) * data + np.sqrt(max(1 - then - deviation**2, 0.0)) * noise
         rows[i, 3] = deviation
         rows[i, 4:] = data
-    return timesteps, rows, 1.0
+    return rows, 1.0
 
 
-def _euler(schedule: NoiseSchedule, steps: int, _eta: float) -> tuple[Floats, Floats, float]:
+def _euler(schedule: NoiseSchedule, timesteps: Floats, _eta: float) -> tuple[Floats, float]:
     """Euler's method on the probability-flow equation (Karras et al. 2022, algorithm 1 without the correction)."""
-    timesteps = _spaced(schedule, steps)
+    steps = len(timesteps)
     sigmas = _sigmas_at(schedule, timesteps)
     alphas = 1 / np.sqrt(1 + sigmas**2)
     rows = np.zeros((steps, 6))
@@ -117,12 +116,12 @@ def _euler(schedule: NoiseSchedule, steps: int, _eta: float) -> tuple[Floats, Fl
         rows[i, :2] = alphas[i + 1] * ((sigmas[i + 1] - sigmas[i]) * noise + np.array([1 / alphas[i], 0.0]))
         rows[i, 4:] = data
     unit_start = schedule.timestep_spacing == "leading"
-    return timesteps, rows, 1.0 if unit_start else float(sigmas[0] * alphas[0])
+    return rows, 1.0 if unit_start else float(sigmas[0] * alphas[0])
 
 
-def _dpmpp_2m(schedule: NoiseSchedule, steps: int, _eta: float) -> tuple[Floats, Floats, float]:
+def _dpmpp_2m(schedule: NoiseSchedule, timesteps: Floats, _eta: float) -> tuple[Floats, float]:
     """DPM-Solver++(2M), midpoint, ending at sigma 0 with a first-order step (Lu et al. 2022, algorithm 2)."""
-    timesteps = _dpm_timesteps(schedule, steps)
+    steps = len(timesteps)
     sigmas = _sigmas_at(schedule, timesteps)
     alphas = 1 / np.sqrt(1 + sigmas**2)
     rows = np.zeros((steps, 6))
@@ -139,17 +138,12 @@ def _dpmpp_2m(schedule: NoiseSchedule, steps: int, _eta: float) -> tuple[Floats,
         rows[i, :2] += (gain + slope) * data
         rows[i, 2] = -slope
         rows[i, 4:] = data
-    return timesteps, rows, 1.0
+    return rows, 1.0
 
 
-def _lcm(schedule: NoiseSchedule, steps: int, _eta: float) -> tuple[Floats, Floats, float]:
+def _lcm(schedule: NoiseSchedule, timesteps: Floats, _eta: float) -> tuple[Floats, float]:
     """Multistep latent consistency sampling (Luo et al. 2023, algorithm 3)."""
-    if steps > LCM_ORIGIN_STEPS:
-        raise InvalidArgument.for_field("steps", f"{steps} given; the lcm sampler allows 1 to {LCM_ORIGIN_STEPS}")
-    stride = schedule.train_steps // LCM_ORIGIN_STEPS
-    origin = np.arange(1, LCM_ORIGIN_STEPS + 1, dtype=np.float64)[::-1] * stride - 1
-    picks = np.floor(np.linspace(0, LCM_ORIGIN_STEPS, num=steps, endpoint=False)).astype(int)
-    timesteps = origin[picks]
+    steps = len(timesteps)
     alpha_bar = _alpha_bar(schedule)
     rows = np.zeros((steps, 6))
     for i, timestep in enumerate(timesteps.astype(int)):
@@ -162,15 +156,7 @@ def _lcm(schedule: NoiseSchedule, steps: int, _eta: float) -> tuple[Floats, Floa
         rows[i, :2] = np.sqrt(then) * clean
         rows[i, 3] = np.sqrt(1 - then)
         rows[i, 4:] = data
-    return timesteps, rows, 1.0
-
-
-_BUILDERS: dict[SamplerKind, Callable[[NoiseSchedule, int, float], tuple[Floats, Floats, float]]] = {
-    SamplerKind.DDIM: _ddim,
-    SamplerKind.EULER: _euler,
-    SamplerKind.DPMPP_2M: _dpmpp_2m,
-    SamplerKind.LCM: _lcm,
-}
+    return rows, 1.0
 
 
 def _alpha_bar(schedule: NoiseSchedule) -> Floats:
@@ -222,7 +208,31 @@ def _dpm_timesteps(schedule: NoiseSchedule, steps: int) -> Floats:
     return _spaced(schedule, steps)
 
 
+def _lcm_timesteps(schedule: NoiseSchedule, steps: int) -> Floats:
+    """Evenly spread picks from the timesteps of the distillation, whatever the model's own spacing."""
+    if steps > LCM_ORIGIN_STEPS:
+        raise InvalidArgument.for_field("steps", f"{steps} given; the lcm sampler allows 1 to {LCM_ORIGIN_STEPS}")
+    stride = schedule.train_steps // LCM_ORIGIN_STEPS
+    origin = np.arange(1, LCM_ORIGIN_STEPS + 1, dtype=np.float64)[::-1] * stride - 1
+    picks = np.floor(np.linspace(0, LCM_ORIGIN_STEPS, num=steps, endpoint=False)).astype(int)
+    return np.asarray(origin[picks], dtype=np.float64)
+
+
 def _unknown_spacing(spacing: str) -> InvalidArgument:
     return InvalidArgument(
         Reason.MODEL_UNSUPPORTED, f"timestep_spacing {spacing!r} (supported: 'leading', 'linspace', 'trailing')"
     )
+
+
+_TIMESTEPS: dict[SamplerKind, Callable[[NoiseSchedule, int], Floats]] = {
+    SamplerKind.DDIM: lambda schedule, steps: _spaced(schedule, steps).round(),
+    SamplerKind.EULER: _spaced,
+    SamplerKind.DPMPP_2M: _dpm_timesteps,
+    SamplerKind.LCM: _lcm_timesteps,
+}
+_ROWS: dict[SamplerKind, Callable[[NoiseSchedule, Floats, float], tuple[Floats, float]]] = {
+    SamplerKind.DDIM: _ddim,
+    SamplerKind.EULER: _euler,
+    SamplerKind.DPMPP_2M: _dpmpp_2m,
+    SamplerKind.LCM: _lcm,
+}

@@ -9,6 +9,13 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+class _Cell(Generic[T]):
+    __slots__ = ("event", "slot")
+
+    def __init__(self, event: T, slot: Hashable) -> None:
+        self.event, self.slot = event, slot
+
+
 class EventStream(Generic[T]):
     """A queue from any thread into the event loop that made it.
 
@@ -20,9 +27,8 @@ class EventStream(Generic[T]):
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._lock = threading.Lock()
-        self._unread: deque[list[T]] = deque()
-        self._by_slot: dict[Hashable, list[T]] = {}
-        self._slots: dict[int, Hashable] = {}
+        self._unread: deque[_Cell[T]] = deque()
+        self._replaceable: dict[Hashable, _Cell[T]] = {}
         self._error: BaseException | None = None
         self._closed = False
         self._signalled = False
@@ -32,15 +38,14 @@ class EventStream(Generic[T]):
         with self._lock:
             if self._closed:
                 return
-            waiting = self._by_slot.get(slot) if slot is not None else None
+            waiting = self._replaceable.get(slot)
             if waiting is not None:
-                waiting[0] = event
+                waiting.event = event
                 return
-            cell = [event]
+            cell = _Cell(event, slot)
             self._unread.append(cell)
             if slot is not None:
-                self._by_slot[slot] = cell
-                self._slots[id(cell)] = slot
+                self._replaceable[slot] = cell
         self._signal()
 
     def close(self, error: BaseException | None = None) -> bool:
@@ -67,8 +72,8 @@ class EventStream(Generic[T]):
             with self._lock:
                 if self._unread:
                     cell = self._unread.popleft()
-                    self._by_slot.pop(self._slots.pop(id(cell), None), None)
-                    return cell[0]
+                    self._replaceable.pop(cell.slot, None)
+                    return cell.event
                 if self._closed:
                     if self._error is not None:
                         raise self._error
