@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import Final
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 
@@ -76,7 +76,7 @@ def _convert(data: bytes, limits: PictureLimits) -> bytes:
         raise _Refused(
             Reason.PICTURE_TOO_LARGE, f"{error}; allowed: {limits.max_pixels} pixels. Send a smaller picture."
         ) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         text = f"not a {', '.join(FORMATS)} file (it begins with {data[:8]!r}). Export it as one of these."
         raise _Refused(Reason.PICTURE_INVALID, text) from error
     with image:

@@ -79,7 +79,7 @@ class JobStore:
             job = JobRecord.from_row(row)
             append_event(connection, job, job.created, EventKind.STATE, job.snapshot())
             kept = {"job_id": new.job_id}
-            remember(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash, kept, now=self._clock.time())
+            remember(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash, kept)
             return job, False
 
     def recall(self, tenant: str, idempotency_key: str, request_hash: str) -> JobRecord | None:

@@ -1,0 +1,33 @@
+"""Training on the base model of the settings, loaded once for all jobs of a worker."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+
+from hueshift.engines.base_model import load_base_model
+from hueshift.engines.svd_cache import load_factors
+from hueshift.server.job_run import JobRun
+from hueshift.server.settings import Settings
+from hueshift.server.worker import Trained
+from hueshift.training.run import run_training
+from hueshift.training.scores import ClipScorer
+from hueshift.training.spec import TrainingSpec
+
+
+class BaseTrainer:
+    """Runs `hueshift.training.run.run_training` on one base model."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the base model, its decomposition and its CLIP. Raises InvalidArgument on an unusable folder."""
+        self._base = load_base_model(settings.model.path)
+        self._factors = load_factors(self._base, settings.store.cache_path.expanduser())
+        self._clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
+
+    def train(self, spec: TrainingSpec, pictures: Sequence[Image.Image], work: Path, run: JobRun) -> Trained:
+        """Train, resuming from `work`."""
+        result = run_training(
+            spec, pictures, base=self._base, factors=self._factors, clip=self._clip, workdir=work, hooks=run
+        )
+        return Trained(result.adapter, None if result.scores is None else asdict(result.scores))

@@ -1,0 +1,94 @@
+"""Where a job keeps its files: pictures that its tenant sent, checkpoints, generated class pictures.
+
+The pictures are personal data. They go as soon as the job ends, unless the operator keeps them, and a sweep removes
+what a crash left behind. No name that a client sent becomes a path: job ids are made by the server.
+"""
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from hueshift.server.ingestion_process import PictureFile
+
+_STAGED_PREFIX = "incoming-"
+
+
+class JobFolders:
+    """One folder per job under `root`, shared by the server and its workers."""
+
+    def __init__(self, root: Path, *, keep_pictures: bool = False) -> None:
+        self._root = root.expanduser().resolve()
+        self._keep_pictures = keep_pictures
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def stage(self) -> Path:
+        """Make a folder for pictures on their way in."""
+        folder = self._root / f"{_STAGED_PREFIX}{secrets.token_hex(12)}"
+        (folder / "upload").mkdir(mode=0o700, parents=True)
+        (folder / "pictures").mkdir(mode=0o700)
+        return folder
+
+    @staticmethod
+    def staged_file(folder: Path, index: int) -> PictureFile:
+        """Return where the upload of a picture and its sanitised form lie in a staged folder."""
+        return PictureFile(folder / "upload" / f"{index:03d}.bin", folder / "pictures" / f"{index:03d}.png")
+
+    def adopt(self, staged: Path, job_id: str) -> None:
+        """Make a staged folder the job's own, without the raw uploads. It survives a power cut after this."""
+        shutil.rmtree(staged / "upload")
+        (staged / "work").mkdir(mode=0o700)
+        _sync(staged / "pictures")
+        _sync(staged)
+        staged.rename(self._root / job_id)
+        _sync(self._root)
+
+    def discard(self, folder: Path) -> None:
+        """Remove a staged folder, if it is there."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def pictures(self, job_id: str) -> list[Path]:
+        """Return the sanitised pictures in order."""
+        return sorted((self._root / job_id / "pictures").glob("*.png"))
+
+    def work(self, job_id: str) -> Path:
+        """Return the folder of checkpoints and generated class pictures."""
+        folder = self._root / job_id / "work"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    def end(self, job_id: str) -> None:
+        """Remove what an ended job no longer needs. Harmless when repeated, or when another process does the same."""
+        folder = self._root / job_id
+        for part in ("work", "upload") if self._keep_pictures else ("",):
+            shutil.rmtree(folder / part, ignore_errors=True)
+
+    def sweep(self, open_jobs: Collection[str], min_age: float) -> int:
+        """End every folder older than `min_age` seconds that belongs to no open job. Returns how many there were."""
+        swept = 0
+        for folder in self._root.iterdir():
+            try:
+                age = time.time() - folder.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if folder.name in open_jobs or age < min_age:
+                continue
+            if folder.name.startswith(_STAGED_PREFIX):
+                self.discard(folder)
+            elif not self._keep_pictures or (folder / "work").exists():
+                self.end(folder.name)
+            else:
+                continue
+            swept += 1
+        return swept
+
+
+def _sync(folder: Path) -> None:
+    # A rename or a new file survives a power cut only once its folder is synced.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

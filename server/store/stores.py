@@ -1,0 +1,43 @@
+"""Where everything of one deployment lies under its store folder. Server, workers and commands open it alike."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hueshift.server.clock import Clock
+from hueshift.server.job_folders import JobFolders
+from hueshift.server.settings import Settings
+from hueshift.server.store.adapter_store import AdapterStore
+from hueshift.server.store.blobs import BlobStore
+from hueshift.server.store.database import Database
+from hueshift.server.store.job_store import JobStore
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """All stores, on one database."""
+
+    database: Database
+    adapters: AdapterStore
+    jobs: JobStore
+    folders: JobFolders
+
+    def close(self) -> None:
+        """Close the database connections."""
+        self.database.close()
+
+
+def database_file(settings: Settings) -> Path:
+    """Return the file of the embedded database."""
+    return settings.store.path.expanduser() / "hueshift.db"
+
+
+def open_stores(settings: Settings, clock: Clock) -> Stores:
+    """Open, and on first use create, the stores of the settings. Raises as `Database`."""
+    root = settings.store.path.expanduser()
+    database = Database(database_file(settings), clock)
+    return Stores(
+        database=database,
+        adapters=AdapterStore(database, BlobStore(root / "adapters"), clock),
+        jobs=JobStore(database, clock, max_attempts=settings.training.max_attempts),
+        folders=JobFolders(root / "jobs", keep_pictures=settings.training.keep_pictures),
+    )

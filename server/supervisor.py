@@ -1,0 +1,164 @@
+"""Starts the worker processes of one server, restarts those that die, and stops them with it.
+
+Each worker gets the settings as one line on its standard input, which then stays open: when the server is killed the
+kernel closes it, and the worker puts its job back and ends. A dead worker's job is put back at once, without waiting
+for its lease, because the supervisor has seen the process end.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from hueshift.adapters.errors import HueshiftError
+from hueshift.server.clock import Clock
+from hueshift.server.job_folders import JobFolders
+from hueshift.server.metrics import Metrics
+from hueshift.server.settings import Settings
+from hueshift.server.store.job_store import JobStore
+
+_LOG = structlog.get_logger()
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 30.0
+# A worker that lived this long was no start-up failure.
+_HEALTHY_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
+_SWEEP_SECONDS = 600.0
+# Longer than any upload: a folder of an unfinished CreateFineTune is never swept.
+_SWEEP_AGE = 3600.0
+
+WORKER_COMMAND = (sys.executable, "-P", "-m", "hueshift.server.cli.worker", "--supervised")
+
+
+class Supervisor:
+    """Keeps `settings.training.workers` workers alive, and the job metrics true. Lives on the server's event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        jobs: JobStore,
+        folders: JobFolders,
+        metrics: Metrics,
+        clock: Clock,
+        command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._folders = folders
+        self._metrics = metrics
+        self._clock = clock
+        self._command = tuple(command)
+        self._stopping = asyncio.Event()
+        self._rounds: list[asyncio.Task[None]] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._leases_lost: int | None = None
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Process ids of the workers alive."""
+        return [process.pid for process in self._processes.values()]
+
+    async def start(self) -> None:
+        """Start the workers and the looking after jobs."""
+        await self._look()
+        self._rounds.append(asyncio.create_task(self._every(_LOOK_SECONDS, self._look), name="jobs"))
+        self._rounds.append(asyncio.create_task(self._every(_SWEEP_SECONDS, self._sweep), name="job-folders"))
+        for number in range(self._settings.training.workers):
+            self._keepers.append(asyncio.create_task(self._keep_alive(), name=f"worker-{number}"))
+
+    async def stop(self, grace: float) -> None:
+        """Let every worker write a checkpoint and put its job back; kill those alive after `grace` seconds."""
+        self._stopping.set()
+        for process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        if self._keepers:
+            await asyncio.wait(self._keepers, timeout=grace)
+        for process in self._processes.values():
+            _LOG.warning("worker.killed", pid=process.pid, grace_seconds=grace)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for task in self._rounds:
+            task.cancel()
+        await asyncio.gather(*self._rounds, return_exceptions=True)
+
+    async def _keep_alive(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._stopping.is_set():
+            begun = self._clock.monotonic()
+            await self._run_worker()
+            if self._clock.monotonic() - begun >= _HEALTHY_SECONDS:
+                pause = _FIRST_PAUSE
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _run_worker(self) -> None:
+        """Start one worker and return when it has ended and its job is back in the queue."""
+        owner = f"{socket.gethostname()[:24]}-{os.getpid()}-{secrets.token_hex(6)}"
+        process = await asyncio.create_subprocess_exec(*self._command, "--owner", owner, stdin=asyncio.subprocess.PIPE)
+        self._processes[owner] = process
+        self._metrics.workers.set(len(self._processes))
+        _LOG.info("worker.started", pid=process.pid, owner=owner)
+        try:
+            if self._stopping.is_set():
+                process.terminate()
+            await self._send_settings(process)
+            status = await process.wait()
+            log = _LOG.info if status == 0 else _LOG.error
+            log("worker.ended", pid=process.pid, owner=owner, status=status)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            del self._processes[owner]
+            self._metrics.workers.set(len(self._processes))
+        await self._guarded(lambda: asyncio.to_thread(self._jobs.expire_leases, owner))
+
+    async def _send_settings(self, process: asyncio.subprocess.Process) -> None:
+        stdin = process.stdin
+        if stdin is None:
+            return
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            stdin.write(self._settings.model_dump_json().encode() + b"\n")
+            await stdin.drain()
+
+    async def _look(self) -> None:
+        """Put back the jobs of workers that went silent, wherever they ran, and count."""
+        expired = await asyncio.to_thread(self._jobs.expire_leases)
+        for job in expired:
+            _LOG.warning("job.lease_expired", job=job.job_id, attempt=job.attempt, state=job.state)
+        for state, count in (await asyncio.to_thread(self._jobs.counts)).items():
+            self._metrics.jobs.labels(state.value).set(count)
+        lost = await asyncio.to_thread(self._jobs.leases_lost)
+        if self._leases_lost is not None and lost > self._leases_lost:
+            self._metrics.job_leases_lost.inc(lost - self._leases_lost)
+        self._leases_lost = lost
+
+    async def _sweep(self) -> None:
+        open_jobs = await asyncio.to_thread(self._jobs.open_jobs)
+        swept = await asyncio.to_thread(self._folders.sweep, open_jobs, _SWEEP_AGE)
+        if swept:
+            _LOG.info("job_folders.swept", count=swept)
+
+    async def _every(self, seconds: float, work: Callable[[], Awaitable[object]]) -> None:
+        while True:
+            await self._guarded(work)
+            await asyncio.sleep(seconds)
+
+    async def _guarded(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Bear an unreachable database: the next round does the work."""
+        try:
+            await work()
+        except (HueshiftError, SQLAlchemyError, OSError):
+            _LOG.warning("supervisor.round_failed", exc_info=True)

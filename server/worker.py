@@ -1,0 +1,174 @@
+"""The worker: takes one job after the other, trains it, publishes its adapter. Runs in a process of its own.
+
+It may die at any point. What it had not committed is done again by the next one, from the job's last checkpoint.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
+
+from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.errors import Cancelled, HueshiftError, Internal, Reason, ResourceExhausted, Unavailable
+from hueshift.adapters.file import write_adapter
+from hueshift.server.clock import Clock
+from hueshift.server.failpoints import Failpoint
+from hueshift.server.job_folders import JobFolders
+from hueshift.server.job_lease import LeaseKeeper
+from hueshift.server.job_run import JobRun
+from hueshift.server.logs import tenant_hash
+from hueshift.server.settings import TrainingSettings
+from hueshift.server.stop import StopFlag
+from hueshift.server.store.job_records import ClaimedJob
+from hueshift.server.store.job_store import AdapterPublisher, JobStore
+from hueshift.training.spec import TrainingSpec
+
+_LOG = structlog.get_logger()
+# Ours or the machine's fault: another try may go better.
+_TRANSIENT = (Internal, Unavailable, ResourceExhausted)
+_MAX_RETRY_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What training gives: the adapter, and its scores where there is a CLIP to score with."""
+
+    adapter: Adapter
+    scores: Mapping[str, float] | None
+
+
+class Trainer(Protocol):
+    """Trains one job on a base model that is loaded once."""
+
+    def train(self, spec: TrainingSpec, pictures: Sequence[Image.Image], work: Path, run: JobRun) -> Trained:
+        """Train, resuming from `work`. Raises Cancelled when `run.should_stop()`."""
+        ...
+
+
+class Worker:
+    """Takes jobs until it is asked to stop."""
+
+    def __init__(
+        self,
+        *,
+        owner: str,
+        jobs: JobStore,
+        adapters: AdapterPublisher,
+        folders: JobFolders,
+        trainer: Trainer,
+        settings: TrainingSettings,
+        clock: Clock,
+        stop: StopFlag,
+        failpoint: Failpoint,
+    ) -> None:
+        self._owner = owner
+        self._jobs = jobs
+        self._adapters = adapters
+        self._folders = folders
+        self._trainer = trainer
+        self._settings = settings
+        self._clock = clock
+        self._stop = stop
+        self._failpoint = failpoint
+
+    def run(self) -> None:
+        """Take jobs, one at a time, until the stop flag is up."""
+        while not self._stop.requested:
+            try:
+                self._jobs.expire_leases()
+                claimed = self._jobs.claim(self._owner, self._settings.lease_seconds)
+                if claimed is not None:
+                    self.work(claimed)
+                    continue
+            except (HueshiftError, SQLAlchemyError):
+                # The database does not answer. A job in hand comes back when its lease runs out.
+                _LOG.warning("worker.store_unavailable", exc_info=True)
+            time.sleep(self._settings.poll_seconds)
+
+    def work(self, claimed: ClaimedJob) -> None:
+        """Run one attempt at a job and record its outcome."""
+        job = claimed.job
+        log = _LOG.bind(job=job.job_id, attempt=job.attempt, tenant_hash=tenant_hash(job.tenant))
+        log.info("job.taken", method=job.spec.method, steps=job.steps, lost_leases=job.leases_lost)
+        self._failpoint.at("claimed")
+        begun = self._clock.monotonic()
+        try:
+            with LeaseKeeper(self._jobs, claimed.lease, self._settings.lease_seconds, self._clock) as keeper:
+                run = JobRun(
+                    claimed,
+                    jobs=self._jobs,
+                    keeper=keeper,
+                    stop=self._stop,
+                    clock=self._clock,
+                    failpoint=self._failpoint,
+                )
+                self._attempt(claimed, keeper, run)
+        except HueshiftError as error:
+            if error.reason is not Reason.LEASE_LOST:
+                raise
+            # Somebody else has the job, or it has ended: nothing of ours may be written.
+            log.warning("job.lease_lost")
+            return
+        log.info("job.left", seconds=round(self._clock.monotonic() - begun, 3))
+
+    def _attempt(self, claimed: ClaimedJob, keeper: LeaseKeeper, run: JobRun) -> None:
+        job, lease = claimed.job, claimed.lease
+        try:
+            trained = self._train(claimed, run)
+            self._failpoint.at("before-publish")
+            self._jobs.publish(lease, self._adapters, write_adapter(trained.adapter), trained.adapter, trained.scores)
+            self._failpoint.at("after-publish")
+        except Cancelled:
+            self._stopped(claimed, keeper)
+        except _TRANSIENT as error:
+            self._retry(claimed, error)
+        except HueshiftError as error:
+            if error.reason is Reason.LEASE_LOST:
+                raise
+            _LOG.warning("job.failed", job=job.job_id, reason=error.reason)
+            self._jobs.fail(lease, error.reason.value, error.message)
+            self._folders.end(job.job_id)
+        except Exception as error:
+            # Whatever it was, the next job deserves a worker, and this one another try.
+            self._retry(claimed, error)
+        else:
+            self._folders.end(job.job_id)
+
+    def _train(self, claimed: ClaimedJob, run: JobRun) -> Trained:
+        job = claimed.job
+        pictures = [_open_picture(path) for path in self._folders.pictures(job.job_id)]
+        if len(pictures) != len(job.spec.captions):
+            raise Internal(
+                Reason.INTERNAL, f"{len(pictures)} of {len(job.spec.captions)} pictures lie in the job's folder"
+            )
+        return self._trainer.train(job.spec, pictures, self._folders.work(job.job_id), run)
+
+    def _stopped(self, claimed: ClaimedJob, keeper: LeaseKeeper) -> None:
+        keeper.renew()
+        if keeper.lost:
+            _LOG.warning("job.lease_lost", job=claimed.job.job_id)
+        elif keeper.cancel_requested:
+            self._jobs.stop_cancelled(claimed.lease)
+            self._folders.end(claimed.job.job_id)
+        else:
+            # The operator stops this worker; the job goes on elsewhere, or later, from its checkpoint.
+            self._jobs.release(claimed.lease)
+
+    def _retry(self, claimed: ClaimedJob, error: Exception) -> None:
+        incident = secrets.token_hex(8)
+        _LOG.error("job.attempt_failed", job=claimed.job.job_id, incident=incident, exc_info=error)
+        delay = min(_MAX_RETRY_SECONDS, 2.0**claimed.job.attempt)
+        message = f"training met an internal error (incident {incident}); the operator's log has the cause"
+        if self._jobs.retry(claimed.lease, message, delay).state.ended:
+            self._folders.end(claimed.job.job_id)
+
+
+def _open_picture(path: Path) -> Image.Image:
+    with Image.open(path, formats=("PNG",)) as image:
+        return image.convert("RGB")

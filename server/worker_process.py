@@ -1,0 +1,41 @@
+"""Assemble a worker from the settings and run it. The torch import takes seconds, so only this process pays for it."""
+
+import os
+import socket
+
+import structlog
+import torch
+
+from hueshift.server.base_trainer import BaseTrainer
+from hueshift.server.clock import SystemClock
+from hueshift.server.failpoints import Failpoint
+from hueshift.server.settings import Settings
+from hueshift.server.stop import StopFlag
+from hueshift.server.store.stores import open_stores
+from hueshift.server.worker import Worker
+
+_LOG = structlog.get_logger()
+
+
+def run_worker(settings: Settings, *, stop: StopFlag, owner: str = "", failpoint: Failpoint | None = None) -> None:
+    """Take jobs until `stop`. `owner` names the holder of leases; it must be unique among live workers."""
+    os.nice(settings.training.nice)
+    torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
+    clock = SystemClock()
+    stores = open_stores(settings, clock)
+    try:
+        worker = Worker(
+            owner=owner or f"{socket.gethostname()[:24]}-{os.getpid()}-{int(clock.time())}",
+            jobs=stores.jobs,
+            adapters=stores.adapters,
+            folders=stores.folders,
+            trainer=BaseTrainer(settings),
+            settings=settings.training,
+            clock=clock,
+            stop=stop,
+            failpoint=failpoint or Failpoint(),
+        )
+        _LOG.info("worker.ready", threads=torch.get_num_threads(), model=settings.model.path.name)
+        worker.run()
+    finally:
+        stores.close()
