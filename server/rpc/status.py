@@ -50,7 +50,14 @@ _CODES: dict[type[HueshiftError], grpc.StatusCode] = {
 }
 
 _RETRYABLE = frozenset(
-    {Reason.QUEUE_FULL, Reason.TENANT_QUOTA, Reason.SLOTS_EXHAUSTED, Reason.DRAINING, Reason.WARMING_UP}
+    {
+        Reason.QUEUE_FULL,
+        Reason.TENANT_QUOTA,
+        Reason.SLOTS_EXHAUSTED,
+        Reason.STORE_UNAVAILABLE,
+        Reason.DRAINING,
+        Reason.WARMING_UP,
+    }
 )
 
 
