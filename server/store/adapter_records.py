@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Row
-
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 
 MAX_DISPLAY_NAME = 120
@@ -97,21 +95,3 @@ def check_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, 
         text = "; ".join(f"{v.field}: {v.description}" for v in violations)
         raise InvalidArgument(Reason.INVALID_FIELD, text, violations=violations)
     return dict(labels)
-
-
-def read_revision(row: Row[tuple[object, ...]]) -> RevisionRecord:
-    """Build the record from a row of the revisions table, or one joined with it."""
-    data = row._mapping
-    return RevisionRecord(
-        tenant=data["tenant"],
-        adapter_id=data["adapter_id"],
-        revision=data["revision"],
-        content_hash=data["content_hash"],
-        base_hash=data["base_hash"],
-        kind=data["kind"],
-        method=data["method"],
-        identifier=data["identifier"],
-        size_bytes=data["size_bytes"],
-        job_id=data["job_id"] or "",
-        created=data["created"],
-    )

@@ -9,10 +9,9 @@ holds the file's lock, so a publication and a deletion of equal bytes cannot pas
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from sqlalchemy import Connection, Row, Select, and_, insert, or_, select
+from sqlalchemy import Connection, and_, insert, or_, select
 from sqlalchemy import delete as delete_from
 from sqlalchemy import update as update_of
 
@@ -31,23 +30,13 @@ from hueshift.server.store.adapter_records import (
     RevisionRecord,
     check_display_name,
     check_labels,
-    read_revision,
 )
-from hueshift.server.store.blobs import BlobStore, StagedBlob
+from hueshift.server.store.adapter_rows import newest, published_by, read_adapter_row, read_revision, referenced
+from hueshift.server.store.blobs import BlobStore, BlobWriter, StagedBlob
 from hueshift.server.store.database import Database, lock
 from hueshift.server.store.tables import adapters, revisions
 
 _CHUNK = 1024 * 1024
-_RECORD_COLUMNS = (
-    adapters.c.tenant,
-    adapters.c.adapter_id,
-    adapters.c.display_name,
-    adapters.c.labels,
-    adapters.c.pinned,
-    adapters.c.created.label("first_created"),
-    adapters.c.updated,
-    *(column for column in revisions.c if column.name not in ("tenant", "adapter_id")),
-)
 
 
 class AdapterStore:
@@ -70,9 +59,13 @@ class AdapterStore:
         with self._database.write() as own:
             yield own
 
+    def upload(self) -> BlobWriter:
+        """Begin a file that arrives piece by piece; what it becomes may be given to `publish`."""
+        return self._blobs.writer()
+
     def get(self, tenant: str, adapter_id: str, connection: Connection | None = None) -> AdapterRecord:
         """Return an adapter with its newest revision."""
-        query = _newest().where(adapters.c.tenant == tenant, adapters.c.adapter_id == adapter_id)
+        query = newest().where(adapters.c.tenant == tenant, adapters.c.adapter_id == adapter_id)
         if connection is not None:
             row = connection.execute(query).one_or_none()
         else:
@@ -80,7 +73,7 @@ class AdapterStore:
                 row = own.execute(query).one_or_none()
         if row is None:
             raise _no_adapter(tenant, adapter_id)
-        return _read_adapter_row(row)
+        return read_adapter_row(row)
 
     def revision(self, tenant: str, adapter_id: str, number: int = 0) -> RevisionRecord:
         """Return a revision; 0 means the newest. Raises NotFound (ADAPTER_REVISION_NOT_FOUND) on any other number."""
@@ -116,7 +109,7 @@ class AdapterStore:
         """
         size = check_page_size(page_size)
         after = decode_token(token)
-        query = _newest().where(adapters.c.tenant == tenant)
+        query = newest().where(adapters.c.tenant == tenant)
         for key, value in check_labels(labels or {}).items():
             query = query.where(adapters.c.labels[key].as_string() == value)
         if after is not None:
@@ -126,15 +119,15 @@ class AdapterStore:
             )
         query = query.order_by(adapters.c.created.desc(), adapters.c.adapter_id.desc()).limit(size + 1)
         with self._database.read() as connection:
-            records = [_read_adapter_row(row) for row in connection.execute(query)]
+            records = [read_adapter_row(row) for row in connection.execute(query)]
         page = tuple(records[:size])
         return AdapterPage(page, encode_token(page[-1].created, page[-1].adapter_id) if len(records) > size else "")
 
     def pinned(self) -> tuple[AdapterRecord, ...]:
         """Return the pinned adapters of all tenants, oldest first, to be warmed at start."""
-        query = _newest().where(adapters.c.pinned.is_(True)).order_by(adapters.c.created, adapters.c.adapter_id)
+        query = newest().where(adapters.c.pinned.is_(True)).order_by(adapters.c.created, adapters.c.adapter_id)
         with self._database.read() as connection:
-            return tuple(_read_adapter_row(row) for row in connection.execute(query))
+            return tuple(read_adapter_row(row) for row in connection.execute(query))
 
     def publish(
         self,
@@ -142,7 +135,7 @@ class AdapterStore:
         adapter_id: str,
         display_name: str,
         labels: Mapping[str, str],
-        data: bytes | Path,
+        data: bytes | StagedBlob,
         adapter: Adapter,
         job_id: str = "",
         connection: Connection | None = None,
@@ -156,11 +149,11 @@ class AdapterStore:
         check_id(adapter_id, "adapter_id")
         check_display_name(display_name)
         check_labels(labels)
-        staged = self._blobs.stage(data)
+        staged = data if isinstance(data, StagedBlob) else self._blobs.stage(data)
         try:
             with self.write(connection) as own:
                 lock(own, f"adapter/{tenant}/{adapter_id}")
-                done = _published_by(own, job_id)
+                done = published_by(own, job_id)
                 if done is not None:
                     return done
                 lock(own, f"blob/{staged.content_hash}")
@@ -214,7 +207,7 @@ class AdapterStore:
         connection.execute(
             delete_from(adapters).where(adapters.c.tenant == tenant, adapters.c.adapter_id == adapter_id)
         )
-        kept = _referenced(connection, tuple(sizes))
+        kept = referenced(connection, tuple(sizes))
         freed = sum(size for content_hash, size in sizes.items() if content_hash not in kept)
         return DeletedAdapter(count, freed, tuple(sorted(sizes)))
 
@@ -224,7 +217,7 @@ class AdapterStore:
         for content_hash in hashes:
             with self._database.write() as connection:
                 lock(connection, f"blob/{content_hash}")
-                if not _referenced(connection, (content_hash,)):
+                if not referenced(connection, (content_hash,)):
                     freed += self._blobs.delete(content_hash)
         return freed
 
@@ -263,7 +256,7 @@ class AdapterStore:
             file = self._blobs.path(content_hash).open("rb")
         except FileNotFoundError as error:
             with self._database.read() as connection:
-                if _referenced(connection, (content_hash,)):
+                if referenced(connection, (content_hash,)):
                     raise _damaged(content_hash, "it is missing") from error
             raise NotFound(Reason.ADAPTER_DELETED, "the adapter has been deleted") from error
         try:
@@ -341,43 +334,6 @@ class AdapterStore:
             )
         )
         return record
-
-
-def _newest() -> Select[Any]:
-    same = and_(
-        revisions.c.tenant == adapters.c.tenant,
-        revisions.c.adapter_id == adapters.c.adapter_id,
-        revisions.c.revision == adapters.c.revision,
-    )
-    return select(*_RECORD_COLUMNS).join_from(adapters, revisions, same)
-
-
-def _read_adapter_row(row: Row[Any]) -> AdapterRecord:
-    return AdapterRecord(
-        tenant=row.tenant,
-        adapter_id=row.adapter_id,
-        display_name=row.display_name,
-        labels=row.labels,
-        pinned=row.pinned,
-        created=row.first_created,
-        updated=row.updated,
-        newest=read_revision(row),
-    )
-
-
-def _published_by(connection: Connection, job_id: str) -> RevisionRecord | None:
-    if not job_id:
-        return None
-    row = connection.execute(select(revisions).where(revisions.c.job_id == job_id)).one_or_none()
-    return None if row is None else read_revision(row)
-
-
-def _referenced(connection: Connection, hashes: Sequence[str]) -> set[str]:
-    return set(
-        connection.execute(
-            select(revisions.c.content_hash).where(revisions.c.content_hash.in_(hashes)).distinct()
-        ).scalars()
-    )
 
 
 def _no_adapter(tenant: str, adapter_id: str) -> NotFound:

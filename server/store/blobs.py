@@ -4,6 +4,7 @@ Writing goes in two halves, so that the slow one needs no database lock: `stage`
 `commit` renames it. A crash leaves a temporary file or a file without a row; the adapter store sweeps both.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 from hueshift.adapters.errors import InvalidArgument, Reason, ResourceExhausted
 
 _HASH = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,37 @@ class BlobEntry:
     age: float
 
 
+class BlobWriter:
+    """A temporary file being written and hashed. `discard` it at the end, whatever happened."""
+
+    def __init__(self, file: Path) -> None:
+        self._path = file
+        self._file = file.open("xb")
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, chunk: bytes) -> None:
+        """Append. Raises ResourceExhausted (STORE_FULL) when the disk is full."""
+        with _disk_space():
+            self._file.write(chunk)
+        self._digest.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def finish(self) -> StagedBlob:
+        """Sync and close the file, and return it with its hash. Raises ResourceExhausted as `write`."""
+        with _disk_space(), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return StagedBlob(self._digest.hexdigest(), self.size_bytes, self._path)
+
+    def discard(self) -> None:
+        """Remove the file if it is still temporary."""
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(ResourceExhausted), _disk_space():
+            # Closing writes what is buffered, which nobody needs any more.
+            self._file.close()
+
+
 class BlobStore:
     """A folder of files named by content. Safe for several threads and processes on one local disk."""
 
@@ -53,26 +84,22 @@ class BlobStore:
         self.commit(staged)
         return staged.content_hash
 
-    def stage(self, data: bytes | Path) -> StagedBlob:
-        """Write bytes, or a copy of a file, under a temporary name and sync them.
+    def writer(self) -> "BlobWriter":
+        """Begin a temporary file that is written piece by piece, for uploads that should not fill the memory."""
+        return BlobWriter(self._temporary / secrets.token_hex(16))
+
+    def stage(self, data: bytes) -> StagedBlob:
+        """Write bytes under a temporary name and sync them.
 
         Raises ResourceExhausted (STORE_FULL) when the disk is full.
         """
-        file = self._temporary / secrets.token_hex(16)
-        digest = hashlib.sha256()
-        size = 0
+        writer = self.writer()
         try:
-            with _disk_space(), file.open("xb") as target:
-                for chunk in _chunks(data):
-                    digest.update(chunk)
-                    size += len(chunk)
-                    target.write(chunk)
-                target.flush()
-                os.fsync(target.fileno())
+            writer.write(data)
+            return writer.finish()
         except BaseException:
-            file.unlink(missing_ok=True)
+            writer.discard()
             raise
-        return StagedBlob(digest.hexdigest(), size, file)
 
     def commit(self, staged: StagedBlob) -> None:
         """Give a staged file its final name. One already there is replaced, which also heals a damaged file."""
@@ -132,15 +159,6 @@ class BlobStore:
             except FileNotFoundError:
                 continue
         return freed
-
-
-def _chunks(data: bytes | Path) -> Iterator[bytes]:
-    if isinstance(data, bytes):
-        yield data
-        return
-    with data.open("rb") as source:
-        while chunk := source.read(_CHUNK):
-            yield chunk
 
 
 def _sync_folder(folder: Path) -> None:
