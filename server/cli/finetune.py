@@ -1,0 +1,108 @@
+"""`hueshift finetune`: an adapter from a few pictures."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hueshift.client.choices import Method, Subject
+from hueshift.server.cli.parse import parse_labels, read_captions
+from hueshift.server.cli.session import Session, connected
+from hueshift.server.cli.watching import job_table, watch_job
+
+_NUMBERS = "Training; what is absent takes the method's default, see `hueshift model`"
+
+
+@connected
+def finetune(
+    session: Session,
+    pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Training pictures.")],
+    subject: Annotated[
+        bool, typer.Option("--subject/--style", help="What the pictures share: one thing, or one manner of drawing.")
+    ] = True,
+    caption: Annotated[
+        list[str] | None,
+        typer.Option(help="What a picture shows, with the identifier in it; one per picture, in order."),
+    ] = None,
+    captions_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file of captions by file name.")
+    ] = None,
+    identifier: Annotated[str, typer.Option(help="Word to learn; default: the model's.")] = "",
+    class_noun: Annotated[str, typer.Option(help="What it is, for example `animal`; needed without captions.")] = "",
+    identifier_init: Annotated[
+        list[str] | None, typer.Option(help="Known word the identifier starts from; repeat for a mean.")
+    ] = None,
+    learn_identifier: Annotated[bool | None, typer.Option(help="Learn an embedding for the identifier.")] = None,
+    method: Annotated[str, typer.Option(metavar="svdiff|residuals", help="Method.")] = Method.SVDIFF.value,
+    name: Annotated[str, typer.Option(help="Id of the adapter to make, or to give a new revision.")] = "",
+    display_name: Annotated[str, typer.Option(help="Name for people.")] = "",
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the adapter.")] = None,
+    sample_prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a sample picture; up to four.")] = None,
+    steps: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    identifier_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    prior_weight: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    prior_images: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    sample_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    checkpoint_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for the sample pictures; with --watch.")
+    ] = None,
+) -> None:
+    """Learn an adapter from a few pictures of one subject or of one style."""
+    if out is not None and not watch:
+        raise typer.BadParameter("samples are saved while the job is watched; add --watch", param_hint="--out")
+    numbers = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "identifier_learning_rate": identifier_learning_rate,
+        "seed": seed,
+        "prior_weight": prior_weight,
+        "prior_images": prior_images,
+        "sample_interval": sample_interval,
+        "checkpoint_interval": checkpoint_interval,
+    }
+    options: dict[str, Any] = {
+        "captions": _captions(pictures, caption or [], captions_file),
+        "subject": Subject.SUBJECT if subject else Subject.STYLE,
+        "method": _method(method),
+        "identifier": identifier,
+        "class_noun": class_noun,
+        "identifier_init": identifier_init or (),
+        "sample_prompts": sample_prompt or (),
+        "adapter_id": name,
+        "display_name": display_name,
+        "labels": parse_labels(label or ()),
+        "settings": {key: value for key, value in numbers.items() if value is not None},
+    }
+    if learn_identifier is not None:
+        options["learn_identifier"] = learn_identifier
+    job = session.client.fine_tune(pictures, **options)
+    if watch:
+        job = watch_job(session, job.name, out=out)
+    session.output.result(job, job_table(job))
+    if not watch:
+        session.output.note(f"`hueshift jobs watch {job.id}` follows it.")
+
+
+def _captions(pictures: list[Path], captions: list[str], file: Path | None) -> list[str]:
+    if captions and file is not None:
+        raise typer.BadParameter("give --caption or --captions-file, not both", param_hint="--captions-file")
+    if file is not None:
+        return read_captions(file, pictures)
+    if captions and len(captions) != len(pictures):
+        raise typer.BadParameter(
+            f"{len(captions)} captions for {len(pictures)} pictures; give one each, or none", param_hint="--caption"
+        )
+    return captions
+
+
+def _method(word: str) -> Method:
+    known = [method for method in Method if method is not Method.UNKNOWN]
+    if word not in known:
+        raise typer.BadParameter(f"{word!r}; allowed: {', '.join(known)}", param_hint="--method")
+    return Method(word)

@@ -1,0 +1,167 @@
+"""`hueshift generate`: pictures from a prompt."""
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hueshift.client.choices import ImageFormat, Priority, Sampler
+from hueshift.server.cli.files import free_path, picture_name, save
+from hueshift.server.cli.output import Output, plain, rows_table
+from hueshift.server.cli.parse import parse_size, parse_use
+from hueshift.server.cli.session import Session, connected
+
+if TYPE_CHECKING:
+    from hueshift.client.generation import Finished, GenerateEvent, Picture
+
+_PREVIEW_STEPS = 2
+_PREVIEW_COLUMNS = 48
+
+
+@connected
+def generate(
+    session: Session,
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[@REVISION][:WEIGHT]", help="Adapter to apply; repeat to mix several."),
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Seed of the first picture; repeat for one per picture. Default: random."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the server's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is without. Default: the server's.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the server's.")] = None,
+    eta: Annotated[float, typer.Option(help="Share of fresh noise, for ddim.")] = 0.0,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the model's own.")] = None,
+    image_format: Annotated[ImageFormat, typer.Option("--format", help="File format.")] = ImageFormat.PNG,
+    priority: Annotated[Priority, typer.Option(help="Place among your own requests.")] = Priority.NORMAL,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call.")] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path(),
+    preview: Annotated[bool, typer.Option("--preview", help="Draw the picture in the terminal as it forms.")] = False,
+) -> None:
+    """Draw pictures from a prompt, with any mix of adapters, and write them to a folder."""
+    from hueshift.client.generation import AdapterUse, Picture
+
+    if preview and not session.output.interactive:
+        raise typer.BadParameter("there is no terminal to draw in", param_hint="--preview")
+    width, height = parse_size(size)
+    options: dict[str, Any] = {
+        "adapters": [AdapterUse(*parse_use(text)) for text in adapter or ()],
+        "negative_prompt": negative,
+        "count": count,
+        "seeds": seed or (),
+        "steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "eta": eta,
+        "width": width,
+        "height": height,
+        "format": image_format,
+        "priority": priority,
+        "preview_interval": _PREVIEW_STEPS if preview else 0,
+        "timeout": timeout,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    view = GenerateView(session.output, preview)
+    saved: list[tuple[Path, Picture]] = []
+    with closing(session.client.generate(prompt, **given)) as events, view:
+        for event in events:
+            view.show(event)
+            if isinstance(event, Picture):
+                path = free_path(out / picture_name(prompt, event.seed, event.media_type))
+                saved.append((save(path, event.data), event))
+    _report(session.output, saved, view.finished)
+
+
+@dataclass
+class GenerateView:
+    """Draws the progress of one call: a bar of steps and, if asked, the picture as it forms."""
+
+    output: Output
+    preview: bool
+    finished: "Finished | None" = None
+    _bar: Progress = field(init=False)
+    _live: Live = field(init=False)
+    _picture: RenderableType = ""
+
+    def __post_init__(self) -> None:
+        """Make the bar."""
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+        )
+        self._task = self._bar.add_task("connecting", total=None)
+        self._live = Live(self._bar, console=self.output.stderr, transient=True)
+
+    def __enter__(self) -> "GenerateView":
+        """Begin to draw, if there is a terminal."""
+        if self.output.interactive:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop drawing; the last picture stays when pictures were asked for."""
+        self._live.stop()
+        if self.preview and self._picture:
+            self.output.stderr.print(self._picture)
+
+    def show(self, event: "GenerateEvent") -> None:
+        """Draw one event."""
+        from hueshift.client.generation import Finished, Preview, Progress, Queued
+        from hueshift.client.generation import Picture as FinishedPicture
+
+        match event:
+            case Queued():
+                ahead = f"{event.position} ahead" if event.position else "starting"
+                self._bar.update(self._task, description=f"queued, {ahead}")
+            case Progress():
+                self._bar.update(self._task, description="denoising", completed=event.step, total=event.of)
+            case Preview() | FinishedPicture():
+                self._draw(event.data)
+            case Finished():
+                self.finished = event
+
+    def _draw(self, data: bytes) -> None:
+        if self.preview:
+            from hueshift.server.cli.blocks import picture_text
+
+            self._picture = picture_text(data, _PREVIEW_COLUMNS)
+            self._live.update(Group(self._picture, self._bar), refresh=True)
+
+
+def _report(output: Output, saved: list[tuple[Path, "Picture"]], finished: "Finished | None") -> None:
+    rows = [
+        (
+            str(path),
+            str(picture.seed),
+            ", ".join(f"{a.adapter.rsplit('/', 1)[-1]}@{a.revision}:{a.weight:g}" for a in picture.adapters) or "-",
+            "+".join(picture.plans),
+            f"{picture.timings.denoise:.2f} s",
+        )
+        for path, picture in saved
+    ]
+    records = [{"path": str(path), **_without_data(picture)} for path, picture in saved]
+    value = {"pictures": records, "finished": plain(finished)}
+    output.result(value, rows_table(("picture", "seed", "adapters", "plan", "denoising"), rows))
+    if finished is not None:
+        if finished.truncated_tokens:
+            output.note(f"The last {finished.truncated_tokens} tokens of the prompt were too many and had no effect.")
+        output.note(f"{finished.images} pictures in {finished.seconds:.1f} s (request {finished.request_id})")
+
+
+def _without_data(picture: "Picture") -> dict[str, Any]:
+    record: dict[str, Any] = plain(picture)
+    del record["data"]
+    return record

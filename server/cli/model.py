@@ -1,0 +1,39 @@
+"""`hueshift model`: the base model, its defaults and limits."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Group
+
+from hueshift.server.cli.output import facts_table, rows_table, size_text
+from hueshift.server.cli.session import Session, connected
+
+
+@connected
+def show_model(
+    session: Session, name: Annotated[str, typer.Argument(help="Model; default: the server's.")] = ""
+) -> None:
+    """Show the base model, its defaults and limits."""
+    model = session.client.model(name)
+    facts = facts_table(
+        {
+            "model": model.name,
+            "base hash": model.base_hash,
+            "engine": f"{model.engine} ({', '.join(model.plans)})",
+            "size": f"{model.width}x{model.height}, multiples of {model.size_multiple} up to {model.max_size}",
+            "sampler": f"{model.default_sampler or 'newer than this client'} (of {', '.join(model.samplers)})",
+            "steps": f"{model.default_steps}, at most {model.max_steps}",
+            "guidance": f"{model.default_guidance_scale:g}",
+            "pictures": f"at most {model.max_count} a request, {model.batch_capacity} in the running batch",
+            "prompt": f"{model.max_tokens} tokens",
+            "identifier": model.default_identifier,
+            "adapter files": f"at most {size_text(model.max_adapter_bytes)}",
+            "training": f"at most {model.max_pictures} pictures of {size_text(model.max_picture_bytes)}",
+        }
+    )
+    rows = [
+        (info.method.value, kind, "  ".join(f"{key}={value:g}" for key, value in defaults.items()))
+        for info in model.methods
+        for kind, defaults in (("subject", info.subject_defaults), ("style", info.style_defaults))
+    ]
+    session.output.result(model, Group(facts, "", rows_table(("method", "for", "defaults"), rows)))
