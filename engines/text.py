@@ -53,8 +53,13 @@ class TextStage:
         embedding wherever its token occurs. Raises InvalidArgument if a word is not exactly one token of the base's
         vocabulary, or an embedding has another shape.
         """
+        with torch.no_grad():
+            return self.encode_differentiably(prompts, tokens)
+
+    def encode_differentiably(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> TextResult:
+        """Encode as `encode` does, keeping the gradient with respect to the embeddings: training learns them so."""
         learned = {self.token_id(word): self._checked(word, vector) for word, vector in tokens.items()}
-        with self._lock, torch.no_grad():
+        with self._lock:
             rows = [self._tokenize(prompt) for prompt in prompts]
             ids = torch.tensor([row for row, _ in rows], device=self._encoder.device)
             self._learned = learned

@@ -23,7 +23,10 @@ class SubjectKind(StrEnum):
 class TrainingSpec:
     """A complete job: every default is filled in, so that a later change of defaults does not change a queued job.
 
-    `captions` has one entry per picture. `sample_interval` 0 samples only at the end.
+    `captions` has one entry per picture. `sample_interval` 0 samples only at the end. `caption_dropout` is the share
+    of captions replaced by the empty prompt, which classifier-free guidance needs to stay sound. `mirror` also trains
+    on the mirrored pictures. `ema_decay` 0 turns the moving average of the parameters off. `min_snr_gamma` 0 weights
+    all timesteps alike.
     """
 
     method: Method
@@ -45,6 +48,10 @@ class TrainingSpec:
     sample_interval: int
     checkpoint_interval: int
     sample_prompts: tuple[str, ...]
+    caption_dropout: float = 0.1
+    mirror: bool = False
+    ema_decay: float = 0.0
+    min_snr_gamma: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for the job table."""
