@@ -105,6 +105,11 @@ class StoreSettings(_Section):
     path: Path = Field(Path("~/.local/share/hueshift"), description="Folder of the database and the adapter files.")
     cache_path: Path = Field(Path("~/.cache/hueshift"), description="Folder of exported graphs and decompositions.")
 
+    @property
+    def database_file(self) -> Path:
+        """File of the embedded database."""
+        return self.path.expanduser() / "hueshift.db"
+
 
 class AuthSettings(_Section):
     """Who may call."""

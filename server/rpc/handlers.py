@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError
 
 from hueshift.adapters.errors import Reason, Unimplemented
@@ -64,10 +63,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
 class ServiceTable(grpc.GenericRpcHandler):
     """All services of the server. The port opens while it is empty; services are added once they are warm.
 
-    It stands in for `grpc.aio.Server` in the generated `add_...Servicer_to_server` functions.
+    It stands in for `grpc.aio.Server` in the generated `add_...Servicer_to_server` functions. `files` are the
+    descriptors of the contract's files (protobuf has several types for them).
     """
 
-    def __init__(self, files: Iterable[FileDescriptor]) -> None:
+    def __init__(self, files: Iterable[Any]) -> None:
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._methods = frozenset(
             f"{service.full_name}/{method.name}"

@@ -1,7 +1,6 @@
 """Where everything of one deployment lies under its store folder. Server, workers and commands open it alike."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from hueshift.server.clock import Clock
 from hueshift.server.job_folders import JobFolders
@@ -26,15 +25,10 @@ class Stores:
         self.database.close()
 
 
-def database_file(settings: Settings) -> Path:
-    """Return the file of the embedded database."""
-    return settings.store.path.expanduser() / "hueshift.db"
-
-
 def open_stores(settings: Settings, clock: Clock) -> Stores:
     """Open, and on first use create, the stores of the settings. Raises as `Database`."""
     root = settings.store.path.expanduser()
-    database = Database(database_file(settings), clock)
+    database = Database(settings.store.database_file, clock)
     return Stores(
         database=database,
         adapters=AdapterStore(database, BlobStore(root / "adapters"), clock),

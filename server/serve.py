@@ -1,0 +1,144 @@
+"""Run a server until it is told to stop: open the port, warm up, serve, drain."""
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
+
+import structlog
+
+from hueshift.server.addresses import Addresses
+from hueshift.server.app import build_services
+from hueshift.server.clock import Clock, SystemClock
+from hueshift.server.frame import Frame, Services
+from hueshift.server.metrics import Metrics
+from hueshift.server.settings import Settings
+from hueshift.server.store.stores import Stores, open_stores
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], None]
+"""Hears of the warm-up, from its thread: what is being done, steps done, steps in all."""
+Build = Callable[[Settings, Stores, Metrics, Clock, Progress], Services]
+WARM_UP_THREAD = "hueshift-warm-up"
+
+
+class StopRequest:
+    """What the operator wants: a first signal drains, a second one ends the draining."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def ask(self) -> None:
+        """Take one signal."""
+        (self.hurry if self.drain.is_set() else self.drain).set()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT while the block runs; the main thread's loop only."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.ask)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+async def serve(
+    settings: Settings,
+    *,
+    ready: Callable[[Addresses], None] | None = None,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
+    build: Build = build_services,
+) -> None:
+    """Serve until `stop` asks for the end (without one: until SIGTERM or SIGINT).
+
+    `ready` is called once, when health turns to SERVING. Returns after the drain: accepted calls have finished, or were
+    cut off after `server.drain_seconds`. Raises HueshiftError when the server cannot start.
+    """
+    clock = SystemClock()
+    own_stop = stop or StopRequest()
+    with contextlib.nullcontext() if stop else own_stop.on_signals():
+        stores = await asyncio.to_thread(open_stores, settings, clock)
+        frame = Frame(settings, stores, clock)
+        log = structlog.get_logger()
+        try:
+            addresses = await frame.start()
+            log.info("port open", address=addresses.grpc, metrics=addresses.metrics)
+            begin = clock.monotonic()
+            warming = in_own_thread(
+                WARM_UP_THREAD, lambda: build(settings, stores, frame.metrics, clock, progress or _silent)
+            )
+            services = await _unless(own_stop.drain, warming)
+            if services is not None:
+                await frame.open(services)
+                log.info("serving", address=addresses.grpc, warm_up_seconds=round(clock.monotonic() - begin, 2))
+                if ready is not None:
+                    ready(addresses)
+                await own_stop.drain.wait()
+        finally:
+            await _close(frame, settings.server.drain_seconds, own_stop.hurry)
+            await asyncio.to_thread(stores.close)
+
+
+async def in_own_thread(name: str, function: Callable[[], T]) -> T:
+    """Run `function` in a daemon thread and return its result.
+
+    Unlike asyncio.to_thread it does not hold up the end of the process: an export of a large model cannot be stopped.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]  # there is a value where there is no error
+
+    def run() -> None:
+        value, failure = None, None
+        try:
+            value = function()
+        except BaseException as error:
+            failure = error
+        # The loop is closed when the server was told to stop in the meantime.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await result
+
+
+async def _unless(event: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """Return what `work` gives, or None if `event` comes first."""
+    task = asyncio.ensure_future(work)
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for each in (task, waiting):
+            each.cancel()
+        await asyncio.gather(task, waiting, return_exceptions=True)
+
+
+async def _close(frame: Frame, grace: float, hurry: asyncio.Event) -> None:
+    closing = asyncio.create_task(frame.close(grace))
+    waiting = asyncio.create_task(hurry.wait())
+    await asyncio.wait({closing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if waiting.done():
+        frame.hurry()
+    waiting.cancel()
+    cut = await closing
+    structlog.get_logger().info("server stopped", calls_cut_off=cut)
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    return None
