@@ -65,6 +65,10 @@ class JobFolders:
         for part in ("work", "upload") if self._keep_pictures else ("",):
             shutil.rmtree(folder / part, ignore_errors=True)
 
+    def remove(self, job_id: str) -> None:
+        """Remove the folder of a job that was not queued after all."""
+        shutil.rmtree(self._root / job_id, ignore_errors=True)
+
     def sweep(self, open_jobs: Collection[str], min_age: float) -> int:
         """End every folder older than `min_age` seconds that belongs to no open job. Returns how many there were."""
         swept = 0

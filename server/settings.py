@@ -82,6 +82,7 @@ class LimitSettings(_Section):
     max_picture_bytes: int = Field(16 * MIB, ge=1)
     max_picture_pixels: int = Field(40_000_000, ge=1)
     max_pictures: int = Field(64, ge=1)
+    max_pictures_bytes: int = Field(256 * MIB, ge=1, description="All pictures of one fine-tuning job together.")
     tenant_queued_jobs: int = Field(16, ge=1, description="Fine-tuning jobs of one tenant that may wait or run.")
 
 

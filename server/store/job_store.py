@@ -18,7 +18,7 @@ from hueshift.server.store.database import Database
 from hueshift.server.store.idempotency import recall, remember
 from hueshift.server.store.job_events import append_event, read_events
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
-from hueshift.server.store.tables import jobs
+from hueshift.server.store.tables import idempotency, jobs
 
 CREATE_METHOD = "CreateFineTune"
 # Training on a CPU takes a minute or two: sooner than this a place rarely becomes free.
@@ -88,10 +88,19 @@ class JobStore:
             known = recall(connection, tenant, CREATE_METHOD, idempotency_key, request_hash)
             return None if known is None else self._own(connection, tenant, str(known["job_id"]))
 
-    def check_quota(self, tenant: str, tenant_limit: int) -> None:
-        """Raise what `create` would raise now, before a caller uploads for nothing."""
+    def check_quota(self, tenant: str, tenant_limit: int, idempotency_key: str = "") -> None:
+        """Raise the TENANT_QUOTA that `create` would raise now, before a caller uploads for nothing.
+
+        A key used before passes: the call may turn out to be a repetition, which queues nothing.
+        """
+        used_before = select(idempotency.c.key).where(
+            idempotency.c.tenant == tenant,
+            idempotency.c.method == CREATE_METHOD,
+            idempotency.c.key == idempotency_key,
+        )
         with self._database.read() as connection:
-            self._check_quota(connection, tenant, tenant_limit)
+            if not idempotency_key or connection.scalar(used_before) is None:
+                self._check_quota(connection, tenant, tenant_limit)
 
     def get(self, tenant: str, job_id: str) -> JobRecord:
         """Return a job of the tenant. Raises NotFound (FINE_TUNE_NOT_FOUND)."""

@@ -1,0 +1,113 @@
+"""Job records and events as messages of the contract, and the spec message as a checked training spec."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from hueshift.adapters.errors import InvalidArgument
+from hueshift.server.rpc.names import adapter_name, fine_tune_name
+from hueshift.server.store.job_records import EventKind, JobEvent, JobRecord, JobState
+from hueshift.training.defaults import complete_spec
+from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+from hueshift.v1 import finetune_pb2 as pb
+
+_METHODS: Mapping["pb.FineTuneMethod.ValueType", Method] = {
+    pb.FINE_TUNE_METHOD_UNSPECIFIED: Method.SVDIFF,
+    pb.FINE_TUNE_METHOD_SVDIFF: Method.SVDIFF,
+    pb.FINE_TUNE_METHOD_RESIDUALS: Method.RESIDUALS,
+}
+_SUBJECTS: Mapping["pb.FineTuneSubject.ValueType", SubjectKind] = {
+    pb.FINE_TUNE_SUBJECT_UNSPECIFIED: SubjectKind.SUBJECT,
+    pb.FINE_TUNE_SUBJECT_SUBJECT: SubjectKind.SUBJECT,
+    pb.FINE_TUNE_SUBJECT_STYLE: SubjectKind.STYLE,
+}
+_STATES: Mapping["pb.FineTuneState.ValueType", JobState] = {
+    pb.FINE_TUNE_STATE_QUEUED: JobState.QUEUED,
+    pb.FINE_TUNE_STATE_RUNNING: JobState.RUNNING,
+    pb.FINE_TUNE_STATE_SUCCEEDED: JobState.SUCCEEDED,
+    pb.FINE_TUNE_STATE_FAILED: JobState.FAILED,
+    pb.FINE_TUNE_STATE_CANCELLED: JobState.CANCELLED,
+}
+_STATE_NUMBERS = {state: number for number, state in _STATES.items()}
+_METHOD_NUMBERS = {method: number for number, method in _METHODS.items() if number}
+_SUBJECT_NUMBERS = {kind: number for number, kind in _SUBJECTS.items() if number}
+
+
+def read_spec(spec: pb.FineTuneSpec, default_identifier: str) -> TrainingSpec:
+    """Return the complete training spec. Raises InvalidArgument naming every wrong field."""
+    if spec.method not in _METHODS:
+        raise InvalidArgument.for_field("method", f"{spec.method} given; allowed: {_names(pb.FineTuneMethod)}")
+    if spec.subject not in _SUBJECTS:
+        raise InvalidArgument.for_field("subject", f"{spec.subject} given; allowed: {_names(pb.FineTuneSubject)}")
+    return complete_spec(
+        method=_METHODS[spec.method],
+        subject_kind=_SUBJECTS[spec.subject],
+        captions=[picture.caption for picture in spec.pictures],
+        identifier=spec.identifier or default_identifier,
+        class_noun=spec.class_noun,
+        learn_identifier=spec.learn_identifier if spec.HasField("learn_identifier") else None,
+        identifier_init=list(spec.identifier_init),
+        sample_prompts=list(spec.sample_prompts),
+        **{field.name: value for field, value in spec.settings.ListFields()},
+    )
+
+
+def read_states(states: "list[pb.FineTuneState.ValueType]") -> list[JobState]:
+    """Return the states of a filter. Raises InvalidArgument on an unknown one."""
+    for index, state in enumerate(states):
+        if state not in _STATES:
+            raise InvalidArgument.for_field(f"states[{index}]", f"{state} given; allowed: {_names(pb.FineTuneState)}")
+    return [_STATES[state] for state in states]
+
+
+def to_message(job: JobRecord) -> pb.FineTune:
+    """Return the message of a job."""
+    message = pb.FineTune(
+        name=fine_tune_name(job.tenant, job.job_id),
+        state=_STATE_NUMBERS[job.state],
+        method=_METHOD_NUMBERS[job.spec.method],
+        subject=_SUBJECT_NUMBERS[job.spec.subject_kind],
+        step=job.step,
+        steps=job.steps,
+        loss=job.loss,
+        adapter=adapter_name(job.tenant, job.adapter_id),
+        revision=job.revision,
+        attempt=job.attempt,
+        create_time=_timestamp(job.created),
+        start_time=_timestamp(job.started),
+        end_time=_timestamp(job.ended),
+        sequence=job.sequence,
+    )
+    if job.error_reason is not None:
+        message.error.reason = job.error_reason
+        message.error.message = job.error_message or ""
+    if job.scores is not None:
+        message.scores.CopyFrom(pb.FineTuneScores(**job.scores))
+    return message
+
+
+def to_event(job: JobRecord, event: JobEvent) -> pb.WatchFineTuneResponse:
+    """Return the message of an event of `job`; a state event shows the job as it stood then."""
+    message = pb.WatchFineTuneResponse(sequence=event.sequence, time=_timestamp(event.time))
+    if event.kind is EventKind.STATE:
+        then: dict[str, Any] = {**event.payload, "state": JobState(event.payload["state"])}
+        message.state_change.CopyFrom(to_message(replace(job, **then)))
+    elif event.kind is EventKind.PROGRESS:
+        message.progress.CopyFrom(pb.FineTuneProgress(**event.payload))
+    else:
+        message.sample.CopyFrom(pb.FineTuneSample(**event.payload, data=event.data or b""))
+    return message
+
+
+def _names(enum: Any) -> str:
+    return ", ".join(enum.keys())
+
+
+def _timestamp(seconds: float | None) -> Timestamp | None:
+    if seconds is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromMicroseconds(round(seconds * 1e6))
+    return stamp

@@ -1,0 +1,209 @@
+"""FineTuneService: the jobs of the caller's tenant. Uploads end on disk, jobs in the table; workers do the rest."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+import structlog
+
+from hueshift.adapters.errors import InvalidArgument
+from hueshift.server.ingestion import PictureLimits
+from hueshift.server.ingestion_process import ingest_files
+from hueshift.server.job_folders import JobFolders
+from hueshift.server.logs import tenant_hash
+from hueshift.server.rpc.call import current_call
+from hueshift.server.rpc.finetune_messages import read_spec, read_states, to_event, to_message
+from hueshift.server.rpc.finetune_upload import receive_pictures, receive_spec
+from hueshift.server.rpc.names import make_id, parse_fine_tune_name
+from hueshift.server.rpc.pages import check_page_size, decode_token, encode_token
+from hueshift.server.settings import LimitSettings
+from hueshift.server.store.idempotency import hash_request
+from hueshift.server.store.job_records import JobEvent, JobRecord, NewJob
+from hueshift.server.store.job_store import JobStore
+from hueshift.training.spec import TrainingSpec
+from hueshift.v1 import finetune_pb2 as pb
+from hueshift.v1 import finetune_pb2_grpc
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_LOG = structlog.get_logger()
+# Each decodes in a process of its own; more at once would only take the processor from serving.
+_INGESTIONS = 2
+_EVENTS_PER_READ = 100
+# Half of what a person notices in a progress bar, and one indexed row to read.
+_WATCH_SECONDS = 0.25
+
+
+class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
+    """Queues, shows and cancels jobs.
+
+    `check_words` raises InvalidArgument when the base model's tokenizer cannot hold the spec's identifier.
+    """
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        folders: JobFolders,
+        limits: LimitSettings,
+        *,
+        default_identifier: str,
+        check_words: Callable[[TrainingSpec], None],
+    ) -> None:
+        self._jobs = jobs
+        self._folders = folders
+        self._limits = limits
+        self._pictures = PictureLimits(max_bytes=limits.max_picture_bytes, max_pixels=limits.max_picture_pixels)
+        self._default_identifier = default_identifier
+        self._check_words = check_words
+        self._ingestions = asyncio.Semaphore(_INGESTIONS)
+        self._unfinished: set[asyncio.Task[Any]] = set()
+
+    async def CreateFineTune(
+        self,
+        request_iterator: AsyncIterator[pb.CreateFineTuneRequest],
+        context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> pb.CreateFineTuneResponse:
+        """Queue a job; see the contract."""
+        tenant = current_call().tenant
+        messages = aiter(request_iterator)
+        message = await receive_spec(messages, self._limits)
+        spec = read_spec(message, self._default_identifier)
+        self._check_words(spec)
+        limit = self._limits.tenant_queued_jobs
+        await asyncio.to_thread(self._jobs.check_quota, tenant, limit, message.idempotency_key)
+        staged = self._folders.stage()
+        try:
+            hashes = await receive_pictures(messages, message, staged)
+            request_hash = hash_request([_without_key(message), *hashes])
+            known = await asyncio.to_thread(self._jobs.recall, tenant, message.idempotency_key, request_hash)
+            if known is None:
+                files = [JobFolders.staged_file(staged, index) for index in range(len(hashes))]
+                async with self._ingestions:
+                    await ingest_files(files, self._pictures)
+        except BaseException:
+            self._folders.discard(staged)
+            raise
+        if known is not None:
+            self._folders.discard(staged)
+            return pb.CreateFineTuneResponse(fine_tune=to_message(known), replayed=True)
+        job, replayed = await self._to_the_end(self._queue, tenant, message, spec, request_hash, staged)
+        return pb.CreateFineTuneResponse(fine_tune=to_message(job), replayed=replayed)
+
+    async def GetFineTune(
+        self, request: pb.GetFineTuneRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.GetFineTuneResponse:
+        """Return a job."""
+        tenant = current_call().tenant
+        job = await asyncio.to_thread(self._jobs.get, tenant, parse_fine_tune_name(request.name, tenant))
+        return pb.GetFineTuneResponse(fine_tune=to_message(job))
+
+    async def ListFineTunes(
+        self, request: pb.ListFineTunesRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.ListFineTunesResponse:
+        """Return a page of jobs, newest first."""
+        size = check_page_size(request.page_size)
+        after = decode_token(request.page_token)
+        states = read_states(list(request.states))
+        tenant = current_call().tenant
+        jobs = await asyncio.to_thread(self._jobs.list_jobs, tenant, size + 1, after, states)
+        page = jobs[:size]
+        token = encode_token(page[-1].created, page[-1].job_id) if len(jobs) > size else ""
+        return pb.ListFineTunesResponse(fine_tunes=[to_message(job) for job in page], next_page_token=token)
+
+    async def WatchFineTune(
+        self, request: pb.WatchFineTuneRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[pb.WatchFineTuneResponse]:
+        """Stream events until the one that ends the job. The table is the only source, so any server can answer."""
+        tenant = current_call().tenant
+        job_id = parse_fine_tune_name(request.name, tenant)
+        after = request.after_sequence
+        if after < 0:
+            raise InvalidArgument.for_field("after_sequence", f"{after} given; allowed: 0 or a number seen before")
+        while True:
+            job, events = await asyncio.to_thread(self._read_events, tenant, job_id, after)
+            for event in events:
+                yield to_event(job, event)
+                after = event.sequence
+            if job.state.ended and after >= job.sequence:
+                return
+            if len(events) < _EVENTS_PER_READ:
+                await asyncio.sleep(_WATCH_SECONDS)
+
+    async def CancelFineTune(
+        self, request: pb.CancelFineTuneRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.CancelFineTuneResponse:
+        """Ask a job to stop."""
+        tenant = current_call().tenant
+        job = await asyncio.to_thread(self._cancel, tenant, parse_fine_tune_name(request.name, tenant))
+        return pb.CancelFineTuneResponse(fine_tune=to_message(job))
+
+    async def _to_the_end(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Run in a thread, to the end even if the caller leaves: no job may stand without its folder, nor inversely."""
+        task = asyncio.create_task(asyncio.to_thread(work, *arguments, **named))
+        self._unfinished.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._unfinished.discard(task)
+        # Read, so that an error whose caller has left is not reported as forgotten; the caller, if there, raises it.
+        if not task.cancelled() and task.exception() is not None:
+            _LOG.info("job.not_queued", error=type(task.exception()).__name__)
+
+    def _queue(
+        self, tenant: str, message: pb.FineTuneSpec, spec: TrainingSpec, request_hash: str, staged: Path
+    ) -> tuple[JobRecord, bool]:
+        """Give the pictures to a job and queue it. Owns the staged folder."""
+        job_id = make_id("ft")
+        new = NewJob(
+            job_id=job_id,
+            tenant=tenant,
+            spec=spec,
+            adapter_id=message.adapter_id or make_id("adapter"),
+            display_name=message.display_name,
+            labels=dict(message.labels),
+        )
+        job: JobRecord | None = None
+        try:
+            # The folder first: a worker may take the job the moment its row is there.
+            self._folders.adopt(staged, job_id)
+            job, replayed = self._jobs.create(
+                new,
+                tenant_limit=self._limits.tenant_queued_jobs,
+                idempotency_key=message.idempotency_key,
+                request_hash=request_hash,
+            )
+        finally:
+            self._folders.discard(staged)
+            if job is None or job.job_id != job_id:
+                self._folders.remove(job_id)
+        _LOG.info(
+            "job.queued",
+            job=job.job_id,
+            tenant_hash=tenant_hash(tenant),
+            method=spec.method,
+            pictures=len(spec.captions),
+            steps=spec.steps,
+            replayed=replayed,
+        )
+        return job, replayed
+
+    def _read_events(self, tenant: str, job_id: str, after: int) -> tuple[JobRecord, list[JobEvent]]:
+        # The job first: once it has ended, all of its events are there to be read.
+        job = self._jobs.get(tenant, job_id)
+        return job, self._jobs.events(job_id, after, _EVENTS_PER_READ) if job.sequence > after else []
+
+    def _cancel(self, tenant: str, job_id: str) -> JobRecord:
+        job = self._jobs.cancel(tenant, job_id)
+        if job.state.ended:
+            self._folders.end(job_id)
+        return job
+
+
+def _without_key(message: pb.FineTuneSpec) -> bytes:
+    plain = pb.FineTuneSpec()
+    plain.CopyFrom(message)
+    plain.ClearField("idempotency_key")
+    return plain.SerializeToString(deterministic=True)

@@ -1,0 +1,107 @@
+"""Pictures on their way in: the spec, then chunks straight to disk, with every cap enforced while they arrive."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from hueshift.adapters.errors import InvalidArgument, Reason
+from hueshift.server.job_folders import JobFolders
+from hueshift.server.rpc.names import check_id
+from hueshift.server.settings import LimitSettings
+from hueshift.server.store.adapter_records import check_display_name, check_labels
+from hueshift.server.store.idempotency import check_key
+from hueshift.v1 import finetune_pb2 as pb
+
+MAX_CHUNK = 1024 * 1024
+
+
+async def receive_spec(messages: AsyncIterator[pb.CreateFineTuneRequest], limits: LimitSettings) -> pb.FineTuneSpec:
+    """Read the first message. Raises InvalidArgument: MESSAGE_OUT_OF_ORDER, or a wrong name, label or picture size."""
+    async for message in messages:
+        part = message.WhichOneof("part")
+        if part != "spec":
+            raise _out_of_order(f"the first message carries {part or 'nothing'}; allowed: the spec")
+        _check_spec(message.spec, limits)
+        return message.spec
+    raise _out_of_order("the stream ended without a message; send the spec, then the pictures")
+
+
+async def receive_pictures(
+    messages: AsyncIterator[pb.CreateFineTuneRequest], spec: pb.FineTuneSpec, folder: Path
+) -> list[bytes]:
+    """Write the pictures of the stream into a staged folder; return the SHA-256 of each.
+
+    Raises InvalidArgument (MESSAGE_OUT_OF_ORDER, UPLOAD_SIZE_MISMATCH, UPLOAD_TOO_LARGE).
+    """
+    hashes: list[bytes] = []
+    for index, picture in enumerate(spec.pictures):
+        digest = hashlib.sha256()
+        received = 0
+        with JobFolders.staged_file(folder, index).source.open("xb") as file:
+            while received < picture.size_bytes:
+                data = await _next_chunk(messages, index, received, picture.size_bytes)
+                await asyncio.to_thread(file.write, data)
+                digest.update(data)
+                received += len(data)
+        hashes.append(digest.digest())
+    async for message in messages:
+        raise _out_of_order(f"a message with {message.WhichOneof('part') or 'nothing'} follows the last picture")
+    return hashes
+
+
+async def _next_chunk(
+    messages: AsyncIterator[pb.CreateFineTuneRequest], index: int, received: int, expected: int
+) -> bytes:
+    async for message in messages:
+        part = message.WhichOneof("part")
+        if part != "chunk":
+            raise _out_of_order(f"a message after the first carries {part or 'nothing'}; allowed: a chunk")
+        chunk = message.chunk
+        if chunk.index != index:
+            if received and chunk.index == index + 1:
+                raise _wrong_size(index, f"{received} bytes arrived", expected)
+            raise _out_of_order(f"a chunk of picture {chunk.index} came where picture {index} goes on")
+        size = len(chunk.data)
+        if not 1 <= size <= MAX_CHUNK:
+            reason = Reason.UPLOAD_TOO_LARGE if size else Reason.INVALID_FIELD
+            text = f"{size} bytes given; allowed: 1 to {MAX_CHUNK} a message"
+            raise InvalidArgument.for_field("chunk.data", text, reason)
+        if received + size > expected:
+            raise _wrong_size(index, f"more than {received + size - 1} bytes arrived", expected)
+        return chunk.data
+    raise _wrong_size(index, f"the stream ended after {received} bytes", expected)
+
+
+def _check_spec(spec: pb.FineTuneSpec, limits: LimitSettings) -> None:
+    if spec.adapter_id:
+        check_id(spec.adapter_id, "adapter_id")
+    check_display_name(spec.display_name)
+    check_labels(spec.labels)
+    check_key(spec.idempotency_key)
+    if not 1 <= len(spec.pictures) <= limits.max_pictures:
+        raise InvalidArgument.for_field("pictures", f"{len(spec.pictures)} given; allowed: 1 to {limits.max_pictures}")
+    for index, picture in enumerate(spec.pictures):
+        if not 1 <= picture.size_bytes <= limits.max_picture_bytes:
+            reason = Reason.PICTURE_TOO_LARGE if picture.size_bytes > 0 else Reason.INVALID_FIELD
+            text = f"{picture.size_bytes} given; allowed: 1 to {limits.max_picture_bytes} bytes"
+            raise InvalidArgument.for_field(f"pictures[{index}].size_bytes", text, reason)
+    total = sum(picture.size_bytes for picture in spec.pictures)
+    if total > limits.max_pictures_bytes:
+        raise InvalidArgument.for_field(
+            "pictures",
+            f"{total} bytes given in all; allowed: {limits.max_pictures_bytes}. Send fewer or smaller pictures.",
+            Reason.UPLOAD_TOO_LARGE,
+        )
+
+
+def _out_of_order(what: str) -> InvalidArgument:
+    return InvalidArgument(Reason.MESSAGE_OUT_OF_ORDER, f"CreateFineTune: {what}")
+
+
+def _wrong_size(index: int, what: str, expected: int) -> InvalidArgument:
+    return InvalidArgument.for_field(
+        f"pictures[{index}].size_bytes",
+        f"{expected} given, but {what}; they must be equal",
+        Reason.UPLOAD_SIZE_MISMATCH,
+    )
