@@ -1,11 +1,13 @@
 """`hueshift finetune`: an adapter from a few pictures."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hueshift.client.choices import Method, Subject
+from hueshift.server.cli.options import gather
 from hueshift.server.cli.parse import parse_labels, read_captions
 from hueshift.server.cli.session import Session, connected
 from hueshift.server.cli.watching import job_table, watch_job
@@ -13,7 +15,22 @@ from hueshift.server.cli.watching import job_table, watch_job
 _NUMBERS = "Training; what is absent takes the method's default, see `hueshift model`"
 
 
+def _numbers(
+    steps: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    identifier_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    prior_weight: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    prior_images: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    sample_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+    checkpoint_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
+) -> None:
+    """Declare the numbers of a job, named as in the contract's FineTuneSettings."""
+
+
 @connected
+@gather(_numbers, into="numbers")
 def finetune(
     session: Session,
     pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Training pictures.")],
@@ -38,34 +55,16 @@ def finetune(
     display_name: Annotated[str, typer.Option(help="Name for people.")] = "",
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the adapter.")] = None,
     sample_prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a sample picture; up to four.")] = None,
-    steps: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    identifier_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    prior_weight: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    prior_images: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    sample_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    checkpoint_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the sample pictures; with --watch.")
     ] = None,
+    *,
+    numbers: Mapping[str, float | None],
 ) -> None:
     """Learn an adapter from a few pictures of one subject or of one style."""
     if out is not None and not watch:
         raise typer.BadParameter("samples are saved while the job is watched; add --watch", param_hint="--out")
-    numbers = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "identifier_learning_rate": identifier_learning_rate,
-        "seed": seed,
-        "prior_weight": prior_weight,
-        "prior_images": prior_images,
-        "sample_interval": sample_interval,
-        "checkpoint_interval": checkpoint_interval,
-    }
     options: dict[str, Any] = {
         "captions": _captions(pictures, caption or [], captions_file),
         "subject": Subject.SUBJECT if subject else Subject.STYLE,

@@ -3,12 +3,12 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hueshift.server.cli.options import gather, present
 from hueshift.server.cli.output import Output
 
 if TYPE_CHECKING:
@@ -39,20 +39,18 @@ class Session:
 
 
 def connected(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the connection options and a Session as its first argument, and make its errors readable."""
+    """Give a command the connection options and, as `session`, a Session; make its errors readable."""
 
-    @wraps(command)
-    def run(**arguments: Any) -> None:
+    def run(connection: dict[str, Any], **arguments: Any) -> None:
         from hueshift.client.errors import HueshiftClientError
         from hueshift.client.jobs import FineTuneFailed
 
-        chosen = {name: arguments.pop(name) for name in inspect.signature(_options).parameters}
-        output = Output(chosen.pop("as_json"))
-        with _open(**chosen) as client:
+        output = Output(connection.pop("as_json"))
+        with _open(**connection) as client:
             try:
-                command(Session(client, output), **arguments)
+                command(session=Session(client, output), **arguments)
             except HueshiftClientError as error:
-                show_error(output, error, chosen["address"])
+                show_error(output, error, connection["address"])
                 raise typer.Exit(1) from error
             except FineTuneFailed as error:
                 output.error(str(error))
@@ -61,12 +59,9 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
                 output.error(f"{error.filename or 'a file'}: {error.strerror or error}")
                 raise typer.Exit(1) from error
 
-    own = list(inspect.signature(command).parameters.values())[1:]
-    shared = list(inspect.signature(_options).parameters.values())
-    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
-    del run.__wrapped__
-    return run
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "session"]
+    present(run, command, [*own, inspect.signature(run).parameters["connection"]])
+    return gather(_options, into="connection")(run)
 
 
 def show_error(output: Output, error: "HueshiftClientError", address: str) -> None:
