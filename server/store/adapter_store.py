@@ -224,7 +224,8 @@ class AdapterStore:
     def sweep_orphans(self, min_age: float) -> int:
         """Remove what a crash left: files that no revision names and temporary files, older than `min_age` seconds.
 
-        Returns the bytes freed. Call it at start.
+        `min_age` must be longer than an upload takes, whose temporary file would go too: an hour is. Returns the bytes
+        freed.
         """
         freed = self._blobs.sweep_temporaries(min_age)
         with self._database.read() as connection:
