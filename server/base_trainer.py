@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 from PIL import Image
 
-from hueshift.engines.base_model import load_base_model
-from hueshift.engines.svd_cache import load_factors
+from hueshift.engines.base_model import BaseModel, load_base_model
+from hueshift.engines.svd_cache import SpectralFactors, load_factors
 from hueshift.server.job_run import JobRun
 from hueshift.server.settings import Settings
 from hueshift.server.worker import Trained
@@ -19,11 +20,17 @@ from hueshift.training.spec import TrainingSpec
 class BaseTrainer:
     """Runs `hueshift.training.run.run_training` on one base model."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, base: BaseModel, factors: SpectralFactors, clip: ClipScorer | None) -> None:
+        self._base = base
+        self._factors = factors
+        self._clip = clip
+
+    @classmethod
+    def load(cls, settings: Settings) -> Self:
         """Load the base model, its decomposition and its CLIP. Raises InvalidArgument on an unusable folder."""
-        self._base = load_base_model(settings.model.path)
-        self._factors = load_factors(self._base, settings.store.cache_path.expanduser())
-        self._clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
+        base = load_base_model(settings.model.path)
+        clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
+        return cls(base, load_factors(base, settings.store.cache_path.expanduser()), clip)
 
     def train(self, spec: TrainingSpec, pictures: Sequence[Image.Image], work: Path, run: JobRun) -> Trained:
         """Train, resuming from `work`."""
