@@ -1,5 +1,6 @@
 """The adapter store: revisions, pages, shared files, deletion at once, and tenants that never meet."""
 
+import base64
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -189,7 +190,10 @@ def test_wrong_pages_are_refused(store: SmallStore) -> None:
     for size in (-1, 501):
         with pytest.raises(InvalidArgument, match="page_size"):
             store.adapters.list("acme", size)
-    for token in ("x", "bnVsbA==", "WzEsMiwzXQ==", "é", "W" * 10000):
+    inner = ['[1.0,2,"a"]', "null", '{"a":1,"b":2}', '["1","a"]', '[NaN,"a"]', "[" * 100, f'[{"9" * 150},"a"]']
+    inner += ['[1.0,"\\ud800"]', '[1.0,"a\\u0000"]', '[1.0,["a"]]', '[1.0,""]', '[true,"a"]', '[1e999,"a"]']
+    tokens = [base64.urlsafe_b64encode(text.encode()).decode() for text in inner]
+    for token in [*tokens, "x", "é", "W" * 10000, base64.urlsafe_b64encode(b"[" * 99999).decode()]:
         with pytest.raises(InvalidArgument, match="page_token"):
             store.adapters.list("acme", 0, token)
 
