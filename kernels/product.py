@@ -1,0 +1,154 @@
+"""The one matrix product behind the factored plan: y = f(x) W^T with per-sample scales and a bias fused in.
+
+factored_linear uses it with the scales on the output of the first product, factored_conv on the input of the second.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hueshift.kernels.checks import ALIGNMENT
+from hueshift.kernels.launch import Launch, block_descriptor, jit, multiprocessors, tl
+from hueshift.kernels.launch_table import LaunchConfig
+from hueshift.kernels.tiles import blocks
+
+
+def product_launch(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    tokens: int,
+    config: LaunchConfig,
+    sigma: Tensor | None = None,
+    index: Tensor | None = None,
+    scale_input: bool = False,
+    bias: Tensor | None = None,
+) -> Launch:
+    """Return the launch of y = x W^T (* sigma[index]) + bias.
+
+    y [rows, M], x [rows, K], weight [M, K], bias [M], all contiguous and of one 16-bit dtype; rows come in samples of
+    `tokens`. sigma [slots, M] (or [slots, K] with `scale_input`, which multiplies x before the product) is fp32 with
+    any slot stride, index [rows / tokens] int32 or int64. Multiplications by sigma are in fp32. A sample whose index
+    lies outside 0..slots-1 gets NaN: wrong output must be seen, and no memory outside the slab is read.
+    """
+    rows, depth = x.shape
+    width = weight.shape[0]
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    tma = config["TMA"] and tma_fits(x) and tma_fits(weight)
+    scaled = sigma is not None and index is not None
+    count = blocks(rows, block_m) * blocks(width, block_n)
+    arguments = {
+        "y_ptr": y,
+        "x_source": block_descriptor(x, (block_m, block_k)) if tma else x,
+        "w_source": block_descriptor(weight, (block_n, block_k)) if tma else weight,
+        # Tensors must be passed even where their use is compiled out.
+        "bias_ptr": y if bias is None else bias,
+        "sigma_ptr": y if sigma is None else sigma,
+        "index_ptr": y if index is None else index,
+        "rows": rows,
+        "width": width,
+        "depth": depth,
+        "tokens": tokens,
+        "slots": 0 if sigma is None else sigma.shape[0],
+        "slot_stride": 0 if sigma is None else sigma.stride(0),
+    }
+    constants: dict[str, Any] = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FLATTEN")}
+    constants |= {
+        "TMA": tma,
+        "SCALE_INPUT": scaled and scale_input,
+        "SCALE_OUTPUT": scaled and not scale_input,
+        "BIAS": bias is not None,
+        # A tile inside one sample needs one row of sigma, not one for each of its rows.
+        "ONE_SAMPLE": tokens % block_m == 0,
+    }
+    grid = (min(count, multiprocessors(y.device) * config.programs_per_sm),)
+    return Launch(_product_kernel, grid, arguments, constants, config.num_warps, config.num_stages)
+
+
+def shape_class(tokens: int) -> str:
+    """Return the launch table's class for samples of `tokens` rows: whether whole tiles of 128 rows fit inside one."""
+    return "whole_tiles" if tokens % 128 == 0 else "cut_tiles"
+
+
+def tma_fits(matrix: Tensor) -> bool:
+    """Tell whether TMA can read `matrix`: not empty, rows beginning on 16-byte boundaries."""
+    aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0
+    return matrix.numel() > 0 and aligned
+
+
+def product_reference(
+    x: Tensor, weight: Tensor, *, tokens: int, sigma: Tensor, index: Tensor, scale_input: bool, bias: Tensor | None
+) -> Tensor:
+    """Return what the launch computes, in the dtype of x, with sums in float32, or float64 for float64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = sigma.to(wide)[index.long()].repeat_interleave(tokens, 0)
+    value = x.to(wide)
+    value = (value * scale) @ weight.to(wide).t() if scale_input else (value @ weight.to(wide).t()) * scale
+    return (value if bias is None else value + bias.to(wide)).to(x.dtype)
+
+
+@jit
+def _load_block(source: tl.tensor, row: tl.tensor, col: tl.tensor, rows: tl.tensor, cols: tl.tensor,
+                ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr) -> tl.tensor:  # fmt: skip
+    if TMA:
+        block = source.load([row, col])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = col + tl.arange(0, COLS)
+        mask = (r < rows)[:, None] & (c < cols)[None, :]
+        block = tl.load(source + r.to(tl.int64)[:, None] * cols + c[None, :], mask=mask, other=0.0)
+    return block
+
+
+@jit
+def _sigma(sigma_ptr: tl.tensor, index_ptr: tl.tensor, row: tl.tensor, rows: tl.tensor, col: tl.tensor,
+           cols: tl.tensor, tokens: tl.tensor, slots: tl.tensor, slot_stride: tl.tensor, BLOCK_M: tl.constexpr,
+           COLS: tl.constexpr, ONE_SAMPLE: tl.constexpr) -> tl.tensor:  # fmt: skip
+    # sigma of rows row.. and columns col.., [1 or BLOCK_M, COLS] fp32; NaN where the index is not a slot.
+    c = col + tl.arange(0, COLS)
+    if ONE_SAMPLE:
+        slot = tl.load(index_ptr + row // tokens + tl.zeros((1,), tl.int32)).to(tl.int64)
+        valid = (slot >= 0) & (slot < slots)
+    else:
+        r = row + tl.arange(0, BLOCK_M)
+        slot = tl.load(index_ptr + r // tokens, mask=r < rows, other=0).to(tl.int64)
+        valid = (slot >= 0) & (slot < slots)
+    mask = valid[:, None] & (c < cols)[None, :]
+    return tl.load(sigma_ptr + slot[:, None] * slot_stride + c[None, :], mask=mask, other=float("nan"))
+
+
+@jit
+def _product_kernel(y_ptr: tl.tensor, x_source: tl.tensor, w_source: tl.tensor, bias_ptr: tl.tensor,
+                    sigma_ptr: tl.tensor, index_ptr: tl.tensor, rows: tl.tensor, width: tl.tensor, depth: tl.tensor,
+                    tokens: tl.tensor, slots: tl.tensor, slot_stride: tl.tensor, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr,
+                    SCALE_INPUT: tl.constexpr, SCALE_OUTPUT: tl.constexpr, BIAS: tl.constexpr,
+                    ONE_SAMPLE: tl.constexpr) -> None:  # fmt: skip
+    # Persistent; columns run fastest, so that programs that run together share rows of x in L2 (the weight fits whole).
+    across = tl.cdiv(width, BLOCK_N)
+    count = tl.cdiv(rows, BLOCK_M) * across
+    for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLATTEN):
+        row = tile // across * BLOCK_M
+        col = tile % across * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, depth, BLOCK_K):
+            x = _load_block(x_source, row, k, rows, depth, BLOCK_M, BLOCK_K, TMA)
+            if SCALE_INPUT:
+                scale = _sigma(sigma_ptr, index_ptr, row, rows, k, depth, tokens, slots, slot_stride, BLOCK_M, BLOCK_K,
+                               ONE_SAMPLE)  # fmt: skip
+                # Beyond `depth` x is 0 and sigma NaN; their product must stay out of the sum.
+                inside = (k + tl.arange(0, BLOCK_K) < depth)[None, :]
+                x = tl.where(inside, x.to(tl.float32) * scale, 0.0).to(x.dtype)
+            w = _load_block(w_source, col, k, width, depth, BLOCK_N, BLOCK_K, TMA)
+            total = tl.dot(x, w.T, total)
+        if SCALE_OUTPUT:
+            total = total * _sigma(sigma_ptr, index_ptr, row, rows, col, width, tokens, slots, slot_stride, BLOCK_M,
+                                   BLOCK_N, ONE_SAMPLE)  # fmt: skip
+        m = row + tl.arange(0, BLOCK_M)
+        n = col + tl.arange(0, BLOCK_N)
+        if BIAS:
+            total += tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
+        mask = (m < rows)[:, None] & (n < width)[None, :]
+        tl.store(y_ptr + m.to(tl.int64)[:, None] * width + n[None, :], total.to(y_ptr.dtype.element_ty), mask=mask)
