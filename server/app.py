@@ -1,0 +1,62 @@
+"""From the settings to warm services: the base model, its decomposition, the engine. Runs in a thread, for a while."""
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+
+from hueshift.engines.base_model import load_base_model
+from hueshift.engines.build import EngineOptions, build_engine
+from hueshift.server.clock import Clock
+from hueshift.server.metrics import Metrics
+from hueshift.server.services import ServiceSet, ServingParts
+from hueshift.server.settings import Settings
+from hueshift.server.store.stores import Stores
+
+Progress = Callable[[str, int, int], None]
+
+
+def build_services(
+    settings: Settings, stores: Stores, metrics: Metrics, clock: Clock, progress: Progress
+) -> ServiceSet:
+    """Load the model and warm the engine; `progress` hears of what takes long.
+
+    Raises what loading the base model and building the engine raise.
+    """
+    torch.set_num_threads(settings.engine.threads or os.cpu_count() or 1)
+    base = load_base_model(settings.model.path)
+    engine = build_engine(
+        base,
+        engine_options(settings),
+        progress=progress,
+        on_parity=lambda plan, error: metrics.engine_parity_error.labels(plan).set(error),
+    )
+    engine.warm()
+    metrics.build.info(
+        {
+            "version": version("hueshift"),
+            "engine": engine.name,
+            "model": base.name,
+            "base_hash": base.base_hash[:12],
+            "torch": torch.__version__,
+        }
+    )
+    parts = ServingParts(base, engine, engine.rows, engine.factors, engine.norms)
+    return ServiceSet(settings, stores, metrics, clock, parts)
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """Return what the settings say about the engine."""
+    chosen = settings.engine
+    return EngineOptions(
+        kind=chosen.kind,
+        device=chosen.device,
+        threads=chosen.threads,
+        slots=chosen.slots,
+        max_batch=chosen.max_batch,
+        lowrank_rank=chosen.lowrank_rank,
+        lowrank_targets=chosen.lowrank_targets,
+        parity_bound=chosen.parity_bound,
+        cache_dir=settings.store.cache_path.expanduser(),
+    )

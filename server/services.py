@@ -1,0 +1,106 @@
+"""The services over one engine and one set of stores, and what runs beside them in the background."""
+
+import asyncio
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from torch import Tensor
+
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.interface import UNetEngine
+from hueshift.engines.residency import HostCache, SlotCache
+from hueshift.engines.rows import RowLayout
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text import TextStage
+from hueshift.engines.vae import VaeStage
+from hueshift.server.clock import Clock
+from hueshift.server.metrics import Metrics
+from hueshift.server.residency_metrics import ResidencyMetrics
+from hueshift.server.rpc.adapter_service import AdapterService
+from hueshift.server.rpc.finetune_service import FineTuneService
+from hueshift.server.rpc.generation_service import GenerationService
+from hueshift.server.rpc.handlers import ServiceTable
+from hueshift.server.rpc.model_service import ModelService
+from hueshift.server.scheduler import Scheduler
+from hueshift.server.settings import Settings
+from hueshift.server.store.stores import Stores
+from hueshift.server.supervisor import Supervisor
+from hueshift.training.defaults import check_identifier
+from hueshift.training.spec import TrainingSpec
+from hueshift.v1 import adapters_pb2_grpc, finetune_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
+
+
+@dataclass(frozen=True)
+class ServingParts:
+    """What draws pictures: the base model, an engine over it, and how adapters become the engine's rows.
+
+    `norms` are the base's norm weights by layer.
+    """
+
+    base: BaseModel
+    engine: UNetEngine
+    rows: RowLayout
+    factors: SpectralFactors
+    norms: Mapping[str, Tensor]
+
+
+class ServiceSet:
+    """Every service of the contract, the scheduler they share, and the workers.
+
+    Made in any thread; the methods belong to the event loop.
+    """
+
+    def __init__(self, settings: Settings, stores: Stores, metrics: Metrics, clock: Clock, parts: ServingParts) -> None:
+        base, engine, limits = parts.base, parts.engine, settings.limits
+        observer = ResidencyMetrics(metrics)
+        host = HostCache(lambda key: stores.adapters.load(key, base.layout), limits.host_cache_bytes, observer)
+        slots = SlotCache(engine, host, parts.rows, parts.factors, parts.norms, observer)
+        self.scheduler = Scheduler(engine, base, TextStage(base), VaeStage(base), slots, metrics, clock, limits)
+        self._generation = GenerationService(self.scheduler, stores.adapters, base, limits, settings.server, clock)
+        self._adapters = AdapterService(stores.adapters, base.layout, limits, self.scheduler, clock)
+        self._fine_tunes = FineTuneService(
+            stores.jobs,
+            stores.folders,
+            limits,
+            default_identifier=settings.model.default_identifier,
+            check_words=_word_check(base),
+        )
+        self._models = ModelService(base, engine, settings)
+        self._supervisor = Supervisor(settings, jobs=stores.jobs, folders=stores.folders, metrics=metrics, clock=clock)
+
+    def register(self, table: ServiceTable) -> None:
+        """Add the services to the table."""
+        registrar: Any = table
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, registrar)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self._adapters, registrar)
+        finetune_pb2_grpc.add_FineTuneServiceServicer_to_server(self._fine_tunes, registrar)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(self._models, registrar)
+
+    async def start(self) -> None:
+        """Start the step loop, bring the pinned adapters in, start the workers."""
+        self.scheduler.start()
+        pinned = await self._adapters.warm_pinned()
+        await self._supervisor.start()
+        structlog.get_logger().info("services started", pinned_adapters=pinned)
+
+    async def stop_workers(self, grace: float) -> None:
+        """Let the workers write checkpoints and put their jobs back; kill those alive after `grace` seconds."""
+        await self._supervisor.stop(grace)
+
+    async def close(self) -> None:
+        """Stop the step loop. Requests that are still in it end with Unavailable (DRAINING)."""
+        await asyncio.to_thread(self.scheduler.close)
+
+
+def _word_check(base: BaseModel) -> Callable[[TrainingSpec], None]:
+    # A tokenizer of its own: Rust tokenizers refuse to be changed while another thread encodes.
+    tokenizer = copy.deepcopy(base.tokenizer)
+
+    def check(spec: TrainingSpec) -> None:
+        if spec.learn_identifier or spec.identifier_init:
+            check_identifier(spec.identifier, tokenizer)
+
+    return check
