@@ -27,6 +27,7 @@ _CPU_SECONDS_PER_PICTURE = 10
 _START_SECONDS = 20.0
 _SECONDS_PER_PICTURE = 10.0
 _INVALID = Reason.PICTURE_INVALID
+CHILD_COMMAND = (sys.executable, "-P", "-I", "-m", "hueshift.server.ingestion_process")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,10 @@ class PictureFile:
     target: Path
 
 
-async def ingest_files(files: Sequence[PictureFile], limits: PictureLimits) -> None:
-    """Sanitise every file, `files[i]` being the request's `pictures[i]`.
+async def ingest_files(
+    files: Sequence[PictureFile], limits: PictureLimits, command: Sequence[str] = CHILD_COMMAND
+) -> None:
+    """Sanitise every file, `files[i]` being the request's `pictures[i]`, in one process started with `command`.
 
     Raises InvalidArgument naming every refused picture. Cancellation kills the child.
     """
@@ -47,11 +50,7 @@ async def ingest_files(files: Sequence[PictureFile], limits: PictureLimits) -> N
         "files": [[str(file.source), str(file.target)] for file in files],
     }
     child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",
-        "-I",
-        "-m",
-        "hueshift.server.ingestion_process",
+        *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -101,7 +100,8 @@ def _read_report(output: bytes, errors: bytes, status: int, count: int) -> None:
         raise merge_refusals(refusals)
 
 
-def _limit_self(limits: PictureLimits) -> None:
+def limit_self(limits: PictureLimits) -> None:
+    """Bound this process: memory, open files, size of what it writes, and no core file with somebody's picture."""
     memory = _BASE_MEMORY + _BYTES_PER_PIXEL * limits.max_pixels
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -119,7 +119,7 @@ def _renew_cpu_limit() -> None:
 
 def _work(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     limits = PictureLimits(**order["limits"])
-    _limit_self(limits)
+    limit_self(limits)
     for index, (source, target) in enumerate(order["files"]):
         _renew_cpu_limit()
         yield {"begin": index}
