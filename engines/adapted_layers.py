@@ -122,7 +122,7 @@ class RowGroupNorm(AdaptedLayer):
         """Normalise [N, channels, ...]."""
         weight = self.rows.values[self.name]
         if self.rows.shared:
-            return functional.group_norm(x, self.groups, weight[0].to(x.dtype), self.bias, self.eps)
+            return functional.group_norm(x, self.groups, weight[0].to(self.bias.dtype), self.bias, self.eps)
         normal = functional.group_norm(x, self.groups, None, None, self.eps)
         spatial = x.dim() - 2
         return _scaled(normal, _beside(weight, spatial, last=False)) + self.bias.view(-1, *[1] * spatial)
@@ -141,7 +141,7 @@ class RowLayerNorm(AdaptedLayer):
         """Normalise [N, ..., width]."""
         weight = self.rows.values[self.name]
         if self.rows.shared:
-            return functional.layer_norm(x, self.shape, weight[0].to(x.dtype), self.bias, self.eps)
+            return functional.layer_norm(x, self.shape, weight[0].to(self.bias.dtype), self.bias, self.eps)
         normal = functional.layer_norm(x, self.shape, None, None, self.eps)
         return _scaled(normal, _beside(weight, x.dim() - 2, last=True)) + self.bias
 

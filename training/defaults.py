@@ -103,6 +103,21 @@ _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyTy
 )
 
 
+def check_identifier(identifier: str, tokenizer: Any, field: str = "identifier") -> int:
+    """Return the token id of a word that can be learned.
+
+    `tokenizer` is the base's. Raises InvalidArgument naming `field` unless the word is exactly one ordinary token.
+    """
+    ids: list[int] = tokenizer(identifier, add_special_tokens=False, verbose=False).input_ids
+    if len(ids) != 1 or ids[0] in tokenizer.all_special_ids:
+        raise InvalidArgument.for_field(
+            field,
+            f"{identifier[:80]!r} is {len(ids)} tokens of the base model's vocabulary; a learned word must be exactly "
+            "one ordinary token, for example 'sks'",
+        )
+    return ids[0]
+
+
 def method_defaults(method: Method, subject_kind: SubjectKind) -> dict[str, Any]:
     """Return the numbers of a job of this method and kind that gives none."""
     return {**_COMMON, **_CHOSEN[method, subject_kind]}
@@ -135,7 +150,7 @@ def complete_spec(
     problems += _check_words(identifier, class_noun, captions, identifier_init, sample_prompts)
     if float(chosen["prior_weight"]) > 0 and not class_noun:
         problems.append(FieldViolation("class_noun", "empty; prior preservation needs the noun of the class"))
-    filled = tuple(caption or f"a {identifier} {class_noun}" for caption in captions)
+    filled = tuple(caption if caption.strip() else f"a {identifier} {class_noun}" for caption in captions)
     if learn and identifier and filled and not any(identifier.lower() in caption.lower() for caption in filled):
         problems.append(
             FieldViolation(
@@ -180,30 +195,31 @@ def _check_words(
     sample_prompts: Sequence[str],
 ) -> list[FieldViolation]:
     problems: list[FieldViolation] = []
-
-    def refuse(field: str, description: str) -> None:
-        problems.append(FieldViolation(field, description))
-
-    if not identifier.strip() or any(c.isspace() for c in identifier) or len(identifier) > MAX_IDENTIFIER:
-        refuse("identifier", f"{identifier[:80]!r} given; allowed: one word of at most {MAX_IDENTIFIER} characters")
+    if not identifier or any(c.isspace() for c in identifier) or len(identifier) > MAX_IDENTIFIER:
+        given = f"{identifier[:80]!r} given; allowed: one word of at most {MAX_IDENTIFIER} characters"
+        problems.append(FieldViolation("identifier", given))
     if len(class_noun) > MAX_IDENTIFIER:
-        refuse("class_noun", f"{len(class_noun)} characters given; allowed: at most {MAX_IDENTIFIER}")
-    if not 1 <= len(captions) <= MAX_PICTURES:
-        refuse("pictures", f"{len(captions)} given; allowed: 1 to {MAX_PICTURES}")
-    if len(identifier_init) > MAX_INIT_WORDS:
-        refuse("identifier_init", f"{len(identifier_init)} words given; allowed: at most {MAX_INIT_WORDS}")
-    if len(sample_prompts) > MAX_SAMPLE_PROMPTS:
-        refuse("sample_prompts", f"{len(sample_prompts)} given; allowed: at most {MAX_SAMPLE_PROMPTS}")
-    for i, caption in enumerate(captions):
-        if len(caption) > MAX_TEXT:
-            refuse(f"pictures[{i}].caption", f"{len(caption)} characters given; allowed: at most {MAX_TEXT}")
-        elif not caption.strip() and not class_noun.strip():
-            refuse(f"pictures[{i}].caption", "empty, and there is no class_noun to make one from; give one of them")
-    for field, texts, most in (
-        ("identifier_init", identifier_init, MAX_IDENTIFIER),
-        ("sample_prompts", sample_prompts, MAX_TEXT),
-    ):
-        for i, text in enumerate(texts):
-            if not text.strip() or len(text) > most:
-                refuse(f"{field}[{i}]", f"{len(text)} characters given; allowed: 1 to {most}, not only spaces")
+        given = f"{len(class_noun)} characters given; allowed: at most {MAX_IDENTIFIER}"
+        problems.append(FieldViolation("class_noun", given))
+    problems += _check_count("pictures", captions, 1, MAX_PICTURES)
+    problems += _check_count("identifier_init", identifier_init, 0, MAX_INIT_WORDS)
+    problems += _check_count("sample_prompts", sample_prompts, 0, MAX_SAMPLE_PROMPTS)
+    paths = [(f"pictures[{i}].caption", caption, MAX_TEXT) for i, caption in enumerate(captions)]
+    paths += [(f"identifier_init[{i}]", word, MAX_IDENTIFIER) for i, word in enumerate(identifier_init)]
+    paths += [(f"sample_prompts[{i}]", prompt, MAX_TEXT) for i, prompt in enumerate(sample_prompts)]
+    for field, text, most in paths:
+        if len(text) > most:
+            problems.append(FieldViolation(field, f"{len(text)} characters given; allowed: at most {most}"))
+        elif text.strip():
+            continue
+        elif not field.endswith(".caption"):
+            problems.append(FieldViolation(field, "empty; write it or leave it out"))
+        elif not class_noun.strip():
+            problems.append(FieldViolation(field, "empty, and there is no class_noun to make one from; give either"))
     return problems
+
+
+def _check_count(field: str, given: Sequence[str], least: int, most: int) -> list[FieldViolation]:
+    if least <= len(given) <= most:
+        return []
+    return [FieldViolation(field, f"{len(given)} given; allowed: {least} to {most}")]

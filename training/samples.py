@@ -1,0 +1,88 @@
+"""Pictures from the UNet in training, by the same step loop that serves requests."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.denoise import Sample, advance, start_sample
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
+from hueshift.engines.samplers import SamplerKind, make_table
+from hueshift.engines.vae import VaeStage
+from hueshift.training.parameters import Rows
+
+# Few steps do for DPM-Solver++ 2M. Guidance 3 suits learned styles better than 5 (docs/training.md).
+SAMPLE_STEPS = 15
+SAMPLE_GUIDANCE = 3.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsEngine:
+    """A UNetEngine (engines.interface) of one slot, which holds `rows`: what the step loop needs, and no more."""
+
+    unet: AdaptedUNet
+    rows: Rows
+    max_batch: int = 16
+    slots: int = 1
+    name: str = "torch"
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The UNet's own."""
+        return (self.unet.plan,)
+
+    def load_row(self, slot: int, row: EngineRow) -> None:
+        """Do nothing: the one slot's rows are given when the engine is made."""
+
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+        """Run the UNet with the rows, whatever the index."""
+        return self.unet.forward_rows(latents, timesteps, context, *self.rows).float()
+
+    def warm(self) -> None:
+        """Do nothing: training has warmed it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampler:
+    """Draws pictures at the base's native size. `check` is called before every step and may raise to stop."""
+
+    base: BaseModel
+    unet: AdaptedUNet
+    vae: VaeStage
+    empty: Tensor
+    check: Callable[[], None]
+    steps: int = SAMPLE_STEPS
+    guidance: float = SAMPLE_GUIDANCE
+
+    def latents(self, contexts: Tensor, seeds: Sequence[int], rows: Rows) -> Tensor:
+        """Latents [n, 4, h, w] of contexts [n, tokens, width], one seed each, in batches the UNet is given anyway."""
+        engine = RowsEngine(self.unet, rows)
+        table = make_table(self.base.schedule, SamplerKind.DPMPP_2M, self.steps)
+        shape = (self.base.latent_channels, self.base.sample_size, self.base.sample_size)
+        samples: list[Sample] = [
+            start_sample(
+                seed,
+                shape,
+                context=torch.stack([self.empty, context]),
+                guidance=self.guidance,
+                table=table,
+                slot=BASE_SLOT,
+                needs_factored=self.unet.plan is Plan.FACTORED,
+            )
+            for context, seed in zip(contexts, seeds, strict=True)
+        ]
+        width = engine.max_batch // 2
+        for begin in range(0, len(samples), width):
+            for _ in range(self.steps):
+                self.check()
+                advance(engine, samples[begin : begin + width], self.unet.plan)
+        return torch.stack([sample.latents for sample in samples])
+
+    def pictures(self, contexts: Tensor, seeds: Sequence[int], rows: Rows) -> list[Image.Image]:
+        """Draw the pictures of contexts [n, tokens, width]."""
+        pixels = self.vae.decode(self.latents(contexts, seeds, rows))
+        return [Image.fromarray(picture, "RGB") for picture in pixels]
