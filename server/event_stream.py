@@ -62,6 +62,11 @@ class EventStream(Generic[T]):
         """True once `close` was called."""
         return self._closed
 
+    @property
+    def error(self) -> BaseException | None:
+        """What it was closed with."""
+        return self._error
+
     def __aiter__(self) -> AsyncIterator[T]:
         """Iterate the events; to be done once."""
         return self

@@ -22,6 +22,7 @@ class FakeEngine:
         self.factored = [False] * slots
         self.loads: list[int] = []
         self.calls: list[tuple[Plan, int]] = []
+        self.sizes: list[tuple[int, int]] = []
 
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Keep the sum of the row as the slot's mark."""
@@ -40,6 +41,7 @@ class FakeEngine:
         assert context.shape[0] == rows <= self.max_batch
         assert plan is Plan.FACTORED or not any(self.factored[int(slot)] for slot in adapter_index)
         self.calls.append((plan, rows))
+        self.sizes.append((latents.shape[2], latents.shape[3]))
         marks = torch.tensor([self.marks[int(slot)] for slot in adapter_index])
         shift = torch.tanh(context.mean(dim=(1, 2)) * 3) + timesteps / 1000 + marks
         return torch.tanh(0.5 * latents + shift.view(-1, 1, 1, 1))

@@ -1,0 +1,292 @@
+"""The step loop: what happens between two denoising steps, and the step itself.
+
+A picture joins the batch at a step when rows and a slot are free, and leaves it when it is done, cancelled, past its
+deadline or without its adapter; all of that is looked at before every step. Everything here belongs to one thread.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+
+import structlog
+
+from hueshift.adapters.errors import DeadlineExceeded, HueshiftError, NotFound, Reason
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.denoise import advance, start_sample
+from hueshift.engines.interface import UNetEngine
+from hueshift.engines.residency import SlotCache
+from hueshift.server.active_batch import ActiveBatch
+from hueshift.server.admission import Admission
+from hueshift.server.clock import Clock
+from hueshift.server.decode_stage import DecodeStage
+from hueshift.server.fair_queue import FairQueue
+from hueshift.server.metrics import Metrics
+from hueshift.server.pace import Pace, Size
+from hueshift.server.preparation import Preparation, Prepared
+from hueshift.server.ticket import Running, Ticket, as_ours, our_fault, outcome_of
+
+# Requests handed to the preparing threads at a time: enough to keep them busy, few enough that a newcomer is not stuck
+# behind one tenant's burst.
+_PREPARING = 4
+# Longest sleep while something waits; deadlines wake it earlier.
+_NAP_SECONDS = 1.0
+
+
+class StepLoop:
+    """The state of all accepted requests. `post` hands a call to the loop's thread, to be made before the next step."""
+
+    def __init__(
+        self,
+        engine: UNetEngine,
+        base: BaseModel,
+        slots: SlotCache,
+        preparation: Preparation,
+        preparers: Executor,
+        decoder: DecodeStage,
+        admission: Admission,
+        pace: Pace,
+        metrics: Metrics,
+        clock: Clock,
+        weights: Mapping[str, float],
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._engine, self._base, self._slots = engine, base, slots
+        self._preparation, self._preparers, self._decoder = preparation, preparers, decoder
+        self._admission, self._pace = admission, pace
+        self._metrics, self._clock, self._post = metrics, clock, post
+        self._log = structlog.get_logger()
+        self._live: dict[Ticket, None] = {}
+        self._queue: FairQueue[Ticket] = FairQueue(weights)
+        self._batch = ActiveBatch(engine.max_batch)
+        self._preparing = 0
+        self._when_idle: list[Future[None]] = []
+
+    def tick(self) -> None:
+        """Do what is due between two steps, then one step of one batch."""
+        self._sweep()
+        self._hand_out()
+        self._join()
+        self._step()
+        self._report()
+        if not self._live:
+            while self._when_idle:
+                self._when_idle.pop().set_result(None)
+
+    def accept(self, ticket: Ticket) -> None:
+        """Queue a request that admission let in."""
+        self._live[ticket] = None
+        self._queue.push(ticket.request.tenant, ticket, ticket.request.priority)
+
+    def drop(self, name: str, hashes: Sequence[str]) -> None:
+        """End the requests that use an adapter, and evict the rows made of its files."""
+        for ticket in self._live:
+            if any(adapter.name == name and adapter.weight != 0 for adapter in ticket.request.adapters):
+                ticket.end(NotFound(Reason.ADAPTER_DELETED, f"the adapter {name} has been deleted"))
+        self._sweep()
+        self._slots.drop(hashes)
+
+    def end_all(self, error: HueshiftError) -> None:
+        """End every request with `error`."""
+        for ticket in list(self._live):
+            ticket.end(error)
+            self._retire(ticket)
+
+    def tell_when_idle(self, idle: Future[None]) -> None:
+        """Resolve `idle` once no request is left."""
+        self._when_idle.append(idle)
+
+    def nap(self) -> float | None:
+        """Seconds to sleep when there is nothing to step and nobody posts; None: for ever."""
+        if self._batch:
+            return 0.0
+        if not self._live:
+            return None
+        soonest = min(ticket.request.deadline for ticket in self._live)
+        return min(_NAP_SECONDS, max(0.0, soonest - self._clock.monotonic()))
+
+    def work_of(self, rows: int, size: Size) -> float:
+        """UNet work of one step: rows times their latents' share of the native area."""
+        return rows * size[0] * size[1] / self._base.sample_size**2
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Requests alive, pictures in the batch, their UNet rows, requests being prepared."""
+        return len(self._live), len(self._batch), self._batch.rows, self._preparing
+
+    def _sweep(self) -> None:
+        """Let go of what has ended or whose time is over."""
+        now = self._clock.monotonic()
+        for ticket in list(self._live):
+            if now >= ticket.request.deadline and not ticket.ended:
+                ticket.end(
+                    DeadlineExceeded(Reason.DEADLINE_PASSED, "the deadline passed before the pictures were done")
+                )
+            if ticket.ended:
+                self._retire(ticket)
+
+    def _hand_out(self) -> None:
+        """Give the next requests in fair order to the preparing threads."""
+        if self._preparing >= _PREPARING or not len(self._queue):
+            return
+        # Prepared rows are memory: few per tenant when many wait.
+        depth = max(2, self._engine.max_batch // self._queue.tenants)
+        for ticket in self._queue.heads(depth):
+            if self._preparing >= _PREPARING:
+                return
+            if ticket.prepared is None and not ticket.preparing:
+                ticket.preparing = True
+                self._preparing += 1
+                future = self._preparers.submit(self._preparation.prepare, ticket.request, ticket.mix)
+                future.add_done_callback(partial(self._hand_back, ticket))
+
+    def _hand_back(self, ticket: Ticket, done: Future[Prepared]) -> None:
+        """Called by the thread that prepared it."""
+        self._post(partial(self._ready, ticket, done))
+
+    def _ready(self, ticket: Ticket, done: Future[Prepared]) -> None:
+        self._preparing -= 1
+        ticket.preparing = False
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is not None:
+            if not isinstance(error, HueshiftError):
+                self._log.error("preparation failed", request_id=ticket.request.request_id, exc_info=error)
+            ticket.end(as_ours(error, "preparing the request"))
+            return
+        ticket.prepared = done.result()
+        ticket.truncated = ticket.prepared.truncated
+
+    def _join(self) -> None:
+        """Let prepared pictures into the batch in fair order, as long as rows and slots are free."""
+        # Who is next but does not fit holds up those behind it that want the same, or it would wait for ever.
+        closed = self._decoder.backlog >= 2 * self._engine.max_batch
+        full: set[Size] = set()
+        slots_out = False
+
+        def fits(ticket: Ticket) -> bool:
+            nonlocal closed
+            if closed or ticket.prepared is None or ticket.size in full or (slots_out and ticket.mix):
+                return False
+            closed = not self._batch.fits(ticket.request.rows)
+            if not closed and not self._batch.fits(ticket.request.rows, ticket.size):
+                full.add(ticket.size)
+            return not closed and ticket.size not in full
+
+        while (ticket := self._queue.first(fits)) is not None:
+            try:
+                slots_out = not self._place(ticket) or slots_out
+            except Exception as error:  # The engine refused the row: it belongs to this request alone.
+                self._log.error("row refused", request_id=ticket.request.request_id, exc_info=error)
+                self._end(ticket, as_ours(error, "loading the adapters"))
+
+    def _place(self, ticket: Ticket) -> bool:
+        """Start one picture; return False if no slot is free for it."""
+        prepared, request = ticket.prepared, ticket.request
+        if prepared is None or not self._slots.fits(prepared.mix):
+            ticket.prepared = None
+            return True
+        now = self._clock.monotonic()
+        if now + self._pace.seconds_at_least(ticket.size, request.steps) > request.deadline:
+            waited = f"too little time was left after {now - ticket.accepted:.1f} s in the queue"
+            self._end(ticket, DeadlineExceeded(Reason.DEADLINE_PASSED, waited))
+            return True
+        slot = self._slots.acquire(prepared.mix)
+        if slot is None:
+            return False
+        index = ticket.waiting[0]
+        try:
+            sample = start_sample(
+                request.seeds[index],
+                (self._base.latent_channels, *ticket.size),
+                context=prepared.context,
+                guidance=request.guidance_scale,
+                table=prepared.table,
+                slot=slot,
+                needs_factored=prepared.mix.needs_factored,
+            )
+        except BaseException:
+            self._slots.release(ticket.mix)
+            raise
+        ticket.waiting.popleft()
+        self._batch.add(Running(ticket, index, sample, prepared, started=now))
+        self._admission.left(request.tenant, 1, ticket.work)
+        self._queue.charge(request.tenant, ticket.work)
+        if not ticket.waiting:
+            self._queue.remove(request.tenant, ticket)
+        stages = self._metrics.stage_seconds
+        stages.labels("queue").observe(now - ticket.accepted)
+        stages.labels("adapter_load").observe(prepared.adapter_seconds)
+        stages.labels("text").observe(prepared.text_seconds)
+        return True
+
+    def _step(self) -> None:
+        """Take one step of the batch whose turn it is."""
+        chosen = self._batch.choose()
+        if not chosen:
+            return
+        size, begin = chosen[0].size, self._clock.monotonic()
+        try:
+            plan = advance(self._engine, [running.sample for running in chosen])
+        except Exception as error:  # Whatever it was, it belongs to these requests, and the loop goes on.
+            self._log.error("engine failed", pictures=len(chosen), exc_info=error)
+            for ticket in {running.ticket: None for running in chosen}:
+                self._end(ticket, our_fault(error, "the engine"))
+            return
+        now = self._clock.monotonic()
+        rows = sum(running.sample.rows for running in chosen)
+        work = self.work_of(rows, size)
+        self._batch.charge(size, work)
+        self._pace.observe(size, work, now - begin)
+        self._metrics.step_seconds.labels(plan).observe(now - begin)
+        self._metrics.batch_rows.labels(plan).observe(rows)
+        self._metrics.batch_adapters.observe(len({running.sample.slot for running in chosen}))
+        steps: dict[Ticket, int] = {}
+        for running in chosen:
+            steps[running.ticket] = steps.get(running.ticket, 0) + 1
+            if plan not in running.plans:
+                running.plans.append(plan)
+            self._after_step(running, now)
+        for ticket, count in steps.items():
+            ticket.progress(count)
+
+    def _after_step(self, running: Running, now: float) -> None:
+        sample, request = running.sample, running.ticket.request
+        if sample.done:
+            running.finished = now
+            self._leave(running, "done")
+            self._metrics.stage_seconds.labels("denoise").observe(now - running.started)
+            self._decoder.put(running)
+        elif request.preview_interval and sample.step % request.preview_interval == 0:
+            self._decoder.put_preview(running)
+
+    def _report(self) -> None:
+        now = self._clock.monotonic()
+        oldest = min((ticket.accepted for ticket in self._live if ticket.waiting), default=now)
+        self._metrics.queue_depth.set(self._admission.waiting)
+        self._metrics.queue_oldest_seconds.set(now - oldest)
+        self._metrics.active_samples.set(len(self._batch))
+
+    def _end(self, ticket: Ticket, error: HueshiftError) -> None:
+        ticket.end(error)
+        self._retire(ticket)
+
+    def _retire(self, ticket: Ticket) -> None:
+        """Take an ended request out of everything."""
+        if ticket not in self._live:
+            return
+        del self._live[ticket]
+        tenant = ticket.request.tenant
+        outcome = outcome_of(ticket.stream.error)
+        for running in self._batch.of(ticket):
+            unused = 1 - running.sample.step / running.sample.table.steps
+            self._leave(running, outcome)
+            self._queue.charge(tenant, -ticket.work * unused)
+        self._admission.left(tenant, len(ticket.waiting), ticket.work)
+        ticket.waiting.clear()
+        self._queue.remove(tenant, ticket)
+
+    def _leave(self, running: Running, outcome: str) -> None:
+        self._batch.remove(running)
+        self._slots.release(running.ticket.mix)
+        self._metrics.samples_ended.labels(outcome).inc()

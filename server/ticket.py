@@ -1,0 +1,106 @@
+"""An accepted request on its way through the scheduler, and its pictures that are being denoised."""
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+from hueshift.adapters.errors import Cancelled, DeadlineExceeded, HueshiftError, Internal, Reason
+from hueshift.engines.denoise import Sample
+from hueshift.engines.interface import Plan
+from hueshift.engines.residency import Mix, make_mix
+from hueshift.server.event_stream import EventStream
+from hueshift.server.generation import FinishedEvent, GenerationEvent, GenerationRequest, ImageEvent, ProgressEvent
+from hueshift.server.pace import Size
+from hueshift.server.preparation import Prepared
+
+
+class Ticket:
+    """One request. `size` is that of its latents (h, w); `work` the UNet work of one picture.
+
+    The step loop owns it; only `ended`, `end` and `send_image` may be used by other threads.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        stream: EventStream[GenerationEvent],
+        *,
+        size: Size,
+        work: float,
+        accepted: float,
+    ) -> None:
+        self.request = request
+        self.stream = stream
+        self.size = size
+        self.work = work
+        self.accepted = accepted
+        self.mix: Mix = make_mix(request.mix)
+        self.waiting = deque(range(len(request.seeds)))
+        self.preparing = False
+        self.prepared: Prepared | None = None
+        self.truncated = 0
+        self._steps_done = 0
+        self._images = 0
+        self._lock = threading.Lock()
+
+    @property
+    def ended(self) -> bool:
+        """True once the caller has got everything, or the error that ended it."""
+        return self.stream.closed
+
+    def end(self, error: BaseException | None = None) -> bool:
+        """End it; return False if it had ended before."""
+        return self.stream.close(error)
+
+    def progress(self, steps: int) -> None:
+        """Count and report steps of its pictures."""
+        self._steps_done += steps
+        of = self.request.steps * len(self.request.seeds)
+        self.stream.send(ProgressEvent(self._steps_done, of), slot="progress")
+
+    def send_image(self, event: ImageEvent, now: float) -> None:
+        """Send a finished picture; after the last one the request has ended."""
+        with self._lock:
+            self._images += 1
+            last = self._images == len(self.request.seeds)
+        self.stream.send(event)
+        if last:
+            self.stream.send(FinishedEvent(len(self.request.seeds), now - self.accepted, self.truncated))
+            self.end()
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """One picture in the batch. Times are the clock's monotonic seconds."""
+
+    ticket: Ticket
+    index: int
+    sample: Sample
+    prepared: Prepared
+    started: float
+    finished: float = 0.0
+    plans: list[Plan] = field(default_factory=list)
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the latents."""
+        return self.ticket.size
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """Return the metric label of how an unfinished picture left the batch."""
+    if error is None or isinstance(error, Cancelled):
+        return "cancelled"
+    return "deadline" if isinstance(error, DeadlineExceeded) else "failed"
+
+
+def as_ours(error: BaseException, what: str) -> HueshiftError:
+    """Return `error` if it is meant for the caller, else an Internal that keeps it as its cause."""
+    return error if isinstance(error, HueshiftError) else our_fault(error, what)
+
+
+def our_fault(error: BaseException, what: str) -> Internal:
+    """Return an Internal with `error` as its cause, for the log."""
+    internal = Internal(Reason.INTERNAL, f"{what} failed; the cause is in the server's log")
+    internal.__cause__ = error
+    return internal

@@ -1,0 +1,241 @@
+"""A scheduler over small fakes: an engine, a text stage and a VAE whose pictures tell prompt and adapters apart."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from fake_clock import FakeClock
+from fake_engine import FakeEngine
+from prometheus_client import CollectorRegistry
+from tiny_layout import BASE_HASH, lowrank_adapter, spectral_adapter, tiny_rows
+from torch import Tensor
+
+from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.errors import NotFound, Reason
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.noise_schedule import NoiseSchedule
+from hueshift.engines.pictures import PictureFormat
+from hueshift.engines.residency import HostCache, SlotCache
+from hueshift.engines.samplers import SamplerKind
+from hueshift.engines.text import TextResult, TextStage
+from hueshift.engines.vae import Pixels, VaeStage
+from hueshift.server.clock import Clock, SystemClock
+from hueshift.server.generation import (
+    AppliedAdapter,
+    FinishedEvent,
+    GenerationEvent,
+    GenerationHandle,
+    GenerationRequest,
+    ImageEvent,
+)
+from hueshift.server.metrics import Metrics
+from hueshift.server.residency_metrics import ResidencyMetrics
+from hueshift.server.scheduler import Scheduler
+
+T = TypeVar("T")
+WIDTH, TOKENS = 4, 3
+
+
+class FakeText:
+    """A context that depends on the prompt and the learned words."""
+
+    empty = torch.zeros(TOKENS, WIDTH)
+
+    def encode(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> TextResult:
+        """Draw a context from the prompt's hash."""
+        learned = sum(float(vector.sum()) for word, vector in sorted(tokens.items()))
+        return TextResult(
+            torch.stack([_context(prompt) + learned for prompt in prompts]), [len(p) // 50 for p in prompts]
+        )
+
+
+def _context(prompt: str) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
+    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)) if prompt else FakeText.empty
+
+
+class FakeVae:
+    """Pixels are the latents, scaled. `on_decode` runs before each batch and may raise."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.on_decode: Callable[[], None] = lambda: None
+
+    def decode(self, latents: Tensor) -> Pixels:
+        """Decode [n, 4, h, w] to [n, 8h, 8w, 3]."""
+        self.on_decode()
+        self.batches.append(latents.shape[0])
+        levels = (latents[:, :3].double() * 40 + 128).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return np.ascontiguousarray(levels.repeat_interleave(8, 1).repeat_interleave(8, 2).numpy())
+
+
+class InlineExecutor(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
+        """Run `fn` now."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Queue limits."""
+
+    queue_size: int = 1000
+    tenant_queue_size: int = 1000
+
+
+class AdapterFolder:
+    """Loads adapters by a hash that says what they are: `low-0.3` or `spec-0.3` is one of that mark."""
+
+    def __init__(self) -> None:
+        self.deleted: set[str] = set()
+        self.loads: list[str] = []
+
+    def load(self, content_hash: str) -> Adapter:
+        """Make the adapter; a deleted one is not found."""
+        self.loads.append(content_hash)
+        if content_hash in self.deleted:
+            raise NotFound(Reason.ADAPTER_DELETED, "the adapter has been deleted")
+        kind, _, mark = content_hash.partition("-")
+        tokens = {"sks": torch.full((1, WIDTH), float(mark))}
+        return lowrank_adapter(float(mark)) if kind == "low" else spectral_adapter(float(mark), tokens)
+
+
+def tiny_base() -> BaseModel:
+    """A base model of which the scheduler needs numbers only: native 64 x 64 pixels, 8 x 8 latents."""
+    rows, _, _ = tiny_rows(WIDTH)
+    schedule = NoiseSchedule.from_config({"steps_offset": 1, "set_alpha_to_one": False})
+    nothing = cast(Any, None)
+    return BaseModel(
+        name="tiny",
+        path=Path(),
+        base_hash=BASE_HASH,
+        unet=nothing,
+        vae=nothing,
+        text_encoder=nothing,
+        tokenizer=nothing,
+        schedule=schedule,
+        layout=rows.layout,
+        latent_channels=4,
+        latent_factor=8,
+        sample_size=8,
+        size_multiple=8,
+    )
+
+
+class Bench:
+    """A scheduler with everything around it. Without `start` nothing runs by itself: `turn` and `decode` do."""
+
+    def __init__(
+        self,
+        *,
+        slots: int = 8,
+        max_batch: int = 8,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        weights: Mapping[str, float] | None = None,
+        threads: bool = False,
+        engine: FakeEngine | None = None,
+    ) -> None:
+        self.clock = clock or (SystemClock() if threads else FakeClock())
+        self.metrics = Metrics(CollectorRegistry())
+        self.engine = engine or FakeEngine(slots=slots, max_batch=max_batch)
+        self.folder = AdapterFolder()
+        observer = ResidencyMetrics(self.metrics)
+        self.slots = SlotCache(self.engine, HostCache(self.folder.load, 10**6, observer), *tiny_rows(WIDTH), observer)
+        self.vae = FakeVae()
+        self.scheduler = Scheduler(
+            self.engine,
+            tiny_base(),
+            cast(TextStage, FakeText()),
+            cast(VaeStage, self.vae),
+            self.slots,
+            self.metrics,
+            self.clock,
+            limits or Limits(),
+            weights=weights,
+            preparers=None if threads else InlineExecutor(),
+        )
+        self._ids = itertools.count()
+
+    def request(
+        self, tenant: str = "a", adapters: Mapping[str, float] | None = None, **given: Any
+    ) -> GenerationRequest:
+        """A request with small defaults; `adapters` maps content hashes to weights."""
+        applied = tuple(
+            AppliedAdapter(f"tenants/{tenant}/adapters/{content_hash}", 1, content_hash, weight)
+            for content_hash, weight in (adapters or {}).items()
+        )
+        fields: dict[str, Any] = {
+            "request_id": f"r{next(self._ids)}",
+            "prompt": "a fox",
+            "negative_prompt": "",
+            "seeds": (1,),
+            "steps": 4,
+            "guidance_scale": 1.0,
+            "sampler": SamplerKind.DDIM,
+            "eta": 0.0,
+            "width": 64,
+            "height": 64,
+            "format": PictureFormat.PNG,
+            "preview_interval": 0,
+            "priority": 0,
+            "deadline": self.clock.monotonic() + 1000,
+        }
+        return GenerationRequest(tenant=tenant, adapters=applied, **(fields | given))
+
+    def submit(self, tenant: str = "a", adapters: Mapping[str, float] | None = None, **given: Any) -> GenerationHandle:
+        """Submit such a request."""
+        return self.scheduler.submit(self.request(tenant, adapters, **given))
+
+    def turn(self, times: int = 1) -> None:
+        """Run the step loop by hand. What the inline preparation hands back counts in the same turn."""
+        for _ in range(times):
+            self.scheduler.turn()
+
+    def decode(self) -> None:
+        """Decode what is finished."""
+        while self.scheduler._decoder.run_once():
+            pass
+
+    def run(self) -> None:
+        """Run until nothing is left."""
+        for _ in range(10_000):
+            self.turn()
+            self.decode()
+            if self.scheduler.snapshot().live == 0 and not self.scheduler._inbox:
+                return
+        raise AssertionError(self.scheduler.snapshot())
+
+    def value(self, name: str, **labels: str) -> float:
+        """Value of a metric sample."""
+        value = self.metrics.registry.get_sample_value(name, labels)
+        assert value is not None, name
+        return value
+
+
+async def collect(handle: GenerationHandle) -> list[GenerationEvent]:
+    """All events of a request."""
+    return [event async for event in handle.events()]
+
+
+async def images(handle: GenerationHandle) -> list[ImageEvent]:
+    """The pictures of a request, by index, after checking that Finished came last."""
+    events = await collect(handle)
+    found = sorted((event for event in events if isinstance(event, ImageEvent)), key=lambda event: event.index)
+    last = events[-1]
+    assert isinstance(last, FinishedEvent)
+    assert last.images == len(found)
+    return found
