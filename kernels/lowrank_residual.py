@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hueshift.kernels.checks import (
+    ALIGNMENT,
     HALF_TYPES,
     REFERENCE_TYPES,
     check_contiguous,
@@ -26,6 +27,8 @@ from hueshift.kernels.tiles import blocks
 MAX_RANK = 128
 # Below this many tokens in all, one program per block of tokens would leave multiprocessors idle.
 FEW_TOKENS = 8192
+SHRINK_STEPS = ("in_features", "a_slot", "x_sample", "x_token")
+EXPAND_STEPS = ("out_features", "b_slot", "y_sample", "y_token")
 
 
 def lowrank_residual(
@@ -111,18 +114,9 @@ def launches(
     rank = a.shape[1]
     # The tensor cores take sums of at least 16.
     padded = max(16, 1 << (rank - 1).bit_length())
-    shared = {
-        "a_ptr": a,
-        "b_ptr": b,
-        "index_ptr": index,
-        "scales_ptr": scales,
-        # A tensor must be passed even where the mask is compiled out.
-        "mask_ptr": scales if mask is None else mask,
-        "tokens": tokens,
+    steps = {
         "in_features": x.shape[2],
         "out_features": out_features,
-        "rank": rank,
-        "slots": a.shape[0],
         "a_slot": a.stride(0),
         "b_slot": b.stride(0),
         "x_sample": x.stride(0),
@@ -130,24 +124,32 @@ def launches(
         "y_sample": y.stride(0),
         "y_token": y.stride(1),
     }
-    constants = {name: config[name] for name in ("BLOCK_T", "BLOCK_I", "BLOCK_O")}
-    constants |= {"RANK": padded, "MASKED": mask is not None}
+    # Triton learns only of multiples of 16 by itself, and slabs are multiples of 8 elements: one 16-byte load.
+    aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (y, x, a, b))
+    vector = 8 if aligned and all(step % 8 == 0 for step in steps.values()) else 1
+    divided = {name: step // vector for name, step in steps.items()}
+    shared = {"index_ptr": index, "tokens": tokens, "rank": rank, "slots": a.shape[0]}
+    shrink = {"x_ptr": x, "a_ptr": a, **{name: divided[name] for name in SHRINK_STEPS}}
+    # A tensor must be passed even where the mask is compiled out.
+    factors = {"scales_ptr": scales, "mask_ptr": scales if mask is None else mask}
+    expand = {"y_ptr": y, "b_ptr": b, **factors, **{name: divided[name] for name in EXPAND_STEPS}}
+    sizes = {"VECTOR": vector, "RANK": padded, "BLOCK_T": config["BLOCK_T"]}
+    inner = {"BLOCK_I": config["BLOCK_I"]}
+    outer = {"BLOCK_O": config["BLOCK_O"], "MASKED": mask is not None}
     token_blocks = samples * blocks(tokens, config["BLOCK_T"])
-    wanted = multiprocessors(y.device) * config.programs_per_sm
-    out_blocks = blocks(out_features, config["BLOCK_O"])
-    out_splits = min(out_blocks, max(1, wanted // max(1, token_blocks)))
-    grid = (token_blocks, out_splits)
+    # Few tokens: several programs share them, each with a slice of the features, until the GPU is full.
+    sharing = max(1, multiprocessors(y.device) * config.programs_per_sm // max(1, token_blocks))
+    grid = (token_blocks, min(sharing, blocks(out_features, config["BLOCK_O"])))
+    warps, stages = config.num_warps, config.num_stages
     if config["FUSED"]:
-        arguments = {"y_ptr": y, "x_ptr": x, **shared}
-        return [Launch(_residual_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]
-    in_splits = min(blocks(x.shape[2], config["BLOCK_I"]), max(1, wanted // max(1, token_blocks)))
-    shrunk = torch.empty(in_splits, samples, tokens, padded, dtype=torch.float32, device=y.device)
-    first = {"shrunk_ptr": shrunk, "x_ptr": x, "samples": samples, **shared}
-    second = {"shrunk_ptr": shrunk, "y_ptr": y, "samples": samples, **shared}
-    expand = {**constants, "IN_SPLITS": in_splits}
+        together = {**shared, **shrink, **expand}
+        return [Launch(_residual_kernel, grid, together, {**sizes, **inner, **outer}, warps, stages)]
+    splits = min(sharing, blocks(x.shape[2], config["BLOCK_I"]))
+    shrunk = torch.empty(splits, samples, tokens, padded, dtype=torch.float32, device=y.device)
+    between = {"shrunk_ptr": shrunk, "samples": samples, **shared}
     return [
-        Launch(_shrink_kernel, (token_blocks, in_splits), first, constants, config.num_warps, config.num_stages),
-        Launch(_expand_kernel, grid, second, expand, config.num_warps, config.num_stages),
+        Launch(_shrink_kernel, (token_blocks, splits), {**between, **shrink}, {**sizes, **inner}, warps, stages),
+        Launch(_expand_kernel, grid, {**between, **expand}, {**sizes, **outer, "IN_SPLITS": splits}, warps, stages),
     ]
 
 
@@ -197,65 +199,67 @@ def _factor(scales_ptr: tl.tensor, mask_ptr: tl.tensor, slot: tl.tensor, sample:
 
 
 @jit
-def _residual_kernel(y_ptr: tl.tensor, x_ptr: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor, index_ptr: tl.tensor,
-                     scales_ptr: tl.tensor, mask_ptr: tl.tensor, tokens: tl.tensor, in_features: tl.tensor,
-                     out_features: tl.tensor, rank: tl.tensor, slots: tl.tensor, a_slot: tl.tensor, b_slot: tl.tensor,
-                     x_sample: tl.tensor, x_token: tl.tensor, y_sample: tl.tensor, y_token: tl.tensor,
-                     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, RANK: tl.constexpr,
+def _place(index_ptr: tl.tensor, tokens: tl.tensor, BLOCK_T: tl.constexpr) -> tl.tensor:
+    # The sample, its slot and the tokens of this program.
+    token_blocks = tl.cdiv(tokens, BLOCK_T)
+    sample = (tl.program_id(0) // token_blocks).to(tl.int64)
+    slot = tl.load(index_ptr + sample).to(tl.int64)
+    return sample, slot, tl.program_id(0) % token_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+
+
+@jit
+def _residual_kernel(index_ptr: tl.tensor, tokens: tl.tensor, rank: tl.tensor, slots: tl.tensor,
+                     x_ptr: tl.tensor, a_ptr: tl.tensor, in_features: tl.tensor, a_slot: tl.tensor,
+                     x_sample: tl.tensor, x_token: tl.tensor, y_ptr: tl.tensor, b_ptr: tl.tensor,
+                     scales_ptr: tl.tensor, mask_ptr: tl.tensor, out_features: tl.tensor, b_slot: tl.tensor,
+                     y_sample: tl.tensor, y_token: tl.tensor, VECTOR: tl.constexpr, RANK: tl.constexpr,
+                     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
                      MASKED: tl.constexpr) -> None:  # fmt: skip
     # Both products in one launch: the shrunk tokens never leave registers. Programs that share tokens redo the shrink.
-    token_blocks = tl.cdiv(tokens, BLOCK_T)
-    sample = (tl.program_id(0) // token_blocks).to(tl.int64)
-    slot = tl.load(index_ptr + sample).to(tl.int64)
+    sample, slot, token = _place(index_ptr, tokens, BLOCK_T)
     if (slot >= 0) & (slot < slots):
-        token = tl.program_id(0) % token_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-        shrunk = _shrink(x_ptr + sample * x_sample, a_ptr + slot * a_slot, token, tokens, x_token, 0, in_features,
-                         in_features, rank, BLOCK_T, BLOCK_I, RANK)  # fmt: skip
+        x = x_ptr + sample * (x_sample * VECTOR)
+        a = a_ptr + slot * (a_slot * VECTOR)
+        width = in_features * VECTOR
+        shrunk = _shrink(x, a, token, tokens, x_token * VECTOR, 0, width, width, rank, BLOCK_T, BLOCK_I, RANK)
         factor = _factor(scales_ptr, mask_ptr, slot, sample, token, tokens, BLOCK_T, MASKED)
-        _expand(y_ptr + sample * y_sample, b_ptr + slot * b_slot, shrunk, factor, token, tokens, y_token,
-                out_features, rank, BLOCK_O, RANK)  # fmt: skip
+        y = y_ptr + sample * (y_sample * VECTOR)
+        b = b_ptr + slot * (b_slot * VECTOR)
+        _expand(y, b, shrunk, factor, token, tokens, y_token * VECTOR, out_features * VECTOR, rank, BLOCK_O, RANK)
 
 
 @jit
-def _shrink_kernel(shrunk_ptr: tl.tensor, x_ptr: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor, index_ptr: tl.tensor,
-                   scales_ptr: tl.tensor, mask_ptr: tl.tensor, samples: tl.tensor, tokens: tl.tensor,
-                   in_features: tl.tensor, out_features: tl.tensor, rank: tl.tensor, slots: tl.tensor,
-                   a_slot: tl.tensor, b_slot: tl.tensor, x_sample: tl.tensor, x_token: tl.tensor, y_sample: tl.tensor,
-                   y_token: tl.tensor, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
-                   RANK: tl.constexpr, MASKED: tl.constexpr) -> None:  # fmt: skip
+def _shrink_kernel(shrunk_ptr: tl.tensor, samples: tl.tensor, index_ptr: tl.tensor, tokens: tl.tensor,
+                   rank: tl.tensor, slots: tl.tensor, x_ptr: tl.tensor, a_ptr: tl.tensor, in_features: tl.tensor,
+                   a_slot: tl.tensor, x_sample: tl.tensor, x_token: tl.tensor, VECTOR: tl.constexpr,
+                   RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr) -> None:  # fmt: skip
     # One slice of the input features; slices are summed by the expand kernel, in a fixed order.
-    token_blocks = tl.cdiv(tokens, BLOCK_T)
-    sample = (tl.program_id(0) // token_blocks).to(tl.int64)
-    slot = tl.load(index_ptr + sample).to(tl.int64)
+    sample, slot, token = _place(index_ptr, tokens, BLOCK_T)
     if (slot >= 0) & (slot < slots):
-        token = tl.program_id(0) % token_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-        width = tl.cdiv(tl.cdiv(in_features, BLOCK_I), tl.num_programs(1)) * BLOCK_I
-        begin = tl.program_id(1) * width
-        end = tl.minimum(begin + width, in_features)
-        shrunk = _shrink(x_ptr + sample * x_sample, a_ptr + slot * a_slot, token, tokens, x_token, begin, end,
-                         in_features, rank, BLOCK_T, BLOCK_I, RANK)  # fmt: skip
-        row = (tl.program_id(1) * samples + sample) * tokens + token
-        tl.store(shrunk_ptr + row[:, None] * RANK + tl.arange(0, RANK)[None, :], shrunk,
-                 mask=(token < tokens)[:, None])  # fmt: skip
+        x = x_ptr + sample * (x_sample * VECTOR)
+        a = a_ptr + slot * (a_slot * VECTOR)
+        width = in_features * VECTOR
+        slice_width = tl.cdiv(tl.cdiv(width, BLOCK_I), tl.num_programs(1)) * BLOCK_I
+        begin = tl.program_id(1) * slice_width
+        end = tl.minimum(begin + slice_width, width)
+        shrunk = _shrink(x, a, token, tokens, x_token * VECTOR, begin, end, width, rank, BLOCK_T, BLOCK_I, RANK)
+        at = ((tl.program_id(1) * samples + sample) * tokens + token)[:, None] * RANK + tl.arange(0, RANK)[None, :]
+        tl.store(shrunk_ptr + at, shrunk, mask=(token < tokens)[:, None])
 
 
 @jit
-def _expand_kernel(shrunk_ptr: tl.tensor, y_ptr: tl.tensor, a_ptr: tl.tensor, b_ptr: tl.tensor, index_ptr: tl.tensor,
-                   scales_ptr: tl.tensor, mask_ptr: tl.tensor, samples: tl.tensor, tokens: tl.tensor,
-                   in_features: tl.tensor, out_features: tl.tensor, rank: tl.tensor, slots: tl.tensor,
-                   a_slot: tl.tensor, b_slot: tl.tensor, x_sample: tl.tensor, x_token: tl.tensor, y_sample: tl.tensor,
-                   y_token: tl.tensor, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
-                   RANK: tl.constexpr, MASKED: tl.constexpr, IN_SPLITS: tl.constexpr) -> None:  # fmt: skip
-    token_blocks = tl.cdiv(tokens, BLOCK_T)
-    sample = (tl.program_id(0) // token_blocks).to(tl.int64)
-    slot = tl.load(index_ptr + sample).to(tl.int64)
+def _expand_kernel(shrunk_ptr: tl.tensor, samples: tl.tensor, index_ptr: tl.tensor, tokens: tl.tensor,
+                   rank: tl.tensor, slots: tl.tensor, y_ptr: tl.tensor, b_ptr: tl.tensor, scales_ptr: tl.tensor,
+                   mask_ptr: tl.tensor, out_features: tl.tensor, b_slot: tl.tensor, y_sample: tl.tensor,
+                   y_token: tl.tensor, VECTOR: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr,
+                   BLOCK_O: tl.constexpr, MASKED: tl.constexpr, IN_SPLITS: tl.constexpr) -> None:  # fmt: skip
+    sample, slot, token = _place(index_ptr, tokens, BLOCK_T)
     if (slot >= 0) & (slot < slots):
-        token = tl.program_id(0) % token_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
         shrunk = tl.zeros((BLOCK_T, RANK), tl.float32)
         for split in tl.range(IN_SPLITS):
-            row = (split * samples + sample) * tokens + token
-            shrunk += tl.load(shrunk_ptr + row[:, None] * RANK + tl.arange(0, RANK)[None, :],
-                              mask=(token < tokens)[:, None], other=0.0)  # fmt: skip
+            at = ((split * samples + sample) * tokens + token)[:, None] * RANK + tl.arange(0, RANK)[None, :]
+            shrunk += tl.load(shrunk_ptr + at, mask=(token < tokens)[:, None], other=0.0)
         factor = _factor(scales_ptr, mask_ptr, slot, sample, token, tokens, BLOCK_T, MASKED)
-        _expand(y_ptr + sample * y_sample, b_ptr + slot * b_slot, shrunk, factor, token, tokens, y_token,
-                out_features, rank, BLOCK_O, RANK)  # fmt: skip
+        y = y_ptr + sample * (y_sample * VECTOR)
+        b = b_ptr + slot * (b_slot * VECTOR)
+        _expand(y, b, shrunk, factor, token, tokens, y_token * VECTOR, out_features * VECTOR, rank, BLOCK_O, RANK)
