@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests benchmarks examples proto/generate.py deploy
+	$(BIN)/mypy tests benchmarks proto/generate.py deploy docs/tables.py
 	PYTHONPATH=.typing $(BIN)/lint-imports
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf lint
 	$(BIN)/python -P deploy/check.py

@@ -1,29 +1,19 @@
 """The checked-in stubs are what the .proto files give, and every part of the contract is importable and typed."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 PROTO = Path(__file__).resolve().parent.parent / "proto"
-
-
-def _load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hueshift_proto_generate", PROTO / "generate.py")
-    if spec is None or spec.loader is None:
-        pytest.fail("proto/generate.py is missing")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_stubs_are_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # protoc finds the mypy plugins beside the interpreter, whether or not the environment is activated.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    _load_generator().generate_stubs(tmp_path)
+    load_script("proto/generate.py").generate_stubs(tmp_path)
     fresh = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.py*"))
     kept = sorted(path.relative_to(PROTO) for path in (PROTO / "hueshift").rglob("*_pb2*.py*") if path.suffix != ".pyc")
     assert fresh == kept

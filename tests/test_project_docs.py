@@ -1,0 +1,28 @@
+"""README's tables are what the code says, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+from scripts import load_script
+
+from hueshift.adapters.errors import Reason
+
+PROJECT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), PROJECT / "models" / "README.md"])
+
+
+def test_readme_tables_are_up_to_date() -> None:
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert load_script("docs/tables.py").render(text) == text, "run `python -P docs/tables.py`"
+
+
+def test_every_reason_has_a_meaning() -> None:
+    assert set(load_script("docs/tables.py").MEANINGS) == set(Reason)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
