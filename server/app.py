@@ -11,7 +11,7 @@ from hueshift.engines.build import EngineOptions, build_engine
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
 from hueshift.server.services import ServiceSet, ServingParts
-from hueshift.server.settings import Settings
+from hueshift.server.settings import EngineSettings, Settings
 from hueshift.server.store.stores import Stores
 
 Progress = Callable[[str, int, int], None]
@@ -25,7 +25,7 @@ def build_services(
     Raises what loading the base model and building the engine raise.
     """
     torch.set_num_threads(settings.engine.threads or os.cpu_count() or 1)
-    base = load_base_model(settings.model.path)
+    base = load_base_model(settings.model.path, device=base_device(settings.engine))
     engine = build_engine(
         base,
         engine_options(settings),
@@ -44,6 +44,18 @@ def build_services(
     )
     parts = ServingParts(base, engine, engine.rows, engine.factors, engine.norms)
     return ServiceSet(settings, stores, metrics, clock, parts)
+
+
+def base_device(engine: EngineSettings) -> str:
+    """Return where the base model goes: a CUDA device if one is there and the settings let the engine run on it.
+
+    A device that is named but absent is left for the engine to refuse.
+    """
+    if engine.kind == "onnxruntime" or not torch.cuda.is_available():
+        return "cpu"
+    devices = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    wanted = "cuda" if engine.device == "auto" else engine.device
+    return wanted if wanted in devices else "cpu"
 
 
 def engine_options(settings: Settings) -> EngineOptions:

@@ -140,8 +140,12 @@ def _wrap(
 
 def _as_coroutine(handler: "grpc.RpcMethodHandler[Any, Any]") -> Callable[[Any, Context], Awaitable[Any]]:
     inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    if inspect.iscoroutinefunction(inner):
+        coroutine: Callable[[Any, Context], Awaitable[Any]] = inner
+        return coroutine
     if not inspect.isasyncgenfunction(inner):
-        return inner  # type: ignore[no-any-return]
+        # What generated code puts where a service leaves a method of the contract out.
+        return _refuse_unknown
 
     async def drive(request: Any, context: Context) -> None:
         async with aclosing(inner(request, context)) as responses:

@@ -111,7 +111,8 @@ async def running(settings: Settings, *, warm: bool = True) -> AsyncIterator[tup
     server.built.set()
     task = server.run()
     assert server.ready is not None
-    await asyncio.wait({task, server.ready}, return_when=asyncio.FIRST_COMPLETED)
+    either: set[asyncio.Future[Any]] = {task, server.ready}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         await task
     try:
