@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from hueshift.adapters.errors import (
@@ -36,8 +36,9 @@ _POOL_OVERFLOW = 32
 _WRITE_OPTION = "hueshift_write"
 _CLOCK_OPTION = "hueshift_clock"
 _BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-# Postgres: serialization failure, deadlock, shutting down, cannot connect now.
-_RETRY_STATES = frozenset({"40001", "40P01", "57P01", "57P03"})
+# Postgres: serialization failure, deadlock, too many connections, shutting down, cannot connect now.
+_RETRY_STATES = frozenset({"40001", "40P01", "53300", "57P01", "57P03"})
+_DISK_FULL_STATE = "53100"
 
 
 class Database:
@@ -220,13 +221,15 @@ def _translated() -> Iterator[None]:
 
 
 def _known(error: DBAPIError) -> HueshiftError | None:
-    code = _sqlite_code(error)
+    code, state = _sqlite_code(error), getattr(error.orig, "sqlstate", None)
     if code is not None and code & 0xFF in _BUSY_CODES:
         return _unavailable("its writers kept it busy")
-    if code == sqlite3.SQLITE_FULL:
+    if code == sqlite3.SQLITE_FULL or state == _DISK_FULL_STATE:
         return ResourceExhausted(Reason.STORE_FULL, "the disk of the store is full; free space and try again")
-    if error.connection_invalidated or getattr(error.orig, "sqlstate", None) in _RETRY_STATES:
-        return _unavailable("the connection was lost")
+    # A Postgres server that cannot be reached gives neither a code nor a state.
+    unreachable = isinstance(error, OperationalError) and code is None and state is None
+    if error.connection_invalidated or state in _RETRY_STATES or unreachable:
+        return _unavailable("there is no connection")
     return None
 
 

@@ -1,0 +1,178 @@
+"""The same stores on Postgres, where several hosts share them. Skips without psycopg or Postgres' own programs."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from small_store import HandClock, SmallStore
+from sqlalchemy import create_engine, text, update
+
+from hueshift.adapters.errors import FailedPrecondition, NotFound, Reason, Unavailable
+from hueshift.server.store.adapter_store import AdapterStore
+from hueshift.server.store.blobs import BlobStore
+from hueshift.server.store.database import Database
+from hueshift.server.store.idempotency import recall, remember
+from hueshift.server.store.keys import KeyStore
+from hueshift.server.store.tables import schema
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The URL of a Postgres of our own, without the name of the database."""
+    pytest.importorskip("psycopg", reason="psycopg, the driver of Postgres, is not installed")
+    initdb, pg_ctl = shutil.which("initdb"), shutil.which("pg_ctl")
+    if initdb is None or pg_ctl is None:
+        pytest.skip("initdb and pg_ctl of Postgres are not on the path")
+    # Postgres refuses to run as root.
+    user = None
+    if os.geteuid() == 0:
+        if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
+            pytest.skip("Postgres does not run as root, and there is no user postgres")
+        user = "postgres"
+    with tempfile.TemporaryDirectory() as folder:
+        if user is not None:
+            shutil.chown(folder, user)
+        data, port = f"{folder}/data", _free_port()
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        for command in (
+            [initdb, "-D", data, "-U", "hueshift", "--auth=trust", "-N"],
+            [pg_ctl, "-D", data, "-o", options, "-l", f"{folder}/log", "-w", "start"],
+        ):
+            subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        yield f"postgresql+psycopg://hueshift@127.0.0.1:{port}"
+        stop = [pg_ctl, "-D", data, "-m", "immediate", "stop"]
+        subprocess.run(stop, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def url(server: str) -> str:
+    """The URL of an empty database."""
+    engine = create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text("DROP DATABASE IF EXISTS store WITH (FORCE)"))
+        connection.execute(text("CREATE DATABASE store"))
+    engine.dispose()
+    return f"{server}/store"
+
+
+@pytest.fixture
+def hosts(url: str, tmp_path: Path) -> Iterator[list[SmallStore]]:
+    """Four servers on one database and one folder."""
+    clock, blobs = HandClock(1795157789.644136), BlobStore(tmp_path / "adapters")
+    found: list[SmallStore] = []
+
+    def join() -> None:
+        database = Database(url, clock)
+        found.append(SmallStore(tmp_path, clock, database, blobs, AdapterStore(database, blobs, clock)))
+
+    # All of them meet at the empty database.
+    at_once([join] * 4)
+    yield found
+    found[0].check()
+    for host in found:
+        host.database.close()
+
+
+def at_once(works: list[Callable[[], object]]) -> None:
+    """Run each in its own thread; raise what the first of them raised."""
+    failures: list[BaseException] = []
+
+    def run(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:  # a thread's failure must reach the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_adapters_live_as_on_sqlite(hosts: list[SmallStore]) -> None:
+    store = hosts[0]
+    assert [store.publish(job_id="j").revision, store.publish(seed=1).revision, store.publish(job_id="j").revision] == [
+        1,
+        2,
+        1,
+    ]
+    store.adapters.update("acme", "fox", labels={"a.b/c": "q'\"", "x": "1"})
+    assert len(store.adapters.list("acme", labels={"a.b/c": "q'\"", "x": "1"}).adapters) == 1
+    assert store.adapters.list("acme", labels={"x": "2"}).adapters == ()
+    for n in range(5):
+        store.clock.now += 0.001
+        store.publish(adapter_id=f"a{n}")
+    seen, token = [], ""
+    while True:
+        page = store.adapters.list("acme", 2, token)
+        seen += [record.adapter_id for record in page.adapters]
+        token = page.next_token
+        if not token:
+            break
+    assert seen == ["a4", "a3", "a2", "a1", "a0", "fox"]
+    store.adapters.set_pinned("acme", "fox", True)
+    assert [record.adapter_id for record in hosts[1].adapters.pinned()] == ["fox"]
+    with pytest.raises(NotFound):
+        store.adapters.revision("acme", "fox", 10**30)
+    assert hosts[2].adapters.delete("acme", "fox").revisions == 2
+    keys = KeyStore(store.database, store.clock)
+    key_id, secret = keys.create("acme", "label")
+    assert KeyStore(hosts[3].database, store.clock).verify(secret) == "acme"
+    assert keys.revoke(key_id)
+
+
+def test_hosts_publish_and_delete_equal_bytes_at_once(hosts: list[SmallStore]) -> None:
+    def come_and_go(host: SmallStore, tenant: str) -> None:
+        for _ in range(10):
+            host.publish(tenant)
+            host.adapters.open_file(host.adapters.revision(tenant, "fox").content_hash).close()
+            host.publish("shared", "same", seed=3)
+            host.adapters.delete(tenant, "fox")
+
+    at_once([partial(come_and_go, host, f"tenant{n}") for n, host in enumerate(hosts)])
+    assert hosts[0].adapters.get("shared", "same").revision == 40
+    assert set(hosts[0].files()) == hosts[0].named()
+
+
+def test_a_key_used_on_every_host_at_once_works_once(hosts: list[SmallStore]) -> None:
+    done: list[int] = []
+
+    def once(host: SmallStore, number: int) -> None:
+        with host.database.write() as connection:
+            if recall(connection, "acme", "Method", "key", "hash") is None:
+                time.sleep(0.05)
+                remember(connection, "acme", "Method", "key", "hash", {"number": number})
+                done.append(number)
+
+    at_once([partial(once, host, n) for n, host in enumerate(hosts)])
+    assert len(done) == 1
+
+
+def test_another_schema_and_an_absent_server_are_told_apart(hosts: list[SmallStore], url: str) -> None:
+    with hosts[0].database.write() as connection:
+        connection.execute(update(schema).values(version=9))
+    with pytest.raises(FailedPrecondition, match="version 9") as wrong:
+        Database(url, HandClock())
+    assert wrong.value.reason is Reason.STORE_SCHEMA
+    with pytest.raises(Unavailable) as absent:
+        Database(f"postgresql+psycopg://hueshift@127.0.0.1:{_free_port()}/store", HandClock())
+    assert absent.value.reason is Reason.STORE_UNAVAILABLE
