@@ -1,0 +1,173 @@
+"""Choose and build the engine of a deployment."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, Protocol
+
+import structlog
+import torch
+from torch import Tensor
+
+from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.interface import Plan, UNetEngine
+from hueshift.engines.parity import OnParity, check_parity
+from hueshift.engines.rows import RowLayout, read_norms
+from hueshift.engines.svd_cache import SpectralFactors, load_factors
+from hueshift.engines.torch_engine import TorchEngine
+
+EngineKind = Literal["auto", "onnxruntime", "torch"]
+_ONNX_MODULES = ("onnxruntime", "onnx", "onnxscript")
+_log = structlog.get_logger()
+
+BuildProgress = Callable[[str, int, int], None]
+"""progress(stage, done, total); stages are `decompose`, `export dense`, `export factored` and `check`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What the operator sets; the defaults are those of server/settings.py, where each is described."""
+
+    cache_dir: Path
+    kind: EngineKind = "auto"
+    device: str = "auto"
+    threads: int = 0
+    slots: int = 64
+    max_batch: int = 16
+    lowrank_rank: int = 16
+    lowrank_targets: tuple[str, ...] = ("proj_out",)
+    parity_bound: float = 1e-3
+
+
+class AdapterEngine(UNetEngine, Protocol):
+    """A UNet engine together with what composing rows for it needs."""
+
+    rows: RowLayout
+    factors: SpectralFactors
+    norms: Mapping[str, Tensor]
+
+
+def build_engine(
+    base: BaseModel,
+    options: EngineOptions,
+    *,
+    progress: BuildProgress | None = None,
+    on_parity: OnParity | None = None,
+) -> AdapterEngine:
+    """Build the engine for `base`: decompose its weights, export its graphs, and check them, all cached on disk.
+
+    `on_parity` receives the error of each exported graph. Raises FailedPrecondition (ENGINE_UNAVAILABLE,
+    ENGINE_PARITY) or InvalidArgument (SETTINGS_INVALID, MODEL_UNSUPPORTED).
+    """
+    device = choose_device(options.device, base)
+    kind = choose_kind(options.kind, device, _is_installed)
+    report = progress or (lambda stage, done, total: None)
+    rows = RowLayout(base.layout, options.lowrank_targets, options.lowrank_rank)
+    factors = load_factors(base, options.cache_dir, lambda done, total: report("decompose", done, total))
+    norms = read_norms(base.layout, lambda name: base.unet.get_parameter(f"{name}.weight"))
+    _log.info("engine_chosen", engine=kind, device=str(device), spectral=rows.spectral_size, lowrank=rows.lowrank_size)
+    if kind == "torch":
+        if device.type == "cpu" and options.threads:
+            torch.set_num_threads(options.threads)
+        return TorchEngine(base, factors, rows, norms, slots=options.slots, max_batch=options.max_batch, device=device)
+    return _build_onnx(base, options, rows, factors, norms, report, on_parity)
+
+
+def choose_device(wanted: str, base: BaseModel) -> torch.device:
+    """The device of the UNet: where the base model lies for `auto`, else the one named.
+
+    Raises FailedPrecondition (ENGINE_UNAVAILABLE) if there is no such device.
+    """
+    if wanted == "auto":
+        return next(base.unet.parameters()).device
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FailedPrecondition(
+            Reason.ENGINE_UNAVAILABLE,
+            f"engine.device {wanted!r} cannot be used here ({str(error).splitlines()[0]}); give auto, cpu or cuda[:N]",
+        ) from error
+    return device
+
+
+def choose_kind(kind: str, device: torch.device, is_installed: Callable[[str], bool]) -> str:
+    """`torch` or `onnxruntime`. `auto` is onnxruntime on a CPU if it is installed, else torch.
+
+    Raises FailedPrecondition (ENGINE_UNAVAILABLE) if onnxruntime was asked for and its packages are missing, or
+    InvalidArgument (SETTINGS_INVALID) if it was asked for on another device than the CPU.
+    """
+    missing = [module for module in _ONNX_MODULES if not is_installed(module)]
+    if kind == "torch" or (kind == "auto" and device.type != "cpu"):
+        return "torch"
+    if kind == "auto":
+        if missing:
+            _log.warning("engine_slow", engine="torch", missing=missing, install="hueshift[onnx]")
+            return "torch"
+        return "onnxruntime"
+    if kind != "onnxruntime":
+        raise InvalidArgument.for_field(
+            "engine.kind", f"{kind!r} is no engine; give auto, onnxruntime or torch", Reason.SETTINGS_INVALID
+        )
+    if device.type != "cpu":
+        raise InvalidArgument.for_field(
+            "engine.kind", f"onnxruntime runs on the CPU only, not on {device}; give torch", Reason.SETTINGS_INVALID
+        )
+    if missing:
+        raise FailedPrecondition(
+            Reason.ENGINE_UNAVAILABLE,
+            f"engine.kind is onnxruntime, but {', '.join(missing)} is not installed; install the extra "
+            "`hueshift[onnx]`, or set engine.kind to torch",
+        )
+    return "onnxruntime"
+
+
+def _build_onnx(
+    base: BaseModel,
+    options: EngineOptions,
+    rows: RowLayout,
+    factors: SpectralFactors,
+    norms: Mapping[str, Tensor],
+    report: BuildProgress,
+    on_parity: OnParity | None,
+) -> AdapterEngine:
+    # The packages of the onnx extra may be absent; choose_kind has looked.
+    from hueshift.engines.onnx_engine import OnnxEngine
+    from hueshift.engines.onnx_export import export_graph
+
+    graphs: dict[Plan, Path] = {}
+    for plan in OnnxEngine.plans:
+
+        def exporting(done: int, total: int, stage: str = f"export {plan}") -> None:
+            report(stage, done, total)
+
+        graphs[plan] = export_graph(base, factors, rows, plan, options.cache_dir, exporting)
+    engine = OnnxEngine(
+        base,
+        factors,
+        rows,
+        norms,
+        graphs,
+        slots=options.slots,
+        max_batch=options.max_batch,
+        threads=options.threads,
+    )
+    report("check", 0, 1)
+    check_parity(
+        engine.run_graph,
+        engine.plans,
+        base=base,
+        factors=factors,
+        rows=rows,
+        norms=norms,
+        bound=options.parity_bound,
+        on_parity=on_parity,
+    )
+    report("check", 1, 1)
+    return engine
+
+
+def _is_installed(module: str) -> bool:
+    return find_spec(module) is not None

@@ -1,0 +1,87 @@
+"""Compare an engine's graphs with torch before they serve anyone."""
+
+from collections.abc import Callable, Mapping
+
+import structlog
+import torch
+from torch import Tensor
+
+from hueshift.adapters.errors import FailedPrecondition, Reason
+from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.interface import Plan
+from hueshift.engines.rows import RowLayout
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.torch_engine import example_inputs
+
+_ROWS = 3
+_SEED = 20_260
+_log = structlog.get_logger()
+
+RunGraph = Callable[[Plan, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+OnParity = Callable[[Plan, float], None]
+
+
+def check_parity(
+    run_graph: RunGraph,
+    plans: tuple[Plan, ...],
+    *,
+    base: BaseModel,
+    factors: SpectralFactors,
+    rows: RowLayout,
+    norms: Mapping[str, Tensor],
+    bound: float,
+    on_parity: OnParity | None = None,
+) -> None:
+    """Measure every plan, log it, give it to `on_parity`, and refuse an engine that errs by more than `bound`.
+
+    Raises FailedPrecondition (ENGINE_PARITY).
+    """
+    for plan in plans:
+        error = parity_error(run_graph, plan, base=base, factors=factors, rows=rows, norms=norms)
+        _log.info("engine_parity", plan=str(plan), error=error, bound=bound)
+        if on_parity is not None:
+            on_parity(plan, error)
+        # Written so that NaN is refused too.
+        if not error <= bound:
+            raise FailedPrecondition(
+                Reason.ENGINE_PARITY,
+                f"the {plan} graph differs from torch by {error:.3g}, allowed is {bound:.3g}; delete the cache folder "
+                "and start again, or set engine.kind to torch",
+                metadata={"plan": str(plan), "error": f"{error:.3g}"},
+            )
+
+
+def parity_error(
+    run_graph: RunGraph,
+    plan: Plan,
+    *,
+    base: BaseModel,
+    factors: SpectralFactors,
+    rows: RowLayout,
+    norms: Mapping[str, Tensor],
+) -> float:
+    """Largest absolute difference of the graph from torch, over the largest output or 1.
+
+    Three samples, each with an adapter of its own: the base's row, and two with every singular value, norm weight and
+    low-rank factor shifted at random.
+    """
+    latents, timesteps, context, _ = example_inputs(base, _ROWS)
+    index = torch.arange(_ROWS)
+    spectral, lowrank = _random_slabs(rows, factors, norms)
+    unet = AdaptedUNet(base, factors, rows, plan, channels_last=False)
+    with torch.no_grad():
+        slab = spectral if plan is Plan.FACTORED else None
+        expected = unet(latents, timesteps, context, index, slab, lowrank)
+    found = run_graph(plan, latents, timesteps, context, index, spectral, lowrank)
+    scale = max(1.0, float(expected.abs().max()))
+    return float((found - expected).abs().max()) / scale
+
+
+def _random_slabs(rows: RowLayout, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(_SEED)
+    spectral = rows.base_spectral(factors, norms).repeat(_ROWS, 1)
+    spectral[1:] *= 1 + 0.1 * torch.randn(spectral[1:].shape, generator=generator)
+    lowrank = torch.zeros(_ROWS, rows.lowrank_size)
+    lowrank[1:] = 0.02 * torch.randn(lowrank[1:].shape, generator=generator)
+    return spectral, lowrank
