@@ -48,11 +48,16 @@ class EventStream(Generic[T]):
                 self._replaceable[slot] = cell
         self._signal()
 
-    def close(self, error: BaseException | None = None) -> bool:
-        """End the stream, after the unread events, with `error` if given. Returns False if it had ended before."""
+    def close(self, error: BaseException | None = None, *, last: T | None = None) -> bool:
+        """End the stream, after the unread events and `last`, with `error` if given.
+
+        Returns False if it had ended before, and then does nothing.
+        """
         with self._lock:
             if self._closed:
                 return False
+            if last is not None:
+                self._unread.append(_Cell(last, None))
             self._closed, self._error = True, error
         self._signal()
         return True

@@ -241,14 +241,16 @@ class StepLoop:
         self._metrics.step_seconds.labels(plan).observe(now - begin)
         self._metrics.batch_rows.labels(plan).observe(rows)
         self._metrics.batch_adapters.observe(len({running.sample.slot for running in chosen}))
+        # Progress first: once the decoder has a request's last picture, it may end the request at any time.
         steps: dict[Ticket, int] = {}
         for running in chosen:
             steps[running.ticket] = steps.get(running.ticket, 0) + 1
+        for ticket, count in steps.items():
+            ticket.progress(count)
+        for running in chosen:
             if plan not in running.plans:
                 running.plans.append(plan)
             self._after_step(running, now)
-        for ticket, count in steps.items():
-            ticket.progress(count)
 
     def _after_step(self, running: Running, now: float) -> None:
         sample, request = running.sample, running.ticket.request

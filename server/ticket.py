@@ -65,8 +65,7 @@ class Ticket:
             last = self._images == len(self.request.seeds)
         self.stream.send(event)
         if last:
-            self.stream.send(FinishedEvent(len(self.request.seeds), now - self.accepted, self.truncated))
-            self.end()
+            self.stream.close(last=FinishedEvent(len(self.request.seeds), now - self.accepted, self.truncated))
 
 
 @dataclass(slots=True, eq=False)

@@ -17,10 +17,10 @@ async def test_events_arrive_in_order_and_the_end_after_them() -> None:
     stream: EventStream[int] = EventStream()
     for event in range(5):
         stream.send(event)
-    assert stream.close()
-    assert not stream.close()
+    assert stream.close(last=5)
+    assert not stream.close(ValueError("late"), last=6)
     stream.send(9)
-    assert await drained(stream) == [0, 1, 2, 3, 4]
+    assert await drained(stream) == [0, 1, 2, 3, 4, 5]
 
 
 async def test_an_unread_event_of_a_slot_is_replaced_in_its_place() -> None:
