@@ -47,7 +47,7 @@ def factored_conv(
     if vh.shape[2:] == (1, 1) and stride == 1 and padding == 0:
         pixels = x.permute(0, 2, 3, 1).reshape(samples, height * width, channels)
         y = factored_linear(pixels, u, vh.reshape(vh.shape[0], channels), sigma, index, bias)
-        return y.view(samples, height, width, -1).permute(0, 3, 1, 2)
+        return y.view(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)
     return scale_and_expand(functional.conv2d(x, vh, None, stride, padding), u, sigma, index, bias)
 
 
@@ -65,7 +65,7 @@ def scale_and_expand(shrunk: Tensor, u: Tensor, sigma: Tensor, index: Tensor, bi
         product_launch(
             y, rows, u, tokens=tokens, config=config, sigma=sigma, index=index, scale_input=True, bias=bias
         ).run()
-    return y.view(samples, height, width, -1).permute(0, 3, 1, 2)
+    return y.view(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)
 
 
 def reference(

@@ -42,13 +42,13 @@ def factored_linear(
     check_shape("index", index, (x.shape[0],))
     check_contiguous("x", x)
     samples, tokens, _ = x.shape
-    rows = x.view(samples * tokens, -1)
+    rows = x.view(samples * tokens, x.shape[2])
     if x.device.type != "cuda":
         return reference(x, u, vh, sigma, index, bias)
     config = choose(x.device, KERNEL, shape_class(tokens))
     scaled = torch.empty(rows.shape[0], u.shape[1], dtype=x.dtype, device=x.device)
     product_launch(scaled, rows, vh, tokens=tokens, config=config, sigma=sigma, index=index).run()
-    return second_product(scaled, u, bias, tokens, config).view(samples, tokens, -1)
+    return second_product(scaled, u, bias, tokens, config).view(samples, tokens, u.shape[0])
 
 
 def second_product(scaled: Tensor, u: Tensor, bias: Tensor | None, tokens: int, config: LaunchConfig) -> Tensor:
@@ -87,6 +87,6 @@ def check_factors(x: Tensor, u: Tensor, vh: Tensor, sigma: Tensor, index: Tensor
 def reference(x: Tensor, u: Tensor, vh: Tensor, sigma: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
     """Do the same with torch: each product summed in float32 (float64 for float64), rounded once to the dtype of x."""
     samples, tokens, _ = x.shape
-    rows = x.reshape(samples * tokens, -1)
+    rows = x.reshape(samples * tokens, x.shape[2])
     scaled = product_reference(rows, vh, tokens=tokens, sigma=sigma, index=index, scale_input=False, bias=None)
-    return functional.linear(scaled, u, bias).view(samples, tokens, -1)
+    return functional.linear(scaled, u, bias).view(samples, tokens, u.shape[0])

@@ -64,7 +64,9 @@ def block_descriptor(tensor: Tensor, block: tuple[int, int]) -> Any:
     The caller has checked that rows begin on 16-byte boundaries. Raises KernelUnavailableError without Triton.
     """
     if triton is None:
-        raise KernelUnavailableError("TMA descriptors need Triton; install the `gpu` extra")
+        raise KernelUnavailableError(
+            "TMA descriptors need Triton; install the `gpu` extra (pip install 'hueshift[gpu]')"
+        )
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(tensor, list(block))

@@ -180,9 +180,9 @@ def _step_kernel(x_ptr: tl.tensor, prev_ptr: tl.tensor, out_ptr: tl.tensor, cond
         uncond = _out_row(out_ptr, uncond_row, out_rows, size, at)
         out = uncond + tl.load(guidance_ptr + sample) * (out - uncond)
     # Masked by the coefficient: what is not used is not read, so it costs no bandwidth and may be NaN.
-    prev = tl.load(prev_ptr + here, mask=inside & (c != 0.0), other=0.0)
+    prev = tl.load(prev_ptr + here, mask=at < tl.where(c == 0.0, 0, size), other=0.0)
     step = a * x + b * out + c * prev
     if NOISE:
-        step += d * tl.load(noise_ptr + here, mask=inside & (d != 0.0), other=0.0)
+        step += d * tl.load(noise_ptr + here, mask=at < tl.where(d == 0.0, 0, size), other=0.0)
     tl.store(x_ptr + here, step, mask=inside)
     tl.store(prev_ptr + here, e * x + f * out, mask=inside)

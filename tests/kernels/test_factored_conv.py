@@ -1,0 +1,156 @@
+"""factored_conv: reference against float64 and the dense convolution, compiled kernels, wrong arguments, GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hueshift.kernels.compare import TOLERANCES, relative_error
+from hueshift.kernels.errors import KernelArgumentError
+from hueshift.kernels.factored_conv import factored_conv, reference, scale_and_expand
+from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, candidates
+from hueshift.kernels.product import product_launch, shape_class
+
+Arguments = dict[str, Any]
+
+
+def make(
+    samples: int, channels: int, out: int, side: int, kernel: int, dtype: torch.dtype, device: str = "cpu"
+) -> Arguments:
+    """Return arguments of one convolution of full rank on side x (side + 1) pixels."""
+    floats = torch.float64 if dtype == torch.float64 else torch.float32
+    rank = min(out, channels * kernel * kernel)
+    x = torch.randn(samples, channels, side, side + 1).to(device, dtype)
+    vh = (torch.randn(rank, channels, kernel, kernel) * (channels * kernel * kernel) ** -0.5).to(device, dtype)
+    return {
+        "x": x.contiguous(memory_format=torch.channels_last),
+        "u": (torch.randn(out, rank) * rank**-0.5).to(device, dtype),
+        "vh": vh.contiguous(memory_format=torch.channels_last),
+        "sigma": torch.rand(3, rank, dtype=floats).to(device),
+        "index": (torch.arange(samples, dtype=torch.int32) % 3).to(device),
+        "bias": torch.randn(out).to(device, dtype),
+    }
+
+
+def exact(arguments: Arguments, **geometry: int) -> Tensor:
+    """Return the result in float64 by the dense convolution with each sample's own weight."""
+    found = []
+    for x, slot in zip(arguments["x"].double(), arguments["index"].tolist(), strict=True):
+        scaled = arguments["u"].double() * arguments["sigma"][slot].double()
+        weight = torch.einsum("or,rchw->ochw", scaled, arguments["vh"].double())
+        found.append(functional.conv2d(x[None], weight, arguments["bias"].double(), **geometry))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("size", "geometry"),
+    [
+        ((1, 1, 1, 1, 1), {}),
+        ((3, 5, 7, 9, 3), {"padding": 1}),
+        ((2, 4, 32, 8, 3), {"padding": 1}),
+        ((2, 32, 4, 8, 3), {"padding": 1}),
+        ((4, 8, 8, 7, 3), {"stride": 2, "padding": 1}),
+        ((3, 16, 8, 5, 1), {}),
+        ((3, 16, 8, 5, 1), {"stride": 2}),
+    ],
+)
+def test_agrees_with_each_samples_own_convolution(
+    dtype: torch.dtype, size: tuple[int, int, int, int, int], geometry: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    arguments = make(*size, dtype)
+    y, want = factored_conv(**{**arguments, **geometry}), exact(arguments, **geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # The shrunk pixels are rounded once before the second product.
+    assert relative_error(y, want) <= 2 * TOLERANCES[dtype]
+    assert relative_error(reference(**{**arguments, **geometry}), want) <= TOLERANCES[dtype]
+
+
+def test_an_empty_batch_gives_an_empty_batch() -> None:
+    assert factored_conv(**make(0, 4, 8, 4, 1, torch.float32)).shape == (0, 8, 4, 5)
+    assert factored_conv(**make(0, 4, 8, 4, 3, torch.float32), padding=1).shape == (0, 8, 4, 5)
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
+def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
+    for tokens in (256, 64, 99):
+        for config in candidates(arch, "factored_conv", shape_class(tokens)):
+            shrunk, u = torch.zeros(2 * tokens, 320, dtype=torch.float16), torch.zeros(640, 320, dtype=torch.float16)
+            launch = product_launch(
+                torch.zeros(2 * tokens, 640, dtype=torch.float16),
+                shrunk,
+                u,
+                tokens=tokens,
+                config=config,
+                sigma=torch.zeros(3, 320),
+                index=torch.zeros(2, dtype=torch.int32),
+                scale_input=True,
+                bias=torch.zeros(640, dtype=torch.float16),
+            )
+            found = cross_compile(launch, arch)
+            assert found.tensor_core == ("wgmma" if arch == "sm_90" else "mma")
+            assert ("cp.async.bulk.tensor" in found.ptx) is config["TMA"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 3)}, "x has shape"),
+        ({"x": torch.zeros(2, 4, 3, 3)}, "needed: channels_last"),
+        ({"vh": torch.zeros(8, 5, 3, 3)}, "vh has shape"),
+        ({"vh": torch.zeros(8, 36)}, "vh has shape"),
+        ({"u": torch.zeros(8, 7)}, "vh has shape"),
+        ({"index": torch.tensor([0, 3])}, "values 0..3"),
+        ({"index": torch.tensor([0])}, "index has shape"),
+        ({"sigma": torch.zeros(3, 8, dtype=torch.bfloat16)}, "sigma is bfloat16"),
+        ({"stride": 0}, "stride 0"),
+        ({"padding": -1}, "padding -1"),
+        ({"bias": torch.zeros(8, device="meta")}, "bias is on meta"),
+    ],
+)
+def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
+    with pytest.raises(KernelArgumentError, match=message):
+        factored_conv(**{**make(2, 4, 8, 3, 3, torch.float32), "padding": 1, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "geometry"),
+    [
+        ((4, 320, 320, 31, 3), {"padding": 1}),
+        ((4, 4, 320, 16, 3), {"padding": 1}),
+        ((3, 320, 4, 16, 3), {"padding": 1}),
+    ],
+)
+def test_convolutions_on_a_gpu(
+    gpu: torch.device, dtype: torch.dtype, size: tuple[int, int, int, int, int], geometry: dict[str, int]
+) -> None:
+    arguments = make(*size, dtype, "cuda")
+    y = factored_conv(**{**arguments, **geometry})
+    assert y.device.type == gpu.type
+    assert relative_error(y, exact(arguments, **geometry)) <= 2 * TOLERANCES[dtype]
+    repeated = [factored_conv(**{**arguments, **geometry}) for _ in range(5)]
+    assert all(relative_error(again, y) <= TOLERANCES[dtype] for again in repeated)
+
+
+@pytest.mark.gpu
+def test_the_scaled_product_on_a_gpu(gpu: torch.device, check_on_gpu: Callable[..., None]) -> None:
+    arguments = make(6, 320, 640, 32, 1, torch.float16, "cuda")
+    shrunk = torch.randn(6, 320, 32, 33, device=gpu, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    y = torch.empty(6, 640, 32, 33, device=gpu, dtype=torch.float16)
+    scaled = shrunk.double() * arguments["sigma"].double()[arguments["index"].long()][:, :, None, None]
+    want = functional.conv2d(scaled, arguments["u"].double()[:, :, None, None], arguments["bias"].double())
+    check_on_gpu(
+        reset=lambda: y.fill_(float("nan")),
+        run=lambda: y.copy_(
+            scale_and_expand(shrunk, arguments["u"], arguments["sigma"], arguments["index"], arguments["bias"])
+        ),
+        outputs=[y],
+        expected=[want],
+        tolerance=2 * TOLERANCES[torch.float16],
+    )
