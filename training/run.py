@@ -139,15 +139,20 @@ class _Job:
             _log.info("training.resumed", step=checkpoint.step, steps=self._spec.steps)
         if self._spec.prior_weight > 0 and self._state.step < self._spec.steps:
             self._task = replace(self._task, class_pictures=self._class_pictures())
+        kept = self._state.step
         while self._state.step < self._spec.steps:
-            self._stop_if_asked()
+            if self._hooks.should_stop():
+                if self._state.step > kept:
+                    # Whoever takes the job up again loses no step.
+                    self._keep(path)
+                raise Cancelled(Reason.CANCELLED, "training was asked to stop")
             begun = time.perf_counter()
             loss = train_step(self._task, self._state, self._hooks.at)
             step = self._state.step
             self._hooks.on_step(step, loss, time.perf_counter() - begun)
             if step % self._spec.checkpoint_interval == 0 or step == self._spec.steps:
-                write_checkpoint(path, self._state.capture(), self._fingerprint)
-                self._hooks.on_checkpoint(step, path)
+                self._keep(path)
+                kept = step
                 self._hooks.at("checkpoint-written")
             if self._spec.sample_interval and step % self._spec.sample_interval == 0 and step < self._spec.steps:
                 self._show(self._spec.sample_prompts, self._draw(self._spec.sample_prompts))
@@ -165,6 +170,10 @@ class _Job:
         tokens = self._captions.tokens(self._embedding(values))
         adapter = self._task.learnable.adapter(values, tokens, self._spec.identifier)
         return TrainingResult(adapter, scores, tuple(self._state.losses))
+
+    def _keep(self, path: Path) -> None:
+        write_checkpoint(path, self._state.capture(), self._fingerprint)
+        self._hooks.on_checkpoint(self._state.step, path)
 
     def _make_state(self, learnable: Learnable) -> TrainingState:
         generator = torch.Generator().manual_seed(self._spec.seed)
