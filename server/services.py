@@ -1,8 +1,7 @@
 """The services over one engine and one set of stores, and what runs beside them in the background."""
 
 import asyncio
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from hueshift.server.metrics import Metrics
 from hueshift.server.residency_metrics import ResidencyMetrics
 from hueshift.server.rpc.adapter_service import AdapterService
 from hueshift.server.rpc.finetune_service import FineTuneService
+from hueshift.server.rpc.finetune_words import make_word_check
 from hueshift.server.rpc.generation_service import GenerationService
 from hueshift.server.rpc.handlers import ServiceTable
 from hueshift.server.rpc.model_service import ModelService
@@ -28,8 +28,6 @@ from hueshift.server.scheduler import Scheduler
 from hueshift.server.settings import Settings
 from hueshift.server.store.stores import Stores
 from hueshift.server.supervisor import Supervisor
-from hueshift.training.defaults import check_identifier
-from hueshift.training.spec import TrainingSpec
 from hueshift.v1 import adapters_pb2_grpc, finetune_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
 
@@ -66,7 +64,7 @@ class ServiceSet:
             stores.folders,
             limits,
             default_identifier=settings.model.default_identifier,
-            check_words=_word_check(base),
+            check_words=make_word_check(base),
         )
         self._models = ModelService(base, engine, settings)
         self._supervisor = Supervisor(settings, jobs=stores.jobs, folders=stores.folders, metrics=metrics, clock=clock)
@@ -93,14 +91,3 @@ class ServiceSet:
     async def close(self) -> None:
         """Stop the step loop. Requests that are still in it end with Unavailable (DRAINING)."""
         await asyncio.to_thread(self.scheduler.close)
-
-
-def _word_check(base: BaseModel) -> Callable[[TrainingSpec], None]:
-    # A tokenizer of its own: Rust tokenizers refuse to be changed while another thread encodes.
-    tokenizer = copy.deepcopy(base.tokenizer)
-
-    def check(spec: TrainingSpec) -> None:
-        if spec.learn_identifier or spec.identifier_init:
-            check_identifier(spec.identifier, tokenizer)
-
-    return check

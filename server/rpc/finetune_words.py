@@ -1,19 +1,29 @@
 """Check the words of a fine-tuning spec against the base model's tokenizer, before a job is queued."""
 
+import copy
 from collections.abc import Callable
 
+from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.text import TextStage
-from hueshift.training.identifier import Captions
+from hueshift.training.defaults import check_identifier
 from hueshift.training.spec import TrainingSpec
 
 
-def make_word_check(base: BaseModel, text: TextStage) -> Callable[[TrainingSpec], None]:
+def make_word_check(base: BaseModel) -> Callable[[TrainingSpec], None]:
     """Return a function that raises InvalidArgument if a spec's identifier or starting words cannot be learned."""
+    # A tokenizer of its own: Rust tokenizers refuse to be changed while another thread encodes.
+    tokenizer = copy.deepcopy(base.tokenizer)
+    special = frozenset(tokenizer.all_special_ids)
 
     def check(spec: TrainingSpec) -> None:
-        captions = Captions(base, text, spec)
-        if captions.has_embedding:
-            captions.initial()
+        if spec.learn_identifier or spec.identifier_init:
+            check_identifier(spec.identifier, tokenizer)
+        for index, word in enumerate(spec.identifier_init):
+            tokens = tokenizer(word, add_special_tokens=False, verbose=False).input_ids
+            if not tokens or special & set(tokens):
+                raise InvalidArgument.for_field(
+                    f"identifier_init[{index}]",
+                    f"{word[:80]!r} is not made of words of the base model's vocabulary; leave it out",
+                )
 
     return check

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from prometheus_client import CollectorRegistry
+from small_jobs import small_spec
 
 from hueshift.server.clock import SystemClock
 from hueshift.server.metrics import Metrics
@@ -17,8 +18,6 @@ from hueshift.server.settings import Settings, StoreSettings, TrainingSettings
 from hueshift.server.store.job_records import JobState, NewJob
 from hueshift.server.store.stores import Stores, open_stores
 from hueshift.server.supervisor import Supervisor
-from hueshift.training.defaults import complete_spec
-from hueshift.training.spec import Method, SubjectKind
 
 # Each start writes `<pid> <owner>` and the settings it was given into a folder named on the command line.
 NOTE = """
@@ -98,14 +97,7 @@ async def test_workers_get_the_settings_and_end_with_the_server(bench: Callable[
 
 async def test_a_killed_worker_is_replaced_and_its_job_put_back(bench: Callable[..., Bench]) -> None:
     house = bench(IDLE)
-    spec = complete_spec(
-        method=Method.SVDIFF,
-        subject_kind=SubjectKind.SUBJECT,
-        captions=["a sks fox"],
-        identifier="sks",
-        class_noun="fox",
-    )
-    house.stores.jobs.create(NewJob("ft-1", "alice", spec, "fox", "Fox", {}), tenant_limit=1)
+    house.stores.jobs.create(NewJob("ft-1", "alice", small_spec(), "fox", "Fox", {}), tenant_limit=1)
     await house.supervisor.start()
     await until(house.started)
     ((pid, owner),) = house.started().items()
@@ -143,10 +135,7 @@ async def test_a_stubborn_worker_is_killed_after_the_grace(bench: Callable[..., 
 
 async def test_leases_of_workers_elsewhere_expire_too(bench: Callable[..., Bench]) -> None:
     house = bench(IDLE, workers=0)
-    spec = complete_spec(
-        method=Method.SVDIFF, subject_kind=SubjectKind.SUBJECT, captions=["a sks fox"], identifier="sks"
-    )
-    house.stores.jobs.create(NewJob("ft-1", "alice", spec, "fox", "Fox", {}), tenant_limit=1)
+    house.stores.jobs.create(NewJob("ft-1", "alice", small_spec(), "fox", "Fox", {}), tenant_limit=1)
     assert house.stores.jobs.claim("elsewhere", 0.2) is not None
     await house.supervisor.start()
     await until(lambda: house.sample("hueshift_job_leases_lost_total") == 1)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
+from small_jobs import SMALL_ADAPTER, small_spec
 
-from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.errors import Cancelled, HueshiftError, InvalidArgument, Reason, Unavailable
 from hueshift.server.clock import SystemClock
 from hueshift.server.failpoints import Failpoint
@@ -20,11 +19,9 @@ from hueshift.server.stop import StopFlag
 from hueshift.server.store.job_records import EventKind, JobRecord, JobState, NewJob
 from hueshift.server.store.stores import Stores, open_stores
 from hueshift.server.worker import Trained, Worker
-from hueshift.training.defaults import complete_spec
-from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+from hueshift.training.spec import TrainingSpec
 
 STEPS = 20
-ADAPTER = Adapter(AdapterKind.SPECTRAL, "b" * 64, "svdiff", spectral={"conv_in": torch.zeros(4)})
 Script = Callable[[JobRun], None]
 
 
@@ -40,7 +37,7 @@ class ScriptedTrainer:
         (work / "checkpoint").write_bytes(b"state")
         self.pictures = [picture.size for picture in pictures]
         self.scripts.pop(0)(run)
-        return Trained(ADAPTER, {"clip_i": 0.5, "clip_t": 0.3, "clip_i_base": 0.1})
+        return Trained(SMALL_ADAPTER, {"clip_i": 0.5, "clip_t": 0.3, "clip_i_base": 0.1})
 
 
 class Bench:
@@ -54,14 +51,7 @@ class Bench:
         self.folder = folder / "jobs"
 
     def queue(self, job_id: str = "ft-1") -> None:
-        spec = complete_spec(
-            method=Method.SVDIFF,
-            subject_kind=SubjectKind.SUBJECT,
-            captions=["", ""],
-            identifier="sks",
-            class_noun="animal",
-            steps=STEPS,
-        )
+        spec = small_spec(captions=["", ""], steps=STEPS)
         staged = self.stores.folders.stage()
         for index in range(2):
             Image.new("RGB", (40 + index, 40)).save(self.stores.folders.staged_file(staged, index).target)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from small_jobs import small_spec
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import load_factors
@@ -23,8 +24,6 @@ from hueshift.server.stop import StopFlag
 from hueshift.server.store.job_records import EventKind, JobState, NewJob
 from hueshift.server.store.stores import Stores, open_stores
 from hueshift.server.worker import Worker
-from hueshift.training.defaults import complete_spec
-from hueshift.training.spec import Method, SubjectKind
 
 STEPS, CHECKPOINT_EVERY = 4, 2
 # Where the second attempt must begin: without a checkpoint at step 1, else after the last one; None: nothing is left.
@@ -43,16 +42,7 @@ class Bench:
         )
         self.stores: Stores = open_stores(self.settings, SystemClock())
         self.trainer = trainer
-        spec = complete_spec(
-            method=Method.SVDIFF,
-            subject_kind=SubjectKind.SUBJECT,
-            captions=["a sks animal"],
-            identifier="sks",
-            class_noun="animal",
-            steps=steps,
-            batch_size=1,
-            checkpoint_interval=CHECKPOINT_EVERY,
-        )
+        spec = small_spec(steps=steps, batch_size=1, checkpoint_interval=CHECKPOINT_EVERY)
         staged = self.stores.folders.stage()
         picture = Image.new("RGB", (128, 128), (250, 240, 220))
         ImageDraw.Draw(picture).ellipse((20, 30, 100, 110), fill=(210, 90, 20))

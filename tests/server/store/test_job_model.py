@@ -4,13 +4,13 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from fake_clock import FakeClock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from small_jobs import SMALL_ADAPTER, small_spec
 from sqlalchemy import select
 
-from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.errors import HueshiftError, Reason
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import BlobStore
@@ -18,30 +18,8 @@ from hueshift.server.store.database import Database
 from hueshift.server.store.job_records import EventKind, Lease, NewJob
 from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.tables import revisions
-from hueshift.training.spec import Method, SubjectKind, TrainingSpec
 
-SPEC = TrainingSpec(
-    method=Method.SVDIFF,
-    subject_kind=SubjectKind.SUBJECT,
-    captions=("a sks animal",),
-    identifier="sks",
-    class_noun="animal",
-    learn_identifier=True,
-    identifier_init=(),
-    steps=10,
-    batch_size=1,
-    learning_rate=0.01,
-    norm_learning_rate=0.001,
-    identifier_learning_rate=0.003,
-    warmup_steps=0,
-    seed=1,
-    prior_weight=0.0,
-    prior_images=0,
-    sample_interval=0,
-    checkpoint_interval=5,
-    sample_prompts=("a sks animal",),
-)
-ADAPTER = Adapter(AdapterKind.SPECTRAL, "b" * 64, "svdiff", spectral={"conv_in": torch.zeros(4)})
+SPEC = small_spec()
 LEASE_SECONDS = 10.0
 MAX_ATTEMPTS = 3
 
@@ -77,19 +55,6 @@ class ModelJob:
             self.move("queued")
 
 
-class ManualClock:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
-
-
 class JobMachine(RuleBasedStateMachine):
     """Every rule does one thing to the table and to the model; the invariants compare them."""
 
@@ -97,7 +62,7 @@ class JobMachine(RuleBasedStateMachine):
     def open(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         root = Path(self.folder.name)
-        self.clock = ManualClock()
+        self.clock = FakeClock()
         self.database = Database(root / "jobs.db", self.clock)
         self.store = JobStore(self.database, self.clock, max_attempts=MAX_ATTEMPTS)
         self.adapters = AdapterStore(self.database, BlobStore(root / "blobs"), self.clock)
@@ -165,7 +130,7 @@ class JobMachine(RuleBasedStateMachine):
         if action == "heartbeat":
             assert self.store.heartbeat(lease, LEASE_SECONDS) == self.model[lease.job_id].cancel
         elif action == "publish":
-            self.store.publish(lease, self.adapters, lease.job_id.encode(), ADAPTER, None)
+            self.store.publish(lease, self.adapters, lease.job_id.encode(), SMALL_ADAPTER, None)
         elif action == "release":
             self.store.release(lease)
         elif action == "retry":

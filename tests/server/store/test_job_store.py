@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from fake_clock import FakeClock
+from small_jobs import SMALL_ADAPTER, small_spec
 from sqlalchemy import select
 
-from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.errors import AlreadyExists, Cancelled, HueshiftError, NotFound, Reason, ResourceExhausted
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import BlobStore
@@ -21,50 +21,15 @@ from hueshift.server.store.job_events import KEPT_SAMPLES
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobState, Lease, NewJob
 from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.tables import revisions
-from hueshift.training.spec import Method, SubjectKind, TrainingSpec
 
-SPEC = TrainingSpec(
-    method=Method.SVDIFF,
-    subject_kind=SubjectKind.SUBJECT,
-    captions=("a sks animal",),
-    identifier="sks",
-    class_noun="animal",
-    learn_identifier=True,
-    identifier_init=(),
-    steps=10,
-    batch_size=1,
-    learning_rate=0.01,
-    norm_learning_rate=0.001,
-    identifier_learning_rate=0.003,
-    warmup_steps=0,
-    seed=1,
-    prior_weight=0.0,
-    prior_images=0,
-    sample_interval=0,
-    checkpoint_interval=5,
-    sample_prompts=("a sks animal",),
-)
-ADAPTER = Adapter(AdapterKind.SPECTRAL, "b" * 64, "svdiff", spectral={"conv_in": torch.zeros(4)})
-
-
-class ManualClock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
+SPEC = small_spec()
 
 
 class House:
     """The stores on one small database."""
 
     def __init__(self, folder: Path, max_attempts: int = 3) -> None:
-        self.clock = ManualClock()
+        self.clock = FakeClock()
         self.database = Database(folder / "jobs.db", self.clock)
         self.jobs = JobStore(self.database, self.clock, max_attempts=max_attempts)
         self.adapters = AdapterStore(self.database, BlobStore(folder / "blobs"), self.clock)
@@ -81,7 +46,7 @@ class House:
         return claimed
 
     def publish(self, lease: Lease) -> int:
-        return self.jobs.publish(lease, self.adapters, lease.job_id.encode(), ADAPTER, {"clip_i": 0.5}).revision
+        return self.jobs.publish(lease, self.adapters, lease.job_id.encode(), SMALL_ADAPTER, {"clip_i": 0.5}).revision
 
     def states(self, job_id: str) -> list[str]:
         events = self.jobs.events(job_id, limit=1000)
@@ -232,7 +197,7 @@ def test_a_failed_publication_leaves_the_job_running_and_no_revision(house: Hous
     claimed = house.claim()
     full = Full(house.database, house.adapters._blobs, house.clock)
     with pytest.raises(ResourceExhausted):
-        house.jobs.publish(claimed.lease, full, b"data", ADAPTER, None)
+        house.jobs.publish(claimed.lease, full, b"data", SMALL_ADAPTER, None)
     assert house.jobs.get("alice", "ft-1").state is JobState.RUNNING
     assert house.revisions_of("ft-1") == 0
     assert house.publish(claimed.lease) == 1
