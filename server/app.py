@@ -5,6 +5,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from hueshift.engines.base_model import load_base_model
 from hueshift.engines.build import EngineOptions, build_engine
@@ -24,6 +26,9 @@ def build_services(
 
     Raises what loading the base model and building the engine raise.
     """
+    # Their bars would run through the log; ours tell of what takes long.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(settings.engine.threads or os.cpu_count() or 1)
     base = load_base_model(settings.model.path, device=base_device(settings.engine))
     engine = build_engine(

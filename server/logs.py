@@ -14,6 +14,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from hueshift.server.rpc.call import CURRENT_CALL
 from hueshift.server.settings import LogSettings
 
+_LOGGER = "hueshift"
 # What callers wrote or sent. Nothing logs these; the filter makes sure that nothing ever will.
 _PRIVATE = frozenset(
     {"prompt", "negative_prompt", "caption", "captions", "secret", "authorization", "tenant", "pixels"}
@@ -54,13 +55,15 @@ def configure_logs(settings: LogSettings, stream: TextIO | None = None) -> None:
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level)
-    # grpc tells of every aborted call, which the call log tells better.
-    logging.getLogger("grpc").setLevel(max(level, logging.WARNING))
+    # Libraries are chatty: the graph exporter alone tells of a thousand merged constants.
+    root.setLevel(max(level, logging.WARNING))
+    ours = logging.getLogger(_LOGGER)
+    ours.setLevel(level)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        # One name: by module, what runs as __main__ would count as a library.
+        logger_factory=lambda *_: ours,
         cache_logger_on_first_use=False,
     )
 

@@ -18,12 +18,12 @@ from hueshift.server.settings import LogSettings
 def stream() -> Iterator[io.StringIO]:
     """Logs into memory, with logging put back as it was afterwards."""
     root = logging.getLogger()
-    before = (list(root.handlers), root.level, logging.getLogger("grpc").level)
+    before = (list(root.handlers), root.level, logging.getLogger("hueshift").level)
     text = io.StringIO()
     yield text
-    root.handlers, level, grpc_level = before
+    root.handlers, level, own_level = before
     root.setLevel(level)
-    logging.getLogger("grpc").setLevel(grpc_level)
+    logging.getLogger("hueshift").setLevel(own_level)
     structlog.reset_defaults()
 
 
@@ -65,9 +65,18 @@ def test_tracebacks_do_not_show_local_variables(stream: io.StringIO, json_lines:
     assert "secret fox" not in stream.getvalue()
 
 
-def test_level(stream: io.StringIO) -> None:
-    configure_logs(LogSettings(level="warning"), stream)
-    structlog.get_logger().info("unheard")
-    logging.getLogger("library").info("unheard")
-    structlog.get_logger().warning("heard")
+def test_levels(stream: io.StringIO) -> None:
+    configure_logs(LogSettings(), stream)
+    structlog.get_logger().info("heard")
+    structlog.get_logger().debug("unheard")
+    logging.getLogger("library").info("unheard: libraries are heard from warning on")
+    logging.getLogger("library").warning("heard of a library")
+    assert [line["event"] for line in lines(stream)] == ["heard", "heard of a library"]
+
+
+def test_a_higher_level(stream: io.StringIO) -> None:
+    configure_logs(LogSettings(level="error"), stream)
+    structlog.get_logger().warning("unheard")
+    logging.getLogger("library").warning("unheard")
+    structlog.get_logger().error("heard")
     assert [line["event"] for line in lines(stream)] == ["heard"]
