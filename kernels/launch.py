@@ -55,7 +55,15 @@ class Launch:
             )
         if 0 in self.grid:
             return
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Triton launches on the current device, which need not be the tensors'. On a CPU the context does nothing.
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
 
 
 def block_descriptor(tensor: Tensor, block: tuple[int, int]) -> Any:

@@ -1,0 +1,148 @@
+"""Run the kernels' benchmarks on this machine's GPU: `make bench-gpu`, or
+
+    python -P benchmarks/run_gpu.py [STEM ...] [--models sd15 sdxl] [--sweep] [--out FOLDER]
+
+Every case is checked against float64 before it is timed, and appends one JSON row to FOLDER/STEM.jsonl (default
+benchmarks/results; `python -P benchmarks/report.py` then rewrites docs/benchmarks.md). With --sweep every launch
+configuration of the table is timed and the rows go to FOLDER/sweep/. From a checkout that is not installed:
+PYTHONPATH=.typing python3 -P benchmarks/run_gpu.py
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hueshift.kernels.bench import Case, Weight, time_in_graph
+from hueshift.kernels.launch import triton
+
+FOLDER = Path(__file__).resolve().parent
+STEMS = (
+    "spectral_reassemble",
+    "lowrank_merge",
+    "lowrank_residual",
+    "factored_linear",
+    "factored_conv",
+    "sampler_step",
+    "lag_mask",
+)
+MODELS = ("sd15", "sdxl")
+
+
+def read_weights(model: str) -> list[Weight]:
+    """Read the weight list of a model, which make_shapes.py wrote."""
+    records = json.loads((FOLDER / "shapes" / f"{model}.json").read_text(encoding="utf-8"))
+    return [
+        Weight(r["name"], tuple(r["shape"]), tuple(r["input"]), r.get("stride", 1), r.get("padding", 0))
+        for r in records
+    ]
+
+
+def load_benchmark(stem: str) -> Any:
+    """Import benchmarks/STEM.py by its path; the folder is on no path."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{stem}", FOLDER / f"{stem}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(stem)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment(commit: str) -> dict[str, Any]:
+    """Return hardware, versions, date and commit of a row."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "hardware": f"{properties.name}, {properties.multi_processor_count} multiprocessors",
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit,
+    }
+
+
+def current_commit() -> str:
+    """Return the checkout's short commit, or `unknown` outside one."""
+    try:
+        command = ["git", "-C", str(FOLDER), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def measure(stem: str, case: Case, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Check one case, time it and its baseline, and return its row.
+
+    Raises SystemExit where the result is wrong: a wrong kernel has no speed.
+    """
+    error = case.check()
+    if not error <= case.tolerance:
+        raise SystemExit(f"{stem} {case.case}: relative error {error:.2e} is over {case.tolerance:.2e}")
+    timing, baseline = time_in_graph(case.works), time_in_graph(case.baselines)
+    row: dict[str, Any] = {
+        "bench": stem,
+        "case": case.case,
+        "ms": round(timing.p50, 5),
+        "p20": round(timing.p20, 5),
+        "p80": round(timing.p80, 5),
+        "baseline": case.baseline,
+        "baseline_ms": round(baseline.p50, 5),
+        "ratio": round(baseline.p50 / timing.p50, 3),
+        "floor_ms": round(case.floor_ms, 5),
+        "floor_share": round(case.floor_ms / timing.p50, 3),
+        "tflops": round(case.flops / timing.p50 / 1e9, 1),
+        "gbs": round(case.bytes / timing.p50 / 1e6, 1),
+        "error": float(f"{error:.2e}"),
+    }
+    details = dict(case.details)
+    if details.pop("step_ms", None):
+        row["share_of_step"] = round(timing.p50 / case.details["step_ms"], 4)
+    if case.dense is not None:
+        row["dense_ms"] = round(time_in_graph([case.dense]).p50, 5)
+        row["over_dense"] = round(timing.p50 / row["dense_ms"] - 1, 4)
+    return {**row, **details, **about}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the chosen benchmarks."""
+    parser = argparse.ArgumentParser(description="Benchmark the kernels on this machine's GPU.")
+    parser.add_argument("stems", nargs="*", metavar="STEM", help=f"which (default: all of {', '.join(STEMS)})")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--sweep", action="store_true", help="time every launch configuration of the table")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results")
+    parser.add_argument("--commit", default=None, help="for a copy of the tree without git")
+    options = parser.parse_args(arguments)
+    for stem in options.stems:
+        if stem not in STEMS:
+            parser.error(f"no benchmark {stem!r} (there is: {', '.join(STEMS)})")
+    if not torch.cuda.is_available() or triton is None:
+        missing = "Triton" if triton is None else "a CUDA device"
+        print(f"GPU benchmarks skipped: this machine has not got {missing}. Nothing was measured.")
+        return 0
+    torch.manual_seed(0)
+    about = environment(options.commit or current_commit())
+    models = {model: read_weights(model) for model in options.models}
+    folder = options.out / "sweep" if options.sweep else options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem in options.stems or STEMS:
+        with (folder / f"{stem}.jsonl").open("a", encoding="utf-8") as file:
+            for case in load_benchmark(stem).cases(models, torch.device("cuda"), options.sweep):
+                row = measure(stem, case, about)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(
+                    f"{stem:20} {row['case']:28} {row['ms']:9.4f} ms  floor {row['floor_ms']:9.4f}  "
+                    f"{row['baseline']} {row['baseline_ms']:9.4f} ms  ratio {row['ratio']:.2f}",
+                    flush=True,
+                )
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
