@@ -1,17 +1,24 @@
 """An adapter in memory: what one user taught the base model, as plain tensors."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    # Only for annotations: looking at a file must not wait for torch.
+    from torch import Tensor
 
 
 class AdapterKind(StrEnum):
-    """How an adapter changes the UNet."""
+    """What an adapter mainly is. Spectral and low-rank ones may also shift norm weights, and all may teach words."""
 
     SPECTRAL = "spectral"
     LOWRANK = "lowrank"
+    TOKENS = "tokens"
+    """Learned words alone (Textual Inversion); the UNet is unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class Adapter:
 
     `spectral` maps a matrix layer to the shifts of its singular values [rank]; `norm` maps a norm layer to the shifts
     of its weights [size]. `lowrank` maps a matrix layer to its factors. `tokens` maps a placeholder word to its learned
-    embeddings [vectors, token_width]; only one vector per word can be served today. Absent layers are unchanged.
+    embeddings [vectors, token_width]. Absent layers are unchanged.
     """
 
     kind: AdapterKind

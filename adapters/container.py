@@ -2,6 +2,7 @@
 
 Everything about the header is checked here before any tensor byte is read. The format is read by hand because the order
 of checks is the point: caps first, then JSON, then types and places. It is the format of the safetensors project.
+torch is not imported here, so that a file can be looked at quickly.
 """
 
 import json
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from hueshift.adapters.errors import InvalidArgument, Reason
 
-DTYPES: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_METADATA = "__metadata__"
-_PREFIX = 8
+# Bytes of a value, by the name of its type in a header: in our own files, and in those that other programs write.
+DTYPES: Mapping[str, int] = {"F16": 2, "BF16": 2, "F32": 4}
+FOREIGN_DTYPES: Mapping[str, int] = {**DTYPES, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+METADATA = "__metadata__"
+PREFIX = 8
 # Longest tensor name: a layer path of 62 characters in the embedded model, under 100 in SDXL.
 _MAX_NAME = 256
 _MAX_DIMENSIONS = 8
@@ -61,10 +62,10 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of the file: `begin` and `end` are bytes after the header."""
+    """One tensor of the file: `begin` and `end` are bytes after the header, `dtype` is the header's name for it."""
 
     name: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -84,8 +85,8 @@ def header_length(start: bytes, file_size: int, max_header: int) -> int:
 
     Raises InvalidArgument: ADAPTER_FILE_UNSAFE naming another format by its content, ADAPTER_FILE_INVALID otherwise.
     """
-    length = int.from_bytes(start[:_PREFIX], "little")
-    plausible = file_size > _PREFIX + 1 and start[_PREFIX : _PREFIX + 1] == b"{" and _PREFIX + length <= file_size
+    length = int.from_bytes(start[:PREFIX], "little")
+    plausible = file_size > PREFIX + 1 and start[PREFIX : PREFIX + 1] == b"{" and PREFIX + length <= file_size
     if not plausible:
         _refuse_other_formats(start)
         raise invalid(
@@ -97,18 +98,21 @@ def header_length(start: bytes, file_size: int, max_header: int) -> int:
     return length
 
 
-def parse_header(header: bytes, file_size: int, max_tensors: int) -> ContainerHeader:
-    """Check the JSON header of a file of `file_size` bytes. Raises InvalidArgument naming what does not fit."""
+def parse_header(header: bytes, file_size: int, max_tensors: int, *, foreign: bool = False) -> ContainerHeader:
+    """Check the JSON header of a file of `file_size` bytes. Raises InvalidArgument naming what does not fit.
+
+    Files that other programs wrote (`foreign`) may also hold single numbers and the types of FOREIGN_DTYPES.
+    """
     data = parse_json(header, "the header")
     if not isinstance(data, dict):
         raise invalid("the header is not a JSON object")
-    metadata = data.pop(_METADATA, {})
+    metadata = data.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise invalid(f"{_METADATA} of the header must map text to text")
+        raise invalid(f"{METADATA} of the header must map text to text")
     if len(data) > max_tensors:
         raise invalid(f"the file holds {len(data)} tensors; allowed: at most {max_tensors}")
-    data_begin = _PREFIX + len(header)
-    entries = [_read_entry(name, value) for name, value in data.items()]
+    data_begin = PREFIX + len(header)
+    entries = [_read_entry(name, value, foreign) for name, value in data.items()]
     _check_places(entries, file_size - data_begin)
     return ContainerHeader({entry.name: entry for entry in entries}, metadata, data_begin)
 
@@ -122,31 +126,6 @@ def parse_json(text: bytes | str, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         cause = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
         raise invalid(f"{what} is not valid JSON: {cause}") from error
-
-
-def pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Write a container. Equal content gives equal bytes.
-
-    Wider dtypes come first, so that every tensor stays aligned; then names in order.
-    """
-    names_of = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    position = 0
-    for name in order:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": names_of[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-    text += b" " * (-len(text) % _PREFIX)
-    parts = [len(text).to_bytes(_PREFIX, "little"), text]
-    parts.extend(_to_bytes(tensors[name]) for name in order)
-    return b"".join(parts)
 
 
 def invalid(message: str) -> InvalidArgument:
@@ -165,10 +144,6 @@ def show(value: Any) -> str:
     return f"a {type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else type(value).__name__
 
 
-def _to_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
 def _refuse_other_formats(start: bytes) -> None:
     found = next((name for signature, name in _SIGNATURES if start.startswith(signature)), None)
     if found is None and start[257:262] == b"ustar":
@@ -177,7 +152,7 @@ def _refuse_other_formats(start: bytes) -> None:
         return
     raise InvalidArgument(
         Reason.ADAPTER_FILE_UNSAFE,
-        f"adapter file refused: by its content it is {found}; allowed: a safetensors file of Hueshift. Other formats "
+        f"adapter file refused: by its content it is {found}; allowed: a safetensors file. Other formats "
         "are never opened, because some run code when they are loaded.",
     )
 
@@ -195,27 +170,28 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _read_entry(name: str, value: Any) -> TensorEntry:
+def _read_entry(name: str, value: Any, foreign: bool) -> TensorEntry:
     if not 1 <= len(name) <= _MAX_NAME:
         raise invalid(f"a tensor name has {len(name)} characters; allowed: 1 to {_MAX_NAME}")
     shown = repr(name[:120])
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise invalid(f"tensor {shown} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    dtypes = FOREIGN_DTYPES if foreign else DTYPES
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise InvalidArgument(
             Reason.ADAPTER_DTYPE_UNSUPPORTED,
-            f"adapter file refused: tensor {shown} has dtype {show(dtype)}; allowed: {', '.join(DTYPES)}",
+            f"adapter file refused: tensor {shown} has dtype {show(dtype)}; allowed: {', '.join(dtypes)}",
         )
-    if not _are_sizes(shape, 1, _MAX_DIMENSIONS):
+    if not _are_sizes(shape, 1, _MAX_DIMENSIONS) and not (foreign and shape == []):
         raise invalid(f"tensor {shown} has shape {show(shape)}; allowed: 1 to {_MAX_DIMENSIONS} whole numbers >= 1")
     if not _are_sizes(offsets, 0, 2) or len(offsets) != 2:
         raise invalid(f"tensor {shown} has data_offsets {show(offsets)}; allowed: two whole numbers >= 0")
     begin, end = offsets
-    size = prod(shape) * DTYPES[dtype].itemsize
+    size = prod(shape) * dtypes[dtype]
     if end - begin != size:
         raise invalid(f"tensor {shown} of {size} bytes has data_offsets {begin} to {end}")
-    return TensorEntry(name, DTYPES[dtype], tuple(shape), begin, end)
+    return TensorEntry(name, dtype, tuple(shape), begin, end)
 
 
 def _are_sizes(value: Any, smallest: int, longest: int) -> bool:

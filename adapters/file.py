@@ -10,19 +10,18 @@ import json
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, LowRankFactors
-from hueshift.adapters.container import DTYPES, ContainerHeader, TensorEntry, header_length, invalid, pack, parse_header
+from hueshift.adapters.container import DTYPES, ContainerHeader, TensorEntry, header_length, parse_header
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.tensors import TORCH_DTYPES, pack, read_tensor
 from hueshift.adapters.validate import (
     FORMAT,
     METADATA_KEY,
     AdapterHeader,
     FileLimits,
-    check_finite,
     plan_file,
     read_adapter_header,
 )
@@ -47,11 +46,12 @@ def write_adapter(adapter: Adapter) -> bytes:
     for layer, factors in adapter.lowrank.items():
         if not math.isfinite(factors.scale):
             raise InvalidArgument(Reason.ADAPTER_NOT_FINITE, f"the scale of layer {layer!r} is {factors.scale}")
+    allowed = [TORCH_DTYPES[name] for name in DTYPES]
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in allowed:
             raise InvalidArgument(
                 Reason.ADAPTER_DTYPE_UNSUPPORTED,
-                f"tensor {name!r} has dtype {tensor.dtype}; allowed: {', '.join(map(str, DTYPES.values()))}",
+                f"tensor {name!r} has dtype {tensor.dtype}; allowed: {', '.join(map(str, allowed))}",
             )
     header = {
         "format": FORMAT,
@@ -76,7 +76,7 @@ def read_adapter(data: bytes | Path, layout: BaseLayout, limits: FileLimits) -> 
         plan = plan_file(container, header, layout, limits)
 
         def read(entry: TensorEntry) -> Tensor:
-            return _read_tensor(file, container.data_begin, entry)
+            return read_tensor(file, container.data_begin, entry)
 
         return Adapter(
             kind=header.kind,
@@ -114,14 +114,3 @@ def _read_headers(file: io.BufferedIOBase, limits: FileLimits) -> tuple[Containe
     file.seek(8)
     container = parse_header(file.read(length), size, limits.max_tensors)
     return container, read_adapter_header(container)
-
-
-def _read_tensor(file: io.BufferedIOBase, data_begin: int, entry: TensorEntry) -> Tensor:
-    # A buffer of its own: aligned whatever the place in the file, and the file's bytes are not kept alive.
-    buffer = bytearray(entry.end - entry.begin)
-    file.seek(data_begin + entry.begin)
-    if file.readinto(buffer) != len(buffer):
-        raise invalid(f"the file ends inside tensor {entry.name!r}")
-    tensor = torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
-    check_finite(entry.name, tensor)
-    return tensor

@@ -33,7 +33,18 @@ class AdapterKind(StrEnum):
 
     SPECTRAL = "spectral"
     LOWRANK = "lowrank"
+    TOKENS = "tokens"
     UNKNOWN = "unknown"
+
+
+class AdapterFormat(StrEnum):
+    """Form of an exported adapter file. HUESHIFT is the service's own, the only one that holds every adapter."""
+
+    HUESHIFT = "hueshift"
+    KOHYA = "kohya"
+    PEFT = "peft"
+    MKSHING = "mkshing"
+    TEXTUAL_INVERSION = "textual_inversion"
 
 
 class Method(StrEnum):

@@ -10,6 +10,7 @@ from hueshift.v1 import adapters_pb2 as pb
 _KINDS = {
     AdapterKind.SPECTRAL.value: pb.ADAPTER_KIND_SPECTRAL,
     AdapterKind.LOWRANK.value: pb.ADAPTER_KIND_LOWRANK,
+    AdapterKind.TOKENS.value: pb.ADAPTER_KIND_TOKENS,
 }
 
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_adapters import BASE_HASH, LAYOUT, lowrank_adapter, spectral_adapter, tensors_of
 
-from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.errors import FailedPrecondition, HueshiftError, InvalidArgument, Reason
 from hueshift.adapters.file import peek_header, read_adapter, write_adapter
 from hueshift.adapters.validate import FileLimits
@@ -234,7 +234,7 @@ INVALID = Reason.ADAPTER_FILE_INVALID
         (0, lambda h: h["__metadata__"].update(hueshift='{"format": NaN}'), INVALID, "NaN"),
         (0, lambda h: h["__metadata__"].update(hueshift="[" * 5000), INVALID, "nested too deep"),
         (0, _own(format="hueshift.adapter/2"), INVALID, "allowed: 'hueshift.adapter/1'"),
-        (0, _own(kind="dense"), INVALID, "'dense' given; allowed: ['spectral', 'lowrank']"),
+        (0, _own(kind="dense"), INVALID, "'dense' given; allowed: ['spectral', 'lowrank', 'tokens']"),
         (0, _own(kind=["spectral"]), INVALID, "kind"),
         (0, _own(base_hash="AB" * 32), INVALID, "64 hexadecimal digits"),
         (0, _own(method="Rm -rf /"), INVALID, "method"),
@@ -278,9 +278,20 @@ def test_ranks_and_word_counts_are_capped() -> None:
     assert "rank 129; allowed: 1 to 128" in error.message
     words = {f"w{n}": torch.zeros(1, 6) for n in range(17)}
     assert "17 words; allowed: at most 16" in refusal(write_adapter(replace(ADAPTERS[0], tokens=words))).message
-    double = replace(ADAPTERS[0], tokens={"sks": torch.zeros(2, 6)})
-    assert refusal(write_adapter(double)).reason is Reason.ADAPTER_SHAPE_MISMATCH
+    many = replace(ADAPTERS[0], tokens={"sks": torch.zeros(75, 6)})
+    assert read_adapter(write_adapter(many), LAYOUT, LIMITS).tokens["sks"].shape == (75, 6)
+    more = replace(ADAPTERS[0], tokens={"sks": torch.zeros(76, 6)})
+    assert refusal(write_adapter(more)).reason is Reason.ADAPTER_SHAPE_MISMATCH
     assert "no tensors" in refusal(write_adapter(Adapter(ADAPTERS[0].kind, BASE_HASH, "svdiff"))).message
+
+
+def test_parts_mix_where_the_engine_can_serve_them() -> None:
+    mixed = replace(lowrank_adapter(), norm={"up.norm": torch.ones(7)}, tokens={"sks": torch.ones(2, 6)})
+    assert_equal(read_adapter(write_adapter(mixed), LAYOUT, LIMITS), mixed)
+    words = replace(mixed, kind=AdapterKind.TOKENS, norm={}, lowrank={})
+    assert_equal(read_adapter(write_adapter(words), LAYOUT, LIMITS), words)
+    wrong = refusal(write_adapter(replace(words, norm=mixed.norm)))
+    assert (wrong.reason, "a tokens adapter holds tokens" in wrong.message) == (Reason.ADAPTER_TENSOR_UNKNOWN, True)
 
 
 def test_repeated_keys_are_refused() -> None:

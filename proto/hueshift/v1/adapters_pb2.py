@@ -26,7 +26,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahueshift/v1/adapters.proto\x12\x0bhueshift.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.hueshift.v1.AdapterKind\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\t\x12\x11\n\tbase_hash\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x12\n\nidentifier\x18\t \x01(\t\x12\x30\n\x06labels\x18\n \x03(\x0b\x32 .hueshift.v1.Adapter.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08resident\x18\r \x01(\x08\x12\x0e\n\x06pinned\x18\x0e \x01(\x08\x12\x11\n\tfine_tune\x18\x0f \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd5\x01\n\x11ImportAdapterSpec\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12:\n\x06labels\x18\x03 \x03(\x0b\x32*.hueshift.v1.ImportAdapterSpec.LabelsEntry\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"_\n\x14ImportAdapterRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hueshift.v1.ImportAdapterSpecH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"P\n\x15ImportAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"6\n\x14\x45xportAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"Y\n\x15\x45xportAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.AdapterH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\"\xa9\x01\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12<\n\x06labels\x18\x03 \x03(\x0b\x32,.hueshift.v1.ListAdaptersRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.hueshift.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x87\x01\n\x14UpdateAdapterRequest\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\">\n\x15UpdateAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\"=\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"9\n\x15\x44\x65leteAdapterResponse\x12\x11\n\trevisions\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"N\n\x12WarmAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x03pin\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x06\n\x04_pin\"L\n\x13WarmAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\x12\x0e\n\x06loaded\x18\x02 \x01(\x08*`\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_KIND_SPECTRAL\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_KIND_LOWRANK\x10\x02\x32\xea\x04\n\x0e\x41\x64\x61pterService\x12X\n\rImportAdapter\x12!.hueshift.v1.ImportAdapterRequest\x1a\".hueshift.v1.ImportAdapterResponse(\x01\x12X\n\rExportAdapter\x12!.hueshift.v1.ExportAdapterRequest\x1a\".hueshift.v1.ExportAdapterResponse0\x01\x12M\n\nGetAdapter\x12\x1e.hueshift.v1.GetAdapterRequest\x1a\x1f.hueshift.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .hueshift.v1.ListAdaptersRequest\x1a!.hueshift.v1.ListAdaptersResponse\x12V\n\rUpdateAdapter\x12!.hueshift.v1.UpdateAdapterRequest\x1a\".hueshift.v1.UpdateAdapterResponse\x12V\n\rDeleteAdapter\x12!.hueshift.v1.DeleteAdapterRequest\x1a\".hueshift.v1.DeleteAdapterResponse\x12P\n\x0bWarmAdapter\x12\x1f.hueshift.v1.WarmAdapterRequest\x1a .hueshift.v1.WarmAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahueshift/v1/adapters.proto\x12\x0bhueshift.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.hueshift.v1.AdapterKind\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\t\x12\x11\n\tbase_hash\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x12\n\nidentifier\x18\t \x01(\t\x12\x30\n\x06labels\x18\n \x03(\x0b\x32 .hueshift.v1.Adapter.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08resident\x18\r \x01(\x08\x12\x0e\n\x06pinned\x18\x0e \x01(\x08\x12\x11\n\tfine_tune\x18\x0f \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x98\x02\n\x11ImportAdapterSpec\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12:\n\x06labels\x18\x03 \x03(\x0b\x32*.hueshift.v1.ImportAdapterSpec.LabelsEntry\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0c\n\x04rank\x18\x06 \x01(\x05\x12\x0c\n\x04word\x18\x07 \x01(\t\x12\x13\n\x0bserved_only\x18\x08 \x01(\x08\x12\x10\n\x08\x63omplete\x18\t \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\rImportedLayer\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0c\n\x04\x66orm\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\r\n\x05\x65rror\x18\x04 \x01(\x01\"6\n\x07LeftOut\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\x12\x0c\n\x04keys\x18\x02 \x03(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x9f\x01\n\x0cImportReport\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12*\n\x06layers\x18\x02 \x03(\x0b\x32\x1a.hueshift.v1.ImportedLayer\x12\r\n\x05words\x18\x03 \x03(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\x01\x12&\n\x08left_out\x18\x05 \x03(\x0b\x32\x14.hueshift.v1.LeftOut\x12\r\n\x05notes\x18\x06 \x03(\t\"_\n\x14ImportAdapterRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.hueshift.v1.ImportAdapterSpecH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"{\n\x15ImportAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\x12\x10\n\x08replayed\x18\x02 \x01(\x08\x12)\n\x06report\x18\x03 \x01(\x0b\x32\x19.hueshift.v1.ImportReport\"s\n\x14\x45xportAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12*\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1a.hueshift.v1.AdapterFormat\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"Y\n\x15\x45xportAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.AdapterH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\"\xa9\x01\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12<\n\x06labels\x18\x03 \x03(\x0b\x32,.hueshift.v1.ListAdaptersRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.hueshift.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x87\x01\n\x14UpdateAdapterRequest\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\">\n\x15UpdateAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\"=\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"9\n\x15\x44\x65leteAdapterResponse\x12\x11\n\trevisions\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\"N\n\x12WarmAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x10\n\x03pin\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x06\n\x04_pin\"L\n\x13WarmAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.hueshift.v1.Adapter\x12\x0e\n\x06loaded\x18\x02 \x01(\x08*y\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_KIND_SPECTRAL\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_KIND_LOWRANK\x10\x02\x12\x17\n\x13\x41\x44\x41PTER_KIND_TOKENS\x10\x03*\xc1\x01\n\rAdapterFormat\x12\x1e\n\x1a\x41\x44\x41PTER_FORMAT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41\x44\x41PTER_FORMAT_HUESHIFT\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_FORMAT_KOHYA\x10\x02\x12\x17\n\x13\x41\x44\x41PTER_FORMAT_PEFT\x10\x03\x12\x1a\n\x16\x41\x44\x41PTER_FORMAT_MKSHING\x10\x04\x12$\n ADAPTER_FORMAT_TEXTUAL_INVERSION\x10\x05\x32\xea\x04\n\x0e\x41\x64\x61pterService\x12X\n\rImportAdapter\x12!.hueshift.v1.ImportAdapterRequest\x1a\".hueshift.v1.ImportAdapterResponse(\x01\x12X\n\rExportAdapter\x12!.hueshift.v1.ExportAdapterRequest\x1a\".hueshift.v1.ExportAdapterResponse0\x01\x12M\n\nGetAdapter\x12\x1e.hueshift.v1.GetAdapterRequest\x1a\x1f.hueshift.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .hueshift.v1.ListAdaptersRequest\x1a!.hueshift.v1.ListAdaptersResponse\x12V\n\rUpdateAdapter\x12!.hueshift.v1.UpdateAdapterRequest\x1a\".hueshift.v1.UpdateAdapterResponse\x12V\n\rDeleteAdapter\x12!.hueshift.v1.DeleteAdapterRequest\x1a\".hueshift.v1.DeleteAdapterResponse\x12P\n\x0bWarmAdapter\x12\x1f.hueshift.v1.WarmAdapterRequest\x1a .hueshift.v1.WarmAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,46 +39,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMPORTADAPTERSPEC_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERKIND']._serialized_start=1942
-  _globals['_ADAPTERKIND']._serialized_end=2038
+  _globals['_ADAPTERKIND']._serialized_start=2406
+  _globals['_ADAPTERKIND']._serialized_end=2527
+  _globals['_ADAPTERFORMAT']._serialized_start=2530
+  _globals['_ADAPTERFORMAT']._serialized_end=2723
   _globals['_ADAPTER']._serialized_start=111
   _globals['_ADAPTER']._serialized_end=559
   _globals['_ADAPTER_LABELSENTRY']._serialized_start=514
   _globals['_ADAPTER_LABELSENTRY']._serialized_end=559
   _globals['_IMPORTADAPTERSPEC']._serialized_start=562
-  _globals['_IMPORTADAPTERSPEC']._serialized_end=775
+  _globals['_IMPORTADAPTERSPEC']._serialized_end=842
   _globals['_IMPORTADAPTERSPEC_LABELSENTRY']._serialized_start=514
   _globals['_IMPORTADAPTERSPEC_LABELSENTRY']._serialized_end=559
-  _globals['_IMPORTADAPTERREQUEST']._serialized_start=777
-  _globals['_IMPORTADAPTERREQUEST']._serialized_end=872
-  _globals['_IMPORTADAPTERRESPONSE']._serialized_start=874
-  _globals['_IMPORTADAPTERRESPONSE']._serialized_end=954
-  _globals['_EXPORTADAPTERREQUEST']._serialized_start=956
-  _globals['_EXPORTADAPTERREQUEST']._serialized_end=1010
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=1012
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=1101
-  _globals['_GETADAPTERREQUEST']._serialized_start=1103
-  _globals['_GETADAPTERREQUEST']._serialized_end=1136
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1138
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1197
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1200
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1369
+  _globals['_IMPORTEDLAYER']._serialized_start=844
+  _globals['_IMPORTEDLAYER']._serialized_end=917
+  _globals['_LEFTOUT']._serialized_start=919
+  _globals['_LEFTOUT']._serialized_end=973
+  _globals['_IMPORTREPORT']._serialized_start=976
+  _globals['_IMPORTREPORT']._serialized_end=1135
+  _globals['_IMPORTADAPTERREQUEST']._serialized_start=1137
+  _globals['_IMPORTADAPTERREQUEST']._serialized_end=1232
+  _globals['_IMPORTADAPTERRESPONSE']._serialized_start=1234
+  _globals['_IMPORTADAPTERRESPONSE']._serialized_end=1357
+  _globals['_EXPORTADAPTERREQUEST']._serialized_start=1359
+  _globals['_EXPORTADAPTERREQUEST']._serialized_end=1474
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=1476
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=1565
+  _globals['_GETADAPTERREQUEST']._serialized_start=1567
+  _globals['_GETADAPTERREQUEST']._serialized_end=1600
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1602
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1661
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1664
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1833
   _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_start=514
   _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_end=559
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1371
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1458
-  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1461
-  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1596
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1598
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1660
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=1662
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=1723
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1725
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1782
-  _globals['_WARMADAPTERREQUEST']._serialized_start=1784
-  _globals['_WARMADAPTERREQUEST']._serialized_end=1862
-  _globals['_WARMADAPTERRESPONSE']._serialized_start=1864
-  _globals['_WARMADAPTERRESPONSE']._serialized_end=1940
-  _globals['_ADAPTERSERVICE']._serialized_start=2041
-  _globals['_ADAPTERSERVICE']._serialized_end=2659
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1835
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1922
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1925
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=2060
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=2062
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=2124
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2126
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2187
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2189
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2246
+  _globals['_WARMADAPTERREQUEST']._serialized_start=2248
+  _globals['_WARMADAPTERREQUEST']._serialized_end=2326
+  _globals['_WARMADAPTERRESPONSE']._serialized_start=2328
+  _globals['_WARMADAPTERRESPONSE']._serialized_end=2404
+  _globals['_ADAPTERSERVICE']._serialized_start=2726
+  _globals['_ADAPTERSERVICE']._serialized_end=3344
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,8 @@ class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKi
     """Shifts of the singular values of the weights, and of the norm weights (SVDiff)."""
     ADAPTER_KIND_LOWRANK: _AdapterKind.ValueType  # 2
     """Low-rank products added to weights (LoRA, Personalized Residuals)."""
+    ADAPTER_KIND_TOKENS: _AdapterKind.ValueType  # 3
+    """Learned words alone (Textual Inversion)."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """What kind of change to the base model an adapter is."""
@@ -43,7 +45,45 @@ ADAPTER_KIND_SPECTRAL: AdapterKind.ValueType  # 1
 """Shifts of the singular values of the weights, and of the norm weights (SVDiff)."""
 ADAPTER_KIND_LOWRANK: AdapterKind.ValueType  # 2
 """Low-rank products added to weights (LoRA, Personalized Residuals)."""
+ADAPTER_KIND_TOKENS: AdapterKind.ValueType  # 3
+"""Learned words alone (Textual Inversion)."""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
+
+class _AdapterFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_FORMAT_UNSPECIFIED: _AdapterFormat.ValueType  # 0
+    """Not given: the service's own form."""
+    ADAPTER_FORMAT_HUESHIFT: _AdapterFormat.ValueType  # 1
+    """The service's own form, the only one that holds every adapter."""
+    ADAPTER_FORMAT_KOHYA: _AdapterFormat.ValueType  # 2
+    """LoRA as the kohya programs write it: flat layer names, lora_down, lora_up, alpha."""
+    ADAPTER_FORMAT_PEFT: _AdapterFormat.ValueType  # 3
+    """LoRA as diffusers and PEFT write it: dotted layer names, lora_A, lora_B, scales in the metadata."""
+    ADAPTER_FORMAT_MKSHING: _AdapterFormat.ValueType  # 4
+    """Spectral shifts as svdiff-pytorch of mkshing writes them."""
+    ADAPTER_FORMAT_TEXTUAL_INVERSION: _AdapterFormat.ValueType  # 5
+    """Learned words as diffusers writes them."""
+
+class AdapterFormat(_AdapterFormat, metaclass=_AdapterFormatEnumTypeWrapper):
+    """In which form an adapter's file is written."""
+
+ADAPTER_FORMAT_UNSPECIFIED: AdapterFormat.ValueType  # 0
+"""Not given: the service's own form."""
+ADAPTER_FORMAT_HUESHIFT: AdapterFormat.ValueType  # 1
+"""The service's own form, the only one that holds every adapter."""
+ADAPTER_FORMAT_KOHYA: AdapterFormat.ValueType  # 2
+"""LoRA as the kohya programs write it: flat layer names, lora_down, lora_up, alpha."""
+ADAPTER_FORMAT_PEFT: AdapterFormat.ValueType  # 3
+"""LoRA as diffusers and PEFT write it: dotted layer names, lora_A, lora_B, scales in the metadata."""
+ADAPTER_FORMAT_MKSHING: AdapterFormat.ValueType  # 4
+"""Spectral shifts as svdiff-pytorch of mkshing writes them."""
+ADAPTER_FORMAT_TEXTUAL_INVERSION: AdapterFormat.ValueType  # 5
+"""Learned words as diffusers writes them."""
+Global___AdapterFormat: _TypeAlias = AdapterFormat  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
@@ -180,6 +220,10 @@ class ImportAdapterSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    WORD_FIELD_NUMBER: _builtins.int
+    SERVED_ONLY_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id of the adapter to make or to give a new revision: 1 to 63 of a-z, 0-9 and '-', beginning with a letter. Empty:
     the server makes one.
@@ -192,6 +236,16 @@ class ImportAdapterSpec(_message.Message):
     """
     size_bytes: _builtins.int
     """Size of the file in bytes. The sum of the chunks must equal it."""
+    rank: _builtins.int
+    """The remaining fields are for files of other programs. Largest rank of a converted layer, 1 to 128. 0: low-rank
+    files keep their ranks, what is not low-rank by nature is brought to rank 16. The error is reported.
+    """
+    word: _builtins.str
+    """Word for a learned embedding whose file does not name one."""
+    served_only: _builtins.bool
+    """Leave out and report layers that this server's engine has no low-rank branch on, instead of storing them."""
+    complete: _builtins.bool
+    """Refuse a file of which any part has to be left out, instead of reporting it."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels."""
@@ -204,14 +258,134 @@ class ImportAdapterSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         idempotency_key: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        word: _builtins.str = ...,
+        served_only: _builtins.bool = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "labels", b"labels", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "complete", b"complete", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "labels", b"labels", "rank", b"rank", "served_only", b"served_only", "size_bytes", b"size_bytes", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportAdapterSpec: _TypeAlias = ImportAdapterSpec  # noqa: Y015
+
+@_typing.final
+class ImportedLayer(_message.Message):
+    """One layer of a converted file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    layer: _builtins.str
+    """Layer name in the base model."""
+    form: _builtins.str
+    """What the file held: lora, dora, loha, lokr, dense, norm, spectral."""
+    rank: _builtins.int
+    """Rank that is stored; 0 for shifts."""
+    error: _builtins.float
+    """Relative error of the stored change in the Frobenius norm; 0 where it is exact."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.str = ...,
+        form: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "form", b"form", "layer", b"layer", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportedLayer: _TypeAlias = ImportedLayer  # noqa: Y015
+
+@_typing.final
+class LeftOut(_message.Message):
+    """Tensors of a file that have no effect here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many."""
+    reason: _builtins.str
+    """Why."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Some of their names, at most 8."""
+
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.str] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "keys", b"keys", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeftOut: _TypeAlias = LeftOut  # noqa: Y015
+
+@_typing.final
+class ImportReport(_message.Message):
+    """What became of a file of another program."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    format: _builtins.str
+    """Format it was recognised as."""
+    error: _builtins.float
+    """Relative error of the whole change in the Frobenius norm. The kept energy is 1 minus its square."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportedLayer]:
+        """Every converted layer, in the base model's order."""
+
+    @_builtins.property
+    def words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Learned words."""
+
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeftOut]:
+        """What has no effect here."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was assumed. Such files do not name the weights they belong to, so they are bound to this server's base model."""
+
+    def __init__(
+        self,
+        *,
+        format: _builtins.str = ...,
+        layers: _abc.Iterable[Global___ImportedLayer] | None = ...,
+        words: _abc.Iterable[_builtins.str] | None = ...,
+        error: _builtins.float = ...,
+        left_out: _abc.Iterable[Global___LeftOut] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "format", b"format", "layers", b"layers", "left_out", b"left_out", "notes", b"notes", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportReport: _TypeAlias = ImportReport  # noqa: Y015
 
 @_typing.final
 class ImportAdapterRequest(_message.Message):
@@ -251,21 +425,27 @@ class ImportAdapterResponse(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """True if the idempotency key had been used and nothing new was stored."""
     @_builtins.property
     def adapter(self) -> Global___Adapter:
         """The stored adapter."""
 
+    @_builtins.property
+    def report(self) -> Global___ImportReport:
+        """For a file of another program: how it was converted. Absent for the service's own files."""
+
     def __init__(
         self,
         *,
         adapter: Global___Adapter | None = ...,
         replayed: _builtins.bool = ...,
+        report: Global___ImportReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "replayed", b"replayed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "replayed", b"replayed", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,19 +459,27 @@ class ExportAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name or bare id."""
     revision: _builtins.int
     """Revision; 0 means the newest."""
+    format: Global___AdapterFormat.ValueType
+    """Form of the file. The record's hash and size describe the service's own form."""
+    partial: _builtins.bool
+    """Leave out what that form cannot hold, instead of refusing."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         revision: _builtins.int = ...,
+        format: Global___AdapterFormat.ValueType = ...,
+        partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "name", b"name", "partial", b"partial", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -78,7 +78,9 @@ class AdapterServiceServicer:
 
     def ImportAdapter(self, request_iterator, context):
         """Stores an adapter file as a new adapter, or as a new revision of an existing one. The first message carries the
-        spec, the following ones the bytes. Nothing is stored unless the whole file passes validation.
+        spec, the following ones the bytes. Nothing is stored unless the whole file passes validation. Files of other
+        programs (kohya, PEFT and diffusers, cloneofsimo, LyCORIS, Textual Inversion, Custom Diffusion, SVDiff of mkshing,
+        UNet weights) are recognised by their content and converted; the answer reports how.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

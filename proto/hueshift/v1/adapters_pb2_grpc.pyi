@@ -35,7 +35,9 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     ImportAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.ImportAdapterRequest, _adapters_pb2.ImportAdapterResponse]
     """Stores an adapter file as a new adapter, or as a new revision of an existing one. The first message carries the
-    spec, the following ones the bytes. Nothing is stored unless the whole file passes validation.
+    spec, the following ones the bytes. Nothing is stored unless the whole file passes validation. Files of other
+    programs (kohya, PEFT and diffusers, cloneofsimo, LyCORIS, Textual Inversion, Custom Diffusion, SVDiff of mkshing,
+    UNet weights) are recognised by their content and converted; the answer reports how.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapters_pb2.ExportAdapterRequest, _adapters_pb2.ExportAdapterResponse]
     """Returns an adapter's file: first its record, then its bytes."""
@@ -57,7 +59,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ImportAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.ImportAdapterRequest, _adapters_pb2.ImportAdapterResponse]  # type: ignore[assignment]
     """Stores an adapter file as a new adapter, or as a new revision of an existing one. The first message carries the
-    spec, the following ones the bytes. Nothing is stored unless the whole file passes validation.
+    spec, the following ones the bytes. Nothing is stored unless the whole file passes validation. Files of other
+    programs (kohya, PEFT and diffusers, cloneofsimo, LyCORIS, Textual Inversion, Custom Diffusion, SVDiff of mkshing,
+    UNet weights) are recognised by their content and converted; the answer reports how.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapters_pb2.ExportAdapterRequest, _adapters_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Returns an adapter's file: first its record, then its bytes."""
@@ -82,7 +86,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ImportAdapterResponse, _abc.Awaitable[_adapters_pb2.ImportAdapterResponse]]:
         """Stores an adapter file as a new adapter, or as a new revision of an existing one. The first message carries the
-        spec, the following ones the bytes. Nothing is stored unless the whole file passes validation.
+        spec, the following ones the bytes. Nothing is stored unless the whole file passes validation. Files of other
+        programs (kohya, PEFT and diffusers, cloneofsimo, LyCORIS, Textual Inversion, Custom Diffusion, SVDiff of mkshing,
+        UNet weights) are recognised by their content and converted; the answer reports how.
         """
 
     @_abc_1.abstractmethod

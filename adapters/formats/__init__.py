@@ -1,0 +1,1 @@
+"""Adapter files of other programs: recognised by content, converted in and written out."""

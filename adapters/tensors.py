@@ -1,0 +1,78 @@
+"""Tensors in and out of containers: the only place where bytes of a file become values."""
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hueshift.adapters.container import METADATA, PREFIX, TensorEntry, invalid
+from hueshift.adapters.errors import InvalidArgument, Reason
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a container of the tensors. Equal content gives equal bytes.
+
+    Wider dtypes come first, so that every tensor stays aligned; then names in order.
+    """
+    names_of = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": names_of[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % PREFIX)
+    parts = [len(text).to_bytes(PREFIX, "little"), text]
+    parts.extend(_to_bytes(tensors[name]) for name in order)
+    return b"".join(parts)
+
+
+def read_tensor(file: io.BufferedIOBase, data_begin: int, entry: TensorEntry) -> Tensor:
+    """Read one tensor, which owns its memory. Raises InvalidArgument (ADAPTER_FILE_INVALID, ADAPTER_NOT_FINITE)."""
+    # A buffer of its own: aligned whatever the place in the file, and the file's bytes are not kept alive.
+    buffer = bytearray(entry.end - entry.begin)
+    file.seek(data_begin + entry.begin)
+    if file.readinto(buffer) != len(buffer):
+        raise invalid(f"the file ends inside tensor {entry.name!r}")
+    tensor = torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    check_finite(entry.name, tensor)
+    return tensor
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise InvalidArgument (ADAPTER_NOT_FINITE) with the place of the first value that is NaN or infinite."""
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return
+    place = tuple((~finite).nonzero()[0].tolist())
+    raise InvalidArgument(
+        Reason.ADAPTER_NOT_FINITE,
+        f"adapter file refused: tensor {name!r} is {float(tensor[place])} at {list(place)}; allowed: finite values",
+    )
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
