@@ -24,9 +24,9 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
-from live_server import LiveServer, RpcStubs, adapter_file, fake_parts, live_server
 from PIL import Image
 from random_messages import damage, random_message
+from whole_server import LiveServer, RpcStubs, adapter_file, fake_parts, live_server
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.v1 import adapters_pb2 as adapters_pb

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pytest
 import pytest_asyncio
 import torch
-from live_server import LiveServer, RpcStubs, live_server
 from PIL import Image
+from whole_server import LiveServer, RpcStubs, live_server
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
 from hueshift.adapters.file import write_adapter

@@ -11,8 +11,8 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
-from live_server import LiveServer, Refusal, RpcStubs, adapter_file, fake_parts, live_server, refusal
 from PIL import Image
+from whole_server import LiveServer, Refusal, RpcStubs, adapter_file, fake_parts, live_server, refusal
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.v1 import adapters_pb2 as adapters_pb

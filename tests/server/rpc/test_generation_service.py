@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from live_server import BoundedFakeEngine, LiveServer, RpcStubs, adapter_file, fake_parts, live_server, refusal
 from PIL import Image
 from structlog.testing import capture_logs
+from whole_server import BoundedFakeEngine, LiveServer, RpcStubs, adapter_file, fake_parts, live_server, refusal
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.v1 import adapters_pb2, model_pb2
