@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from live_server import LiveServer, Refusal, RpcStubs, fake_parts, live_server, refusal
 from PIL import Image
 from small_jobs import SMALL_ADAPTER
+from whole_server import LiveServer, Refusal, RpcStubs, fake_parts, live_server, refusal
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.server.store.job_records import ClaimedJob
