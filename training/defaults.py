@@ -151,7 +151,7 @@ def complete_spec(
     if float(chosen["prior_weight"]) > 0 and not class_noun:
         problems.append(FieldViolation("class_noun", "empty; prior preservation needs the noun of the class"))
     filled = tuple(caption if caption.strip() else f"a {identifier} {class_noun}" for caption in captions)
-    if learn and identifier and filled and not any(identifier.lower() in caption.lower() for caption in filled):
+    if learn and not problems and not any(identifier.lower() in caption.lower() for caption in filled):
         problems.append(
             FieldViolation(
                 "identifier",

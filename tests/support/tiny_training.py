@@ -1,0 +1,102 @@
+"""A base model with a tiny random UNet, whose training steps take milliseconds, and hooks that remember."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from hueshift.engines.base_model import BaseModel, read_layout
+from hueshift.engines.svd_cache import SpectralFactors, decompose
+from hueshift.training.defaults import complete_spec
+from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+
+CAPTIONS = ("a flat emoji of a sks animal", "a noto emoji of a sks animal", "a sks animal")
+
+
+def make_tiny_base(base: BaseModel) -> tuple[BaseModel, SpectralFactors]:
+    """Replace the UNet of `base` by one of 32 and 64 channels on 8x8 latents, seeded, and decompose it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=base.layout.token_width,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+    unet.eval().requires_grad_(False)
+    layout = read_layout(unet, "f" * 64, base.layout.token_width)
+    tiny = replace(base, unet=unet, layout=layout, base_hash=layout.base_hash, sample_size=8, size_multiple=8)
+    return tiny, decompose(tiny)
+
+
+def make_pictures(count: int = 3) -> list[Image.Image]:
+    """Random blobs of colour, 40x32."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 255, (count, 4, 5, 3), dtype=np.uint8)
+    return [Image.fromarray(picture, "RGB").resize((40, 32)) for picture in small]
+
+
+def make_spec(method: Method = Method.SVDIFF, **given: float | None) -> TrainingSpec:
+    """A job of three pictures and six steps, unless `given` says otherwise."""
+    numbers: dict[str, Any] = {"steps": 6, "batch_size": 2, "checkpoint_interval": 2, "seed": 7, **given}
+    return complete_spec(
+        method=method,
+        subject_kind=SubjectKind.SUBJECT,
+        captions=CAPTIONS,
+        identifier="sks",
+        class_noun="animal",
+        **numbers,
+    )
+
+
+@dataclass
+class Recorder:
+    """Hooks that keep what they hear. `on_point` runs at every failpoint.
+
+    They ask to stop once `stop_at` steps are done, or when they are asked for the `stop_when_asked`th time.
+    """
+
+    stop_at: int = 10**6
+    stop_when_asked: int = 10**6
+    on_point: Callable[[str, int], None] = lambda name, step: None
+    losses: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    samples: list[tuple[int, str, bytes]] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    points: list[str] = field(default_factory=list)
+    asked: int = 0
+
+    def on_step(self, step: int, loss: float, seconds: float) -> None:
+        """Keep it."""
+        self.steps.append(step)
+        self.losses.append(loss)
+
+    def on_sample(self, step: int, prompt: str, png: bytes) -> None:
+        """Keep it."""
+        self.samples.append((step, prompt, png))
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """Keep it."""
+        assert path.is_file()
+        self.checkpoints.append(step)
+
+    def should_stop(self) -> bool:
+        """True when the test wants it."""
+        self.asked += 1
+        return self.asked >= self.stop_when_asked or (bool(self.steps) and self.steps[-1] >= self.stop_at)
+
+    def at(self, name: str) -> None:
+        """Keep it, and do what the test wants there."""
+        self.points.append(name)
+        self.on_point(name, self.steps[-1] if self.steps else 0)

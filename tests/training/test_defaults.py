@@ -1,0 +1,103 @@
+"""Defaults are complete, requests are checked field by field."""
+
+from typing import Any
+
+import pytest
+
+from hueshift.adapters.errors import InvalidArgument
+from hueshift.engines.base_model import BaseModel
+from hueshift.training.defaults import RANGES, check_identifier, complete_spec, method_defaults
+from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+
+
+def complete(**changes: Any) -> TrainingSpec:
+    request: dict[str, Any] = {
+        "method": Method.SVDIFF,
+        "subject_kind": SubjectKind.SUBJECT,
+        "captions": ("a sks animal",),
+        "identifier": "sks",
+        "class_noun": "animal",
+    }
+    return complete_spec(**{**request, **changes})
+
+
+@pytest.mark.parametrize("kind", SubjectKind)
+@pytest.mark.parametrize("method", Method)
+def test_defaults_are_complete_and_allowed(method: Method, kind: SubjectKind) -> None:
+    spec = complete(method=method, subject_kind=kind)
+    assert spec.to_json().items() >= method_defaults(method, kind).items()
+    for name, numbers in RANGES.items():
+        assert numbers.problem(getattr(spec, name)) is None, name
+
+
+def test_a_spec_survives_the_job_table() -> None:
+    import json
+
+    spec = complete(identifier_init=("noto",), sample_prompts=("a sks animal on a hill",), seed=2**64 - 1)
+    assert TrainingSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_what_is_left_open_is_filled_in() -> None:
+    spec = complete(captions=("", "a flat emoji of a sks animal"), steps=None, learning_rate=0.5)
+    assert spec.captions == ("a sks animal", "a flat emoji of a sks animal")
+    assert spec.sample_prompts == ("a sks animal",)
+    assert spec.learn_identifier
+    assert spec.learning_rate == 0.5
+    assert spec.steps == method_defaults(Method.SVDIFF, SubjectKind.SUBJECT)["steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"steps": 0}, "settings.steps"),
+        ({"steps": 5001}, "settings.steps"),
+        ({"steps": 2.5}, "settings.steps"),
+        ({"steps": True}, "settings.steps"),
+        ({"batch_size": 17}, "settings.batch_size"),
+        ({"learning_rate": 0.0}, "settings.learning_rate"),
+        ({"learning_rate": float("nan")}, "settings.learning_rate"),
+        ({"learning_rate": float("inf")}, "settings.learning_rate"),
+        ({"identifier_learning_rate": -1e-9}, "settings.identifier_learning_rate"),
+        ({"seed": 2**64}, "settings.seed"),
+        ({"seed": -1}, "settings.seed"),
+        ({"prior_weight": 101.0}, "settings.prior_weight"),
+        ({"prior_images": 201}, "settings.prior_images"),
+        ({"checkpoint_interval": 0}, "settings.checkpoint_interval"),
+        ({"sample_interval": -1}, "settings.sample_interval"),
+        ({"typo": 1}, "settings.typo"),
+        ({"identifier": ""}, "identifier"),
+        ({"identifier": "two words"}, "identifier"),
+        ({"captions": ("a cat",)}, "identifier"),
+        ({"captions": ()}, "pictures"),
+        ({"captions": ("a sks cat",) * 65}, "pictures"),
+        ({"captions": ("a sks animal", ""), "class_noun": ""}, "pictures[1].caption"),
+        ({"captions": ("a sks animal", "x" * 401)}, "pictures[1].caption"),
+        ({"class_noun": "", "prior_weight": 1.0}, "class_noun"),
+        ({"class_noun": "n" * 65}, "class_noun"),
+        ({"identifier_init": ("a", " ")}, "identifier_init[1]"),
+        ({"sample_prompts": ("a",) * 5}, "sample_prompts"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_was_given(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        complete(**changes)
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(InvalidArgument, match="allowed: whole numbers 1 to 16") as caught:
+        complete(steps=0, batch_size=99, identifier="")
+    assert {v.field for v in caught.value.violations} == {"settings.steps", "settings.batch_size", "identifier"}
+
+
+def test_a_caption_without_the_word_is_fine_when_nothing_is_learned_for_it() -> None:
+    assert not complete(captions=("a cat",), learn_identifier=False).learn_identifier
+
+
+def test_an_identifier_is_one_ordinary_token(base_model: BaseModel) -> None:
+    token = check_identifier("sks", base_model.tokenizer)
+    assert base_model.tokenizer.decode([token]).strip() == "sks"
+    for word in ("zzyzxqwv", "", "<|endoftext|>"):
+        with pytest.raises(InvalidArgument, match="exactly one") as caught:
+            check_identifier(word, base_model.tokenizer, "spec.identifier")
+        assert caught.value.violations[0].field == "spec.identifier"

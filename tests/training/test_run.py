@@ -1,0 +1,189 @@
+"""Whole runs on the tiny base model: deterministic, resumable bit for bit, stoppable, and honest about divergence."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_training import Recorder, make_pictures, make_spec
+from torch import Tensor, nn
+
+from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.errors import Cancelled, HueshiftError, InvalidArgument, Reason
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.training.loop import check_finite
+from hueshift.training.run import CHECKPOINT_FILE, CLASS_FOLDER, TrainingResult, run_training
+from hueshift.training.spec import Method, TrainingSpec
+
+Tiny = tuple[BaseModel, SpectralFactors]
+
+
+def run(tiny: Tiny, spec: TrainingSpec, workdir: Path, hooks: Recorder | None = None) -> TrainingResult:
+    base, factors = tiny
+    pictures = make_pictures(len(spec.captions))
+    return run_training(
+        spec, pictures, base=base, factors=factors, clip=None, workdir=workdir, hooks=hooks or Recorder()
+    )
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    named = {f"spectral/{name}": shift for name, shift in adapter.spectral.items()}
+    named |= {f"norm/{name}": shift for name, shift in adapter.norm.items()}
+    named |= {f"a/{name}": factors.a for name, factors in adapter.lowrank.items()}
+    named |= {f"b/{name}": factors.b for name, factors in adapter.lowrank.items()}
+    return named | {f"token/{word}": embedding for word, embedding in adapter.tokens.items()}
+
+
+def assert_same(a: TrainingResult, b: TrainingResult) -> None:
+    assert a.losses == b.losses
+    left, right = tensors_of(a.adapter), tensors_of(b.adapter)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_run_reports_its_steps_and_leaves_the_base_as_it_was(tiny: Tiny, method: Method, tmp_path: Path) -> None:
+    base = tiny[0]
+    parts = (base.unet, base.text_encoder, base.vae)
+    before = [weights_of(part) for part in parts]
+    hooks = Recorder()
+    result = run(tiny, make_spec(method, sample_interval=4), tmp_path, hooks)
+    for part, old in zip(parts, before, strict=True):
+        new = part.state_dict()
+        assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+        assert all(parameter.grad is None for parameter in part.parameters())
+    assert hooks.steps == [1, 2, 3, 4, 5, 6]
+    assert tuple(hooks.losses) == result.losses
+    assert hooks.checkpoints == [2, 4, 6]
+    assert hooks.points == ["mid-step", "mid-step", "checkpoint-written"] * 3
+    assert [(step, prompt) for step, prompt, _ in hooks.samples] == [
+        (4, make_spec().captions[0]),
+        (6, make_spec().captions[0]),
+    ]
+    assert Image.open(io.BytesIO(hooks.samples[-1][2])).size == (base.pixels, base.pixels)
+    learned = tensors_of(result.adapter)
+    assert result.adapter.tokens["sks"].shape == (1, base.layout.token_width)
+    changed = [name for name, tensor in learned.items() if tensor.abs().max() > 0]
+    assert len(changed) == len(learned)
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_stopped_run_goes_on_bit_for_bit(tiny: Tiny, method: Method, tmp_path: Path) -> None:
+    spec = make_spec(method, prior_weight=0.5, prior_images=3, ema_decay=0.9)
+    whole = run(tiny, spec, tmp_path / "whole")
+    parts = tmp_path / "parts"
+    for stop_at in (1, 3, 4):
+        with pytest.raises(Cancelled):
+            run(tiny, spec, parts, Recorder(stop_at=stop_at))
+    hooks = Recorder()
+    assert_same(run(tiny, spec, parts, hooks), whole)
+    assert hooks.steps == [5, 6]
+    # And a run that had ended gives its result again without a step.
+    again = Recorder()
+    assert_same(run(tiny, spec, parts, again), whole)
+    assert again.steps == []
+
+
+class _Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_at(point: str, step: int) -> Callable[[str, int], None]:
+    def on_point(name: str, done: int) -> None:
+        if (name, done) == (point, step):
+            raise _Killed
+
+    return on_point
+
+
+@pytest.mark.parametrize(("point", "step", "resumed_at"), [("mid-step", 3, 3), ("checkpoint-written", 4, 5)])
+def test_a_killed_run_goes_on_from_its_checkpoint_bit_for_bit(
+    tiny: Tiny, tmp_path: Path, point: str, step: int, resumed_at: int
+) -> None:
+    whole = run(tiny, make_spec(), tmp_path / "whole")
+    with pytest.raises(_Killed):
+        run(tiny, make_spec(), tmp_path / "killed", Recorder(on_point=kill_at(point, step)))
+    hooks = Recorder()
+    assert_same(run(tiny, make_spec(), tmp_path / "killed", hooks), whole)
+    assert hooks.steps[0] == resumed_at
+
+
+def test_the_seed_decides_everything(tiny: Tiny, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = run(tiny, make_spec(), tmp_path / "1")
+    torch.manual_seed(2)
+    assert_same(run(tiny, make_spec(), tmp_path / "2"), first)
+    assert run(tiny, make_spec(seed=8), tmp_path / "3").losses != first.losses
+
+
+def test_a_checkpoint_of_another_job_is_not_continued(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny, make_spec(seed=8), tmp_path)
+    hooks = Recorder()
+    assert_same(run(tiny, make_spec(), tmp_path, hooks), run(tiny, make_spec(), tmp_path / "fresh"))
+    assert hooks.steps[0] == 1
+
+
+def test_divergence_is_named_with_its_step(tiny: Tiny, tmp_path: Path) -> None:
+    spec = replace(make_spec(), learning_rate=1e30, norm_learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(HueshiftError, match=r"at step 2.*learning_rate") as caught:
+        run(tiny, spec, tmp_path)
+    assert caught.value.reason is Reason.TRAINING_DIVERGED
+    assert caught.value.metadata == {"step": "2"}
+
+
+def test_a_result_that_is_not_finite_is_named() -> None:
+    check_finite(torch.ones(3), 6, "learned sigma")
+    with pytest.raises(HueshiftError, match="learned sigma was not finite at step 6") as caught:
+        check_finite(torch.tensor([1.0, float("nan")]), 6, "learned sigma")
+    assert caught.value.reason is Reason.TRAINING_DIVERGED
+
+
+def test_prior_pictures_are_made_once_and_survive_a_stop(tiny: Tiny, tmp_path: Path) -> None:
+    spec = make_spec(prior_weight=1.0, prior_images=6)
+    # Asked once before every sampling step: stopping at the 20th question falls into the second group of pictures.
+    with pytest.raises(Cancelled):
+        run(tiny, spec, tmp_path / "a", Recorder(stop_when_asked=20))
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "a" / CLASS_FOLDER).glob("*.safetensors")}
+    assert len(kept) == 1
+    result = run(tiny, spec, tmp_path / "a")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "a" / CLASS_FOLDER).glob("*.safetensors")}
+    assert len(files) == 2
+    assert files.items() >= kept.items()
+    assert_same(result, run(tiny, spec, tmp_path / "b"))
+    assert result.losses != run(tiny, make_spec(prior_images=6), tmp_path / "c").losses
+
+
+def test_a_moving_average_is_what_is_published(tiny: Tiny, tmp_path: Path) -> None:
+    plain = run(tiny, make_spec(), tmp_path / "plain")
+    averaged = run(tiny, make_spec(ema_decay=0.9), tmp_path / "averaged")
+    assert averaged.losses == plain.losses
+    left, right = tensors_of(plain.adapter), tensors_of(averaged.adapter)
+    assert any(not torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_nothing_learned_for_the_word_keeps_it_out_of_the_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    spec = replace(make_spec(), learn_identifier=False)
+    assert run(tiny, spec, tmp_path).adapter.tokens == {}
+
+
+def test_pictures_and_captions_must_pair_up(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="2 given for 3 captions"):
+        run_training(
+            make_spec(),
+            make_pictures(2),
+            base=tiny[0],
+            factors=tiny[1],
+            clip=None,
+            workdir=tmp_path,
+            hooks=Recorder(),
+        )
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
