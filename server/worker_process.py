@@ -5,6 +5,8 @@ import socket
 
 import structlog
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from hueshift.server.base_trainer import BaseTrainer
 from hueshift.server.clock import SystemClock
@@ -21,6 +23,9 @@ def run_worker(settings: Settings, *, stop: StopFlag, owner: str = "", failpoint
     """Take jobs until `stop`. `owner` names the holder of leases; it must be unique among live workers."""
     os.nice(settings.training.nice)
     torch.set_num_threads(settings.training.threads or os.cpu_count() or 1)
+    # The log is JSON lines; bars of loading weights would break them.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     clock = SystemClock()
     stores = open_stores(settings, clock)
     try:
