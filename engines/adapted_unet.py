@@ -30,7 +30,7 @@ class AdaptedUNet(nn.Module):
 
     DENSE keeps the weights and adds the low-rank branch on the targets of `rows`. FACTORED also replaces every matrix
     by its factors and every norm's weights by the row's. With `channels_last` convolution weights are held in that
-    layout (5-25 % faster in torch; a copy of them unless the base has it already); a graph for export is made without.
+    layout (a copy of them unless the base has it already), which torch runs faster.
 
     A call fills a scope that all layers read, so one instance serves one thread at a time.
     """

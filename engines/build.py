@@ -19,7 +19,7 @@ from hueshift.engines.svd_cache import SpectralFactors, load_factors
 from hueshift.engines.torch_engine import TorchEngine
 
 EngineKind = Literal["auto", "onnxruntime", "torch"]
-_ONNX_MODULES = ("onnxruntime", "onnx", "onnxscript")
+_ONNX_MODULES = ("onnxruntime", "onnx")
 _log = structlog.get_logger()
 
 BuildProgress = Callable[[str, int, int], None]

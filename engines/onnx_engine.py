@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.graph_unet import OUTPUT
 from hueshift.engines.interface import EngineRow, Plan
-from hueshift.engines.onnx_export import OUTPUT
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
@@ -98,8 +98,8 @@ class OnnxEngine:
 def open_session(graph: Path, threads: int) -> onnxruntime.InferenceSession:
     """Load a graph on the CPU with `threads` threads; 0 means one per core.
 
-    Loading optimises the graph in 0.3 to 0.8 s for emoji-128 (2-core x86 CPU, 2026-11-20), too little to keep a
-    second, machine-specific copy on disk.
+    Loading optimises the graph in 0.3 to 0.8 s for emoji-128 (CPU time of a 2-core x86 CPU, 2026-11-20), too little
+    to keep a second, machine-specific copy on disk.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
