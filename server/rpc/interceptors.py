@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from hueshift.adapters.errors import DeadlineExceeded, HueshiftError, Internal, Reason
 from hueshift.server.auth import Authenticator
@@ -22,6 +23,7 @@ from hueshift.server.settings import ServerSettings
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
+_LISTEN_SECONDS = 0.5
 GENERATE = "hueshift.v1.GenerationService/Generate"
 WATCH = "hueshift.v1.FineTuneService/WatchFineTune"
 
@@ -70,6 +72,8 @@ class ErrorMapping(Interceptor):
         call_info = CURRENT_CALL.get(None)
         if call_info is not None:
             trailers.append((REQUEST_ID_KEY, call_info.request_id))
+        if call.request_streaming:
+            await _listen_out(call)
         return await call.context.abort(status.code, status.message, tuple(trailers))
 
 
@@ -193,6 +197,21 @@ async def _while_flowing(messages: AsyncIterator[Any], idle_seconds: float) -> A
                 raise _passed(f"the upload sent nothing for {idle_seconds:.3g} seconds") from None
             raise
         yield message
+
+
+async def _listen_out(call: Call) -> None:
+    """Throw away what a refused caller still sends, for a moment.
+
+    A grpc.aio client that writes to an ended call may report INTERNAL of its own instead of the status: 58 of 300
+    refused stream_stream calls and 2 of 300 stream_unary ones of 20 chunks, none with this (2-core x86 CPU, grpcio
+    1.85.1, 2026-11-20).
+    """
+    try:
+        async with asyncio.timeout(_LISTEN_SECONDS):
+            while await call.context.read() is not grpc.aio.EOF:
+                continue
+    except (TimeoutError, DecodeError, grpc.aio.BaseError):
+        return
 
 
 def _passed(message: str) -> DeadlineExceeded:

@@ -186,16 +186,16 @@ async def test_full_queues_say_when_to_come_back(base_model: BaseModel, tmp_path
     parts = fake_parts(base_model, BoundedFakeEngine(on_call=valve))
     async with live_server(tmp_path, parts, limits={"queue_size": 24, "tenant_queue_size": 16}) as live:
         greedy, other = await live.caller("greedy"), await live.caller("other")
-        calls = [asyncio.create_task(greedy.generate(count=10))]
+        calls = [asyncio.create_task(greedy.generate(count=10, width=32, height=32))]
         await until(lambda: counts(live)["active"] > 0)
-        calls.append(asyncio.create_task(greedy.generate(count=10)))
+        calls.append(asyncio.create_task(greedy.generate(count=10, width=32, height=32)))
         await until(lambda: counts(live)["waiting"] == 16)
         told = await fails(greedy.generate())
         assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_QUOTA")
         assert told.metadata["retryable"] == "true"
         assert told.retry_seconds is not None
         assert told.retry_seconds > 0
-        calls.append(asyncio.create_task(other.generate(count=8)))
+        calls.append(asyncio.create_task(other.generate(count=8, width=32, height=32)))
         await until(lambda: counts(live)["waiting"] == 24)
         told = await fails(other.generate())
         assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
@@ -228,7 +228,7 @@ async def test_a_drain_finishes_accepted_requests(base_model: BaseModel, tmp_pat
     valve = Valve()
     async with live_server(tmp_path, fake_parts(base_model, BoundedFakeEngine(on_call=valve))) as live:
         caller = await live.caller("acme")
-        calls = [asyncio.create_task(caller.generate(count=2)) for _ in range(10)]
+        calls = [asyncio.create_task(caller.generate(count=2, width=32, height=32)) for _ in range(10)]
         await until(lambda: live.frame.gate.inside == 10 and valve.calls > 0)
         closing = asyncio.create_task(live.frame.close(20))
         await asyncio.sleep(0.05)

@@ -1,6 +1,7 @@
 """The interceptors around all four kinds of RPC, on a real grpc.aio server with toy methods."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -350,3 +351,37 @@ async def test_nothing_passes_before_warm_up_has_ended() -> None:
             await toy.call(UNARY)
         assert error_info(caught.value)[0].reason == "WARMING_UP"
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+_REFUSED_CLIENT = """
+import asyncio, sys
+import grpc
+
+async def chunks():
+    for _ in range(20):
+        yield b"x" * 50_000
+
+async def main(target):
+    codes = set()
+    async with grpc.aio.insecure_channel(target) as channel:
+        upload = channel.stream_stream("/hueshift.v1.Toy/Chat")
+        for _ in range(100):
+            try:
+                async for _ in upload(chunks(), metadata=(("authorization", "Bearer wrong"),)):
+                    pass
+            except grpc.aio.AioRpcError as error:
+                codes.add(error.code().name)
+    print(sorted(codes))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_refused_callers_that_still_send_learn_why() -> None:
+    """In another process, or the two loops take turns: without the listening one refusal in five becomes INTERNAL."""
+    async with toy_server(echo) as toy:
+        client = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-c", _REFUSED_CLIENT, toy.target, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await asyncio.wait_for(client.communicate(), 60)
+    assert out.decode().strip() == "['UNAUTHENTICATED']"
