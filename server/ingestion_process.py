@@ -26,6 +26,8 @@ _BYTES_PER_PIXEL = 20
 _CPU_SECONDS_PER_PICTURE = 10
 _START_SECONDS = 20.0
 _SECONDS_PER_PICTURE = 10.0
+# Decoding waits for serving, not the other way round.
+_NICE = 5
 _INVALID = Reason.PICTURE_INVALID
 CHILD_COMMAND = (sys.executable, "-P", "-I", "-m", "hueshift.server.ingestion_process")
 
@@ -101,8 +103,9 @@ def _read_report(output: bytes, errors: bytes, status: int, count: int) -> None:
 
 
 def limit_self(limits: PictureLimits) -> None:
-    """Bound this process: memory, open files, size of what it writes, and no core file with somebody's picture."""
+    """Bound this process: priority, memory, open files, size of what it writes; no core file with a picture in it."""
     memory = _BASE_MEMORY + _BYTES_PER_PIXEL * limits.max_pixels
+    os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))

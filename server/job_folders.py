@@ -4,6 +4,7 @@ The pictures are personal data. They go as soon as the job ends, unless the oper
 what a crash left behind. No name that a client sent becomes a path: job ids are made by the server.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -73,10 +74,7 @@ class JobFolders:
         """End every folder older than `min_age` seconds that belongs to no open job. Returns how many there were."""
         swept = 0
         for folder in self._root.iterdir():
-            try:
-                age = time.time() - folder.stat().st_mtime
-            except FileNotFoundError:
-                continue
+            age = time.time() - _last_change(folder)
             if folder.name in open_jobs or age < min_age:
                 continue
             if folder.name.startswith(_STAGED_PREFIX):
@@ -87,6 +85,15 @@ class JobFolders:
                 continue
             swept += 1
         return swept
+
+
+def _last_change(folder: Path) -> float:
+    """Return when a file of an upload was begun, or anything else was put into the folder; now, if it is gone."""
+    changes = []
+    for place in (folder, folder / "upload"):
+        with contextlib.suppress(FileNotFoundError):
+            changes.append(place.stat().st_mtime)
+    return max(changes, default=time.time())
 
 
 def _sync(folder: Path) -> None:

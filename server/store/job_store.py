@@ -14,7 +14,7 @@ from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, FailedPrecondition, Reason, ResourceExhausted
 from hueshift.server.clock import Clock
 from hueshift.server.rpc.names import not_found
-from hueshift.server.store.database import Database
+from hueshift.server.store.database import Database, lock
 from hueshift.server.store.idempotency import recall, remember
 from hueshift.server.store.job_events import append_event, read_events
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
@@ -74,6 +74,8 @@ class JobStore:
             known = recall(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash)
             if known is not None:
                 return self._own(connection, new.tenant, str(known["job_id"])), True
+            # Two calls at once must not both take the last place.
+            lock(connection, f"jobs/{new.tenant}")
             self._check_quota(connection, new.tenant, tenant_limit)
             row = connection.execute(insert(jobs).values(self._first_row(new)).returning(*jobs.c)).one()
             job = JobRecord.from_row(row)
@@ -133,7 +135,7 @@ class JobStore:
     def cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Cancel a queued job at once, ask a running one to stop, return an ended one as it is. Raises NotFound."""
         with self._database.write() as connection:
-            job = self._own(connection, tenant, job_id, lock=True)
+            job = self._own(connection, tenant, job_id, locked=True)
             if job.state is JobState.QUEUED:
                 return self._move(connection, job, JobState.CANCELLED)
             if job.state is JobState.RUNNING:
@@ -331,9 +333,9 @@ class JobStore:
                 retry_after=QUOTA_RETRY_SECONDS,
             )
 
-    def _own(self, connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> JobRecord:
+    def _own(self, connection: Connection, tenant: str, job_id: str, *, locked: bool = False) -> JobRecord:
         query = select(jobs).where(jobs.c.job_id == job_id, jobs.c.tenant == tenant)
-        row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+        row = connection.execute(query.with_for_update() if locked else query).one_or_none()
         if row is None:
             raise not_found(Reason.FINE_TUNE_NOT_FOUND, "fineTunes", job_id)
         return JobRecord.from_row(row)
