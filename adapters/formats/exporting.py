@@ -1,0 +1,54 @@
+"""An adapter out, in the form that another program reads."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.errors import FailedPrecondition, Reason
+from hueshift.adapters.file import write_adapter
+from hueshift.adapters.formats import kohya, mkshing, peft, textual_inversion
+from hueshift.adapters.formats.draft import ImportBase
+from hueshift.adapters.formats.exports import Leftovers
+
+
+class ExportForm(StrEnum):
+    """Forms of files that can be written."""
+
+    HUESHIFT = "hueshift"
+    KOHYA = "kohya"
+    PEFT = "peft"
+    MKSHING = "mkshing"
+    TEXTUAL_INVERSION = "textual_inversion"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedFile:
+    """The file's bytes, and what a partial export left out."""
+
+    data: bytes
+    left_out: tuple[str, ...]
+
+
+def export_adapter(adapter: Adapter, form: ExportForm, base: ImportBase, *, partial: bool = False) -> ExportedFile:
+    """Write an adapter in a form. Tensors keep their values and dtypes, so importing it again gives the same ones.
+
+    Raises InvalidArgument (ADAPTER_TARGET_UNSUPPORTED) naming what the form cannot hold, unless the export is
+    `partial`; FailedPrecondition (ADAPTER_BASE_MISMATCH) for an adapter of another base model.
+    """
+    if adapter.base_hash != base.layout.base_hash:
+        raise FailedPrecondition(
+            Reason.ADAPTER_BASE_MISMATCH,
+            f"the adapter belongs to base model {adapter.base_hash}, not to {base.layout.base_hash}",
+        )
+    left = Leftovers(form.value, partial=partial)
+    if form is ExportForm.KOHYA:
+        data = kohya.write(adapter, base.layout, left)
+    elif form is ExportForm.PEFT:
+        data = peft.write(adapter, base.layout, left)
+    elif form is ExportForm.MKSHING:
+        data = mkshing.write(adapter, base, left)
+    elif form is ExportForm.TEXTUAL_INVERSION:
+        data = textual_inversion.write(adapter, base.layout, left)
+    else:
+        data = write_adapter(adapter)
+    return ExportedFile(data, tuple(left.notes))
