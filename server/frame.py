@@ -166,7 +166,7 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         # Otherwise two servers share one port in silence, and each gets some of the calls.
         ("grpc.so_reuseport", 0),
         # Clients may ping every 30 s, calls or no calls, to keep their connection through proxies.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
 
