@@ -1,4 +1,9 @@
-"""Run a server until it is told to stop: open the port, warm up, serve, drain."""
+"""Run a server until it is told to stop: open the port, warm up, serve, drain.
+
+Several servers of one machine may share a store folder, each on ports of its own: the database orders their writes, and
+the workers of all of them take jobs from one leased table. An adapter deleted through one server is gone for the other
+at its next look-up, which every request makes; requests that already run there finish.
+"""
 
 import asyncio
 import contextlib

@@ -6,6 +6,7 @@ cancelled call frees its place in the batch immediately, and context variables s
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Call:
         return [value for name, value in self.metadata if name == key and isinstance(value, str)]
 
 
-class Interceptor(grpc.aio.ServerInterceptor):
+class Interceptor(grpc.aio.ServerInterceptor, ABC):
     """An interceptor as one coroutine around the call, whatever the kind of RPC.
 
     `run` receives the request (a message, or an async iterator of them) and calls `proceed(request)` to go on inwards.
@@ -55,9 +56,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         return None if handler is None else _wrap(handler, handler_call_details, self.run)
 
+    @abstractmethod
     async def run(self, call: Call, request: Any, proceed: Proceed) -> Any:
         """Handle one call."""
-        raise NotImplementedError
 
 
 class ServiceTable(grpc.GenericRpcHandler):

@@ -248,6 +248,10 @@ async def test_a_taken_port_is_refused_with_advice(tmp_path: Path) -> None:
             async with running(toy_settings(tmp_path, port=port)):
                 pass
         assert caught.value.reason is Reason.SETTINGS_INVALID
+        metrics_port = int(addresses.metrics.split(":")[2].split("/")[0])
+        with pytest.raises(InvalidArgument, match=r"server\.metrics_port.*free it"):
+            async with running(toy_settings(tmp_path, metrics_port=metrics_port)):
+                pass
         # A second server on the same store is welcome on a port of its own.
         async with running(toy_settings(tmp_path)) as (_, second):
             assert second.grpc != addresses.grpc
