@@ -1,7 +1,7 @@
 """Adapters: their record and the calls of AdapterService."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from hashlib import sha256
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from hueshift.client.calls import Page, Paged, Unary, Upload
-from hueshift.client.choices import AdapterKind
+from hueshift.client.choices import AdapterFormat, AdapterKind
+from hueshift.client.conversion import Conversion, ImportReport, read_report
 from hueshift.client.errors import CorruptAnswer
 from hueshift.client.uploads import chunks, new_key
-from hueshift.client.wire import from_enum, to_datetime
+from hueshift.client.wire import from_enum, to_datetime, to_enum
 from hueshift.v1 import adapters_pb2 as pb
 
 
@@ -40,6 +41,13 @@ class Adapter:
     def id(self) -> str:
         """The bare id, the last part of the name."""
         return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedAdapter(Adapter):
+    """A stored adapter. `report` tells how a file of another program was converted; None for Hueshift's own files."""
+
+    report: ImportReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,13 @@ def read_adapter_record(message: pb.Adapter) -> Adapter:
     )
 
 
+def read_imported(message: pb.ImportAdapterResponse) -> ImportedAdapter:
+    """Return the record of an import, with its report."""
+    record = read_adapter_record(message.adapter)
+    report = read_report(message.report) if message.HasField("report") else None
+    return ImportedAdapter(**{field.name: getattr(record, field.name) for field in fields(record)}, report=report)
+
+
 def import_call(
     data: bytes,
     *,
@@ -94,14 +109,20 @@ def import_call(
     display_name: str = "",
     labels: Mapping[str, str] | None = None,
     idempotency_key: str = "",
-) -> Upload[pb.ImportAdapterRequest, pb.ImportAdapterResponse, Adapter]:
+    conversion: Conversion | None = None,
+) -> Upload[pb.ImportAdapterRequest, pb.ImportAdapterResponse, ImportedAdapter]:
     """Store an adapter file. Repeats of this one call, retries included, store it once."""
+    how = conversion or Conversion()
     spec = pb.ImportAdapterSpec(
         adapter_id=adapter_id,
         display_name=display_name,
         labels=labels or {},
         idempotency_key=idempotency_key or new_key(),
         size_bytes=len(data),
+        rank=how.rank,
+        word=how.word,
+        served_only=how.served_only,
+        complete=how.complete,
     )
 
     def messages() -> Iterator[pb.ImportAdapterRequest]:
@@ -109,18 +130,20 @@ def import_call(
         for chunk in chunks(data):
             yield pb.ImportAdapterRequest(chunk=chunk)
 
-    return Upload(lambda s: s.adapters.ImportAdapter, messages, lambda r: read_adapter_record(r.adapter))
+    return Upload(lambda s: s.adapters.ImportAdapter, messages, read_imported)
 
 
-def export_request(name: str, revision: int) -> pb.ExportAdapterRequest:
-    """Ask for an adapter's file; revision 0 is the newest."""
-    return pb.ExportAdapterRequest(name=name, revision=revision)
+def export_request(name: str, revision: int, form: AdapterFormat, partial: bool) -> pb.ExportAdapterRequest:
+    """Ask for an adapter's file in a form; revision 0 is the newest."""
+    number = to_enum(pb.AdapterFormat, "ADAPTER_FORMAT", form)
+    return pb.ExportAdapterRequest(name=name, revision=revision, format=number, partial=partial)
 
 
 class ExportAssembly:
-    """Puts an export's messages together and checks the bytes against the record."""
+    """Puts an export's messages together and checks the bytes against the record, which is of Hueshift's own form."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: AdapterFormat = AdapterFormat.HUESHIFT) -> None:
+        self._own = form is AdapterFormat.HUESHIFT
         self._adapter: Adapter | None = None
         self._data = bytearray()
 
@@ -139,7 +162,8 @@ class ExportAssembly:
         if self._adapter is None:
             raise CorruptAnswer.because("the export came without the adapter's record")
         data = bytes(self._data)
-        if revision in (0, self._adapter.revision) and sha256(data).hexdigest() != self._adapter.content_hash:
+        checked = self._own and revision in (0, self._adapter.revision)
+        if checked and sha256(data).hexdigest() != self._adapter.content_hash:
             raise CorruptAnswer.because(f"the {len(data)} bytes of {self._adapter.name} do not match its hash")
         return ExportedAdapter(self._adapter, data)
 

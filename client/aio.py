@@ -12,8 +12,9 @@ import grpc
 from hueshift.client import adapters, jobs
 from hueshift.client import model as models
 from hueshift.client.calls import UNARY_SECONDS, UPLOAD_SECONDS, Paged, Stubs, Unary, Upload
-from hueshift.client.choices import JobState
+from hueshift.client.choices import AdapterFormat, JobState
 from hueshift.client.connection import DEFAULT_ADDRESS, Connection, Tls
+from hueshift.client.conversion import Conversion
 from hueshift.client.errors import HueshiftClientError, from_rpc_error
 from hueshift.client.generation import GenerateEvent, GenerateOptions, Picture, generate_request, read_event
 from hueshift.client.health import check_ready_async, not_ready
@@ -157,8 +158,12 @@ class AsyncClient:
         display_name: str = "",
         labels: Mapping[str, str] | None = None,
         idempotency_key: str = "",
-    ) -> adapters.Adapter:
-        """Store an adapter file (a path or its bytes) as a new adapter, or a new revision of an existing one."""
+        conversion: Conversion | None = None,
+    ) -> adapters.ImportedAdapter:
+        """Store an adapter file (a path or its bytes) as a new adapter, or a new revision of an existing one.
+
+        Files of other programs are converted, as `conversion` says; the answer's report tells how.
+        """
         return await self._upload(
             adapters.import_call(
                 await asyncio.to_thread(read_source, source),
@@ -166,15 +171,26 @@ class AsyncClient:
                 display_name=display_name,
                 labels=labels,
                 idempotency_key=idempotency_key,
+                conversion=conversion,
             )
         )
 
-    async def export_adapter(self, name: str, revision: int = 0) -> adapters.ExportedAdapter:
-        """Return an adapter's file; revision 0 is the newest. Raises CorruptAnswer where the hash does not match."""
+    async def export_adapter(
+        self,
+        name: str,
+        revision: int = 0,
+        *,
+        form: AdapterFormat = AdapterFormat.HUESHIFT,
+        partial: bool = False,
+    ) -> adapters.ExportedAdapter:
+        """Return an adapter's file; revision 0 is the newest. Raises CorruptAnswer where the hash does not match.
+
+        Another `form` is what another program reads; with `partial` it may leave out what it cannot hold.
+        """
 
         async def attempt(seconds: float | None) -> adapters.ExportedAdapter:
-            assembly = adapters.ExportAssembly()
-            request = adapters.export_request(name, revision)
+            assembly = adapters.ExportAssembly(form)
+            request = adapters.export_request(name, revision, form, partial)
             call: Any = self._stubs.adapters.ExportAdapter(request, timeout=seconds, metadata=self._metadata)
             async for message in call:
                 assembly.take(message)

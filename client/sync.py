@@ -12,8 +12,9 @@ import grpc
 from hueshift.client import adapters, jobs
 from hueshift.client import model as models
 from hueshift.client.calls import UNARY_SECONDS, UPLOAD_SECONDS, Paged, Stubs, Unary, Upload
-from hueshift.client.choices import JobState
+from hueshift.client.choices import AdapterFormat, JobState
 from hueshift.client.connection import DEFAULT_ADDRESS, Connection, Tls
+from hueshift.client.conversion import Conversion
 from hueshift.client.errors import HueshiftClientError, from_rpc_error
 from hueshift.client.generation import GenerateEvent, GenerateOptions, Picture, generate_request, read_event
 from hueshift.client.health import check_ready, not_ready
@@ -153,8 +154,12 @@ class Client:
         display_name: str = "",
         labels: Mapping[str, str] | None = None,
         idempotency_key: str = "",
-    ) -> adapters.Adapter:
-        """Store an adapter file (a path or its bytes) as a new adapter, or a new revision of an existing one."""
+        conversion: Conversion | None = None,
+    ) -> adapters.ImportedAdapter:
+        """Store an adapter file (a path or its bytes) as a new adapter, or a new revision of an existing one.
+
+        Files of other programs are converted, as `conversion` says; the answer's report tells how.
+        """
         return self._upload(
             adapters.import_call(
                 read_source(source),
@@ -162,15 +167,26 @@ class Client:
                 display_name=display_name,
                 labels=labels,
                 idempotency_key=idempotency_key,
+                conversion=conversion,
             )
         )
 
-    def export_adapter(self, name: str, revision: int = 0) -> adapters.ExportedAdapter:
-        """Return an adapter's file; revision 0 is the newest. Raises CorruptAnswer where the hash does not match."""
+    def export_adapter(
+        self,
+        name: str,
+        revision: int = 0,
+        *,
+        form: AdapterFormat = AdapterFormat.HUESHIFT,
+        partial: bool = False,
+    ) -> adapters.ExportedAdapter:
+        """Return an adapter's file; revision 0 is the newest. Raises CorruptAnswer where the hash does not match.
+
+        Another `form` is what another program reads; with `partial` it may leave out what it cannot hold.
+        """
 
         def attempt(seconds: float | None) -> adapters.ExportedAdapter:
-            assembly = adapters.ExportAssembly()
-            request = adapters.export_request(name, revision)
+            assembly = adapters.ExportAssembly(form)
+            request = adapters.export_request(name, revision, form, partial)
             for message in self._stubs.adapters.ExportAdapter(request, timeout=seconds, metadata=self._metadata):
                 assembly.take(message)
             return assembly.finish(revision)

@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 from torch import Tensor
 
+from hueshift.adapters.formats.draft import ImportBase
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import HostCache, SlotCache
@@ -18,6 +19,7 @@ from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
 from hueshift.server.residency_metrics import ResidencyMetrics
+from hueshift.server.rpc.adapter_import import AdapterFormats
 from hueshift.server.rpc.adapter_service import AdapterService
 from hueshift.server.rpc.finetune_service import FineTuneService
 from hueshift.server.rpc.finetune_words import make_word_check
@@ -58,7 +60,11 @@ class ServiceSet:
         slots = SlotCache(engine, host, parts.rows, parts.factors, parts.norms, observer)
         self.scheduler = Scheduler(engine, base, TextStage(base), VaeStage(base), slots, metrics, clock, limits)
         self._generation = GenerationService(self.scheduler, stores.adapters, base, limits, settings.server, clock)
-        self._adapters = AdapterService(stores.adapters, base.layout, limits, self.scheduler, clock)
+        formats = AdapterFormats(
+            ImportBase(base.layout, dict(base.unet.named_parameters())),
+            {target.name: target.rank for target in parts.rows.targets},
+        )
+        self._adapters = AdapterService(stores.adapters, base.layout, limits, self.scheduler, clock, formats)
         self._fine_tunes = FineTuneService(
             stores.jobs,
             stores.folders,

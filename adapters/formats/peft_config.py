@@ -5,10 +5,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hueshift.adapters.container import invalid, show
-from hueshift.adapters.formats.source import ForeignFile
+
+if TYPE_CHECKING:
+    from hueshift.adapters.formats.source import ForeignFile
 
 FOLDER_KEY = "adapter_config"
 """Metadata under which the adapter_config.json of a folder travels with its tensors."""
@@ -37,7 +39,7 @@ class PeftConfig:
         return alpha / (math.sqrt(known) if self.rslora else known)
 
 
-def find_config(source: ForeignFile, metadata_key: str) -> PeftConfig | None:
+def find_config(source: "ForeignFile", metadata_key: str) -> PeftConfig | None:
     """Return the configuration that the file carries; None if it carries none.
 
     diffusers puts `unet.` before each field when a file may hold several networks. Raises InvalidArgument

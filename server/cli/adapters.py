@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group
 
+from hueshift.client.choices import AdapterFormat
+from hueshift.client.conversion import Conversion
+from hueshift.server.cli.adapter_files import diff_files, inspect_file
+from hueshift.server.cli.adapter_report import report_table
 from hueshift.server.cli.files import save
 from hueshift.server.cli.output import facts_table, rows_table, size_text, time_text
 from hueshift.server.cli.parse import parse_labels
@@ -16,7 +21,9 @@ if TYPE_CHECKING:
     from hueshift.client.adapters import Adapter
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="List, show, import, export, delete and warm adapters."
+    no_args_is_help=True,
+    add_completion=False,
+    help="List, show, import, export, inspect, diff, delete and warm adapters.",
 )
 
 Name = Annotated[str, typer.Argument(help="Id or resource name.")]
@@ -61,16 +68,40 @@ def show_adapter(session: Session, name: Name) -> None:
 @connected
 def import_adapter(
     session: Session,
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Adapter file (safetensors).")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, help="Adapter file (safetensors) of any known program, or its folder.")
+    ],
     name: Annotated[str, typer.Option(help="Id of the adapter to make, or to give a new revision.")] = "",
     display_name: Annotated[str, typer.Option(help="Name for people.")] = "",
     label: Labels = None,
+    rank: Annotated[
+        int, typer.Option(min=0, max=128, help="Largest rank of a converted layer; 0: as the file has it, or 16.")
+    ] = 0,
+    word: Annotated[str, typer.Option(help="Word for a learned embedding whose file names none.")] = "",
+    served_only: Annotated[
+        bool, typer.Option("--served-only", help="Leave out layers that the engine has no low-rank branch on.")
+    ] = False,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Refuse a file of which anything has to be left out.")
+    ] = False,
 ) -> None:
-    """Store an adapter file."""
+    """Store an adapter file, converting those of other programs."""
+    from hueshift.adapters.formats.folder import bundle
+
+    bundled = bundle(file)
+    if bundled.note:
+        session.output.note(bundled.note)
     adapter = session.client.import_adapter(
-        file, adapter_id=name, display_name=display_name, labels=parse_labels(label or ())
+        bundled.data,
+        adapter_id=name,
+        display_name=display_name,
+        labels=parse_labels(label or ()),
+        conversion=Conversion(rank, word, served_only, complete),
     )
-    session.output.result(adapter, adapter_table(adapter))
+    if adapter.report is None:
+        session.output.result(adapter, adapter_table(adapter))
+        return
+    session.output.result(adapter, Group(adapter_table(adapter), report_table(adapter.report)))
 
 
 @app.command("export")
@@ -80,12 +111,20 @@ def export_adapter(
     name: Name,
     revision: Annotated[int, typer.Option(help="Revision; 0 is the newest.")] = 0,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="File to write; default: ID.safetensors.")] = None,
+    form: Annotated[
+        AdapterFormat, typer.Option("--format", help="Form of the file; only hueshift holds every adapter.")
+    ] = AdapterFormat.HUESHIFT,
+    partial: Annotated[bool, typer.Option("--partial", help="Leave out what that form cannot hold.")] = False,
 ) -> None:
     """Write an adapter's file to disk."""
-    exported = session.client.export_adapter(name, revision)
+    exported = session.client.export_adapter(name, revision, form=form, partial=partial)
     path = save(out or Path(f"{exported.adapter.id}.safetensors"), exported.data)
     record = {"path": str(path), "bytes": len(exported.data), "adapter": exported.adapter}
     session.output.result(record, f"{path} ({size_text(len(exported.data))})")
+
+
+app.command("inspect")(inspect_file)
+app.command("diff")(diff_files)
 
 
 @app.command("delete")

@@ -7,11 +7,9 @@ from typing import Any
 from google.protobuf.message import Message
 from sqlalchemy import Connection
 
-from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import InvalidArgument, NotFound
-from hueshift.adapters.file import read_adapter
-from hueshift.adapters.layout import BaseLayout
 from hueshift.adapters.validate import FileLimits
+from hueshift.server.rpc.adapter_import import AdapterFormats, ReadFile
 from hueshift.server.rpc.adapter_upload import Upload
 from hueshift.server.rpc.names import make_id, parse_adapter_name
 from hueshift.server.store.adapter_records import AdapterRecord, DeletedAdapter, RevisionRecord
@@ -23,15 +21,21 @@ from hueshift.v1 import adapters_pb2 as pb
 _UPDATABLE = ("display_name", "labels")
 # What the contract calls the method of a file that was brought in.
 _IMPORTED = "import"
+# Field of a kept import that holds its report.
+_REPORT = "report"
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """The stored adapter, what it was before (None for a new one), and whether nothing new was stored."""
+    """The stored adapter, what it was before (None for a new one), and whether nothing new was stored.
+
+    `report` tells how a file of another program was converted.
+    """
 
     record: AdapterRecord
     before: AdapterRecord | None
     replayed: bool
+    report: pb.ImportReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +50,15 @@ class Deletion:
 class AdapterChanges:
     """Import, update and delete. `max_bytes` caps an adapter file."""
 
-    def __init__(self, store: AdapterStore, layout: BaseLayout, max_bytes: int) -> None:
+    def __init__(self, store: AdapterStore, formats: AdapterFormats, max_bytes: int) -> None:
         self._store = store
-        self._layout = layout
+        self._formats = formats
         self._limits = FileLimits(max_bytes=max_bytes)
 
     def store_upload(self, tenant: str, upload: Upload) -> Imported:
         """Validate an uploaded file and publish it; the temporary file is gone afterwards.
 
-        Raises what `read_adapter` raises, and AlreadyExists (IDEMPOTENCY_CONFLICT).
+        Raises what `AdapterFormats.read` raises, and AlreadyExists (IDEMPOTENCY_CONFLICT).
         """
         spec = upload.spec
         try:
@@ -63,9 +67,9 @@ class AdapterChanges:
             key = (tenant, "ImportAdapter", spec.idempotency_key, request_hash)
             kept = self._kept(key)
             if kept is None:
-                adapter = read_adapter(staged.file, self._layout, self._limits)
-                return self._publish(key, spec, staged, adapter)
-            return Imported(_to_record(kept), None, replayed=True)
+                read = self._formats.read(staged.file, spec, self._limits)
+                return self._publish(key, spec, staged, read)
+            return _replayed(kept)
         finally:
             upload.file.discard()
 
@@ -118,27 +122,28 @@ class AdapterChanges:
             return recall(connection, *key)
 
     def _publish(
-        self, key: tuple[str, str, str, str], spec: pb.ImportAdapterSpec, staged: StagedBlob, adapter: Adapter
+        self, key: tuple[str, str, str, str], spec: pb.ImportAdapterSpec, staged: StagedBlob, read: ReadFile
     ) -> Imported:
         tenant, adapter_id = key[0], spec.adapter_id or make_id("adapter")
         with self._store.write() as connection:
             # Asked again: the same call may have been sent twice at once.
             kept = recall(connection, *key)
             if kept is not None:
-                return Imported(_to_record(kept), None, replayed=True)
+                return _replayed(kept)
             before = self._find(connection, tenant, adapter_id)
             self._store.publish(
                 tenant,
                 adapter_id,
                 spec.display_name,
                 spec.labels,
-                staged,
-                replace(adapter, method=_IMPORTED),
+                staged if read.data is None else read.data,
+                replace(read.adapter, method=_IMPORTED),
                 connection=connection,
             )
             record = self._store.get(tenant, adapter_id, connection)
-            remember(connection, *key, asdict(record))
-            return Imported(record, before, replayed=False)
+            report = {} if read.report is None else {_REPORT: _bytes_of(read.report).hex()}
+            remember(connection, *key, {**asdict(record), **report})
+            return Imported(record, before, replayed=False, report=read.report)
 
     def _find(self, connection: Connection, tenant: str, adapter_id: str) -> AdapterRecord | None:
         try:
@@ -149,6 +154,12 @@ class AdapterChanges:
 
 def _bytes_of(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
+
+
+def _replayed(kept: Mapping[str, Any]) -> Imported:
+    report = pb.ImportReport.FromString(bytes.fromhex(kept[_REPORT])) if _REPORT in kept else None
+    record = _to_record({name: value for name, value in kept.items() if name != _REPORT})
+    return Imported(record, None, replayed=True, report=report)
 
 
 def _to_record(kept: Mapping[str, Any]) -> AdapterRecord:

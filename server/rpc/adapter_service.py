@@ -8,10 +8,12 @@ import grpc
 import structlog
 
 from hueshift.adapters.errors import HueshiftError, InvalidArgument, NotFound
+from hueshift.adapters.formats.draft import ImportBase
 from hueshift.adapters.layout import BaseLayout
 from hueshift.server.clock import Clock
 from hueshift.server.logs import tenant_hash
 from hueshift.server.rpc.adapter_changes import AdapterChanges, Deletion, Imported
+from hueshift.server.rpc.adapter_import import AdapterFormats, is_own_form
 from hueshift.server.rpc.adapter_messages import to_message
 from hueshift.server.rpc.adapter_upload import MAX_CHUNK, Upload, receive_upload
 from hueshift.server.rpc.call import current_call
@@ -43,13 +45,24 @@ class Residents(Protocol):
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """Brings adapters in and out, and keeps them ready."""
+    """Brings adapters in and out, and keeps them ready.
+
+    Without `formats`, which know the base model's weights, files that are defined against those are refused.
+    """
 
     def __init__(
-        self, store: AdapterStore, layout: BaseLayout, limits: LimitSettings, scheduler: Residents, clock: Clock
+        self,
+        store: AdapterStore,
+        layout: BaseLayout,
+        limits: LimitSettings,
+        scheduler: Residents,
+        clock: Clock,
+        formats: AdapterFormats | None = None,
     ) -> None:
         self._store = store
-        self._changes = AdapterChanges(store, layout, limits.max_adapter_bytes)
+        self._layout = layout
+        self._formats = formats or AdapterFormats(ImportBase(layout))
+        self._changes = AdapterChanges(store, self._formats, limits.max_adapter_bytes)
         self._limits = limits
         self._scheduler = scheduler
         self._clock = clock
@@ -70,7 +83,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         tenant = current_call().tenant
         upload = await receive_upload(request_iterator, self._store, self._limits.max_adapter_bytes)
         imported = await self._to_the_end(self._import(tenant, upload))
-        return pb.ImportAdapterResponse(adapter=self._message(imported.record), replayed=imported.replayed)
+        return pb.ImportAdapterResponse(
+            adapter=self._message(imported.record), replayed=imported.replayed, report=imported.report
+        )
 
     async def ExportAdapter(
         self, request: pb.ExportAdapterRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -78,6 +93,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """Return the record, then the file; see the contract."""
         tenant = current_call().tenant
         record, revision = await asyncio.to_thread(self._find, tenant, request.name, request.revision)
+        if not is_own_form(request.format):
+            data = await asyncio.to_thread(self._convert, revision.content_hash, request)
+            yield pb.ExportAdapterResponse(adapter=self._message(record))
+            for begin in range(0, len(data), MAX_CHUNK):
+                yield pb.ExportAdapterResponse(chunk=data[begin : begin + MAX_CHUNK])
+            return
         with await asyncio.to_thread(self._store.open_file, revision.content_hash) as file:
             yield pb.ExportAdapterResponse(adapter=self._message(record))
             while chunk := await asyncio.to_thread(file.read, MAX_CHUNK):
@@ -140,6 +161,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if number in (0, record.revision):
             return record, record.newest
         return record, self._store.revision(tenant, adapter_id, number)
+
+    def _convert(self, content_hash: str, request: pb.ExportAdapterRequest) -> bytes:
+        adapter = self._store.load(content_hash, self._layout)
+        return self._formats.write(adapter, request.format, partial=request.partial)
 
     async def _import(self, tenant: str, upload: Upload) -> Imported:
         started = self._clock.monotonic()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from hueshift.adapters.errors import InvalidArgument, Reason
+from hueshift.adapters.validate import FileLimits, check_word
 from hueshift.server.rpc.names import check_id
 from hueshift.server.store.adapter_records import check_display_name, check_labels
 from hueshift.server.store.adapter_store import AdapterStore
@@ -62,6 +63,11 @@ def _check_spec(spec: pb.ImportAdapterSpec, max_bytes: int) -> None:
     check_display_name(spec.display_name, "spec.display_name")
     check_labels(spec.labels, "spec.labels")
     check_key(spec.idempotency_key, "spec.idempotency_key")
+    problem = check_word(spec.word) if spec.word else None
+    if problem:
+        raise InvalidArgument.for_field("spec.word", problem)
+    if not 0 <= spec.rank <= FileLimits().max_rank:
+        raise InvalidArgument.for_field("spec.rank", f"{spec.rank} given; allowed: 0 to {FileLimits().max_rank}")
     if not 1 <= spec.size_bytes <= max_bytes:
         reason = Reason.UPLOAD_TOO_LARGE if spec.size_bytes > max_bytes else Reason.INVALID_FIELD
         raise InvalidArgument.for_field(
