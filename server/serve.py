@@ -18,6 +18,7 @@ from hueshift.server.addresses import Addresses
 from hueshift.server.app import build_services
 from hueshift.server.clock import Clock, SystemClock
 from hueshift.server.frame import Frame, Services
+from hueshift.server.housekeeping import keep_clean
 from hueshift.server.metrics import Metrics
 from hueshift.server.settings import Settings
 from hueshift.server.store.stores import Stores, open_stores
@@ -85,7 +86,9 @@ async def serve(
                 log.info("serving", address=addresses.grpc, warm_up_seconds=round(clock.monotonic() - begin, 2))
                 if ready is not None:
                     ready(addresses)
+                cleaning = asyncio.create_task(keep_clean(stores, clock))
                 await own_stop.drain.wait()
+                cleaning.cancel()
         finally:
             await _close(frame, settings.server.drain_seconds, own_stop.hurry)
             await asyncio.to_thread(stores.close)

@@ -1,0 +1,37 @@
+"""Remove, now and then, what nobody will ask for again: files of crashed uploads and old idempotency answers."""
+
+import asyncio
+
+import structlog
+
+from hueshift.adapters.errors import HueshiftError
+from hueshift.server.clock import Clock
+from hueshift.server.store.idempotency import forget
+from hueshift.server.store.stores import Stores
+
+EVERY_SECONDS = 3600.0
+# Longer than any upload takes: the temporary files of running ones must stay.
+ORPHAN_SECONDS = 3600.0
+# A caller that repeats a call after a week has forgotten the first one.
+IDEMPOTENCY_SECONDS = 7 * 24 * 3600.0
+
+
+def clean(stores: Stores, clock: Clock) -> tuple[int, int]:
+    """Clean once; return the bytes freed on disk and the answers removed. Raises HueshiftError as the stores do."""
+    freed = stores.adapters.sweep_orphans(ORPHAN_SECONDS)
+    with stores.database.write() as connection:
+        forgotten = forget(connection, clock.time() - IDEMPOTENCY_SECONDS)
+    return freed, forgotten
+
+
+async def keep_clean(stores: Stores, clock: Clock, *, every: float = EVERY_SECONDS) -> None:
+    """Clean at once and then every `every` seconds, until cancelled. A failure is logged and the next round tries."""
+    log = structlog.get_logger()
+    while True:
+        try:
+            freed, forgotten = await asyncio.to_thread(clean, stores, clock)
+            if freed or forgotten:
+                log.info("store cleaned", freed_bytes=freed, idempotency_answers=forgotten)
+        except (HueshiftError, OSError) as error:
+            log.warning("store not cleaned", error=str(error))
+        await asyncio.sleep(every)

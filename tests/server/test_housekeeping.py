@@ -1,0 +1,69 @@
+"""What is cleaned, what stays, and that a failed round does not end the rounds."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from hueshift.adapters.errors import Reason, Unavailable
+from hueshift.server import housekeeping
+from hueshift.server.clock import SystemClock
+from hueshift.server.housekeeping import IDEMPOTENCY_SECONDS, ORPHAN_SECONDS, clean, keep_clean
+from hueshift.server.settings import Settings, StoreSettings
+from hueshift.server.store.stores import Stores, open_stores
+from hueshift.server.store.tables import idempotency
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> Stores:
+    return open_stores(Settings(store=StoreSettings(path=tmp_path)), SystemClock())
+
+
+def _keep_answer(stores: Stores, key: str, created: float) -> None:
+    row = {"tenant": "acme", "method": "m", "key": key, "request_hash": "h", "result": {}, "created": created}
+    with stores.database.write() as connection:
+        connection.execute(sa.insert(idempotency).values(**row))
+
+
+def _answers(stores: Stores) -> set[str]:
+    with stores.database.read() as connection:
+        return set(connection.execute(sa.select(idempotency.c.key)).scalars())
+
+
+def test_old_answers_and_old_orphans_go(stores: Stores, tmp_path: Path) -> None:
+    now = time.time()
+    _keep_answer(stores, "old", now - IDEMPOTENCY_SECONDS - 60)
+    _keep_answer(stores, "new", now)
+    blobs = stores.adapters._blobs
+    old, new = blobs.put(b"old orphan"), blobs.put(b"new orphan")
+    os.utime(blobs.path(old), (now - ORPHAN_SECONDS - 60,) * 2)
+    freed, forgotten = clean(stores, SystemClock())
+    assert (freed, forgotten) == (len(b"old orphan"), 1)
+    assert _answers(stores) == {"new"}
+    assert not blobs.path(old).exists()
+    assert blobs.path(new).exists()
+    stores.close()
+
+
+async def test_a_failed_round_is_not_the_last(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = 0
+    loop, third = asyncio.get_running_loop(), asyncio.Event()
+
+    def fail_once(*_parts: object) -> tuple[int, int]:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 3:
+            loop.call_soon_threadsafe(third.set)
+        if rounds == 1:
+            raise Unavailable(Reason.STORE_UNAVAILABLE, "busy")
+        return 0, 0
+
+    monkeypatch.setattr(housekeeping, "clean", fail_once)
+    task = asyncio.create_task(keep_clean(stores, SystemClock(), every=0.01))
+    async with asyncio.timeout(5):
+        await third.wait()
+    task.cancel()
+    stores.close()
