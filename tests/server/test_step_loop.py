@@ -4,44 +4,20 @@ import asyncio
 from collections import Counter
 
 import pytest
-import torch
-from generation_bench import Bench, Limits, collect, images
-from torch import Tensor
+from generation_bench import IDLE, Bench, Limits, collect, counts, error_of, images
 
 from hueshift.adapters.errors import (
     Cancelled,
     DeadlineExceeded,
-    HueshiftError,
-    Internal,
-    InvalidArgument,
-    NotFound,
     Reason,
 )
 from hueshift.engines.interface import Plan
-from hueshift.engines.samplers import SamplerKind
 from hueshift.server.generation import (
     FinishedEvent,
-    GenerationHandle,
     ImageEvent,
-    PreviewEvent,
     ProgressEvent,
     QueuedEvent,
 )
-
-IDLE = {"live": 0, "preparing": 0, "waiting": 0, "active": 0, "rows": 0, "decoding": 0, "slot_uses": 0}
-
-
-def counts(bench: Bench) -> dict[str, int]:
-    """What is alive, without the slots that merely hold a row."""
-    snapshot = bench.scheduler.snapshot()
-    return {name: getattr(snapshot, name) for name in IDLE}
-
-
-async def error_of(handle: GenerationHandle) -> HueshiftError:
-    """The error that ended a request."""
-    with pytest.raises(HueshiftError) as ended:
-        await collect(handle)
-    return ended.value
 
 
 async def test_events_of_one_request() -> None:
@@ -284,128 +260,6 @@ async def test_a_mix_waits_for_a_slot_and_gets_it() -> None:
         assert len(await images(handle)) == 1
     assert counts(bench) == IDLE
     assert bench.folder.loads == ["low-0.1", "low-0.2"]
-
-
-async def test_dropping_an_adapter_ends_its_requests_and_evicts_its_rows() -> None:
-    bench = Bench(max_batch=2)
-    running = bench.submit(steps=50, adapters={"low-0.1": 1.0, "low-0.2": 0.5})
-    queued = bench.submit(steps=5, seeds=(1, 2), adapters={"low-0.1": 1.0})
-    other = bench.submit("b", steps=5, adapters={"low-0.2": 1.0})
-    weightless = bench.submit("b", steps=5, adapters={"low-0.1": 0.0})
-    bench.turn(3)
-    bench.folder.deleted.add("low-0.1")
-    bench.scheduler.drop_adapter("tenants/a/adapters/low-0.1", ["low-0.1"])
-    bench.turn()
-    for handle in (running, queued):
-        error = await error_of(handle)
-        assert isinstance(error, NotFound)
-        assert error.reason is Reason.ADAPTER_DELETED
-    assert not bench.scheduler.resident("low-0.1")
-    bench.run()
-    assert len(await images(other)) == len(await images(weightless)) == 1
-    late = bench.submit(adapters={"low-0.1": 1.0})
-    bench.run()
-    assert (await error_of(late)).reason is Reason.ADAPTER_DELETED
-    assert counts(bench) == IDLE
-
-
-async def test_an_engine_failure_ends_its_batch_and_nothing_else() -> None:
-    bench = Bench(max_batch=2)
-
-    def fail(plan: Plan, slots: Tensor) -> None:
-        bench.engine.on_call = None
-        raise RuntimeError("out of memory")
-
-    hit = [bench.submit(seeds=(i, i + 10), steps=3, adapters={"low-0.1": 1}) for i in range(1)]
-    spared = bench.submit(steps=3)
-    bench.engine.on_call = fail
-    bench.turn(2)
-    for handle in hit:
-        error = await error_of(handle)
-        assert isinstance(error, Internal)
-        assert "out of memory" not in error.message
-        assert isinstance(error.__cause__, RuntimeError)
-    bench.run()
-    assert len(await images(spared)) == 1
-    assert bench.value("hueshift_samples_ended_total", outcome="failed") == 2
-    assert counts(bench) == IDLE
-
-
-async def test_a_decoder_failure_ends_its_pictures_requests() -> None:
-    bench = Bench()
-
-    def fail() -> None:
-        bench.vae.on_decode = lambda: None
-        raise RuntimeError("no")
-
-    bench.vae.on_decode = fail
-    hit = bench.submit(steps=1)
-    bench.run()
-    assert isinstance(await error_of(hit), Internal)
-    spared = bench.submit(steps=1)
-    bench.run()
-    assert len(await images(spared)) == 1
-
-
-async def test_a_picture_that_is_not_finite_is_an_error_and_its_neighbours_are_not() -> None:
-    bench = Bench()
-    bad = bench.submit(seeds=(1,), steps=3, adapters={"low-nan": 1.0})
-    good = bench.submit(seeds=(1,), steps=3)
-    bench.run()
-    assert isinstance(await error_of(bad), Internal)
-    assert len(await images(good)) == 1
-
-
-async def test_preparation_errors_reach_the_caller() -> None:
-    bench = Bench()
-    bench.folder.deleted.add("low-0.5")
-    missing = bench.submit(adapters={"low-0.5": 1.0})
-    too_many = bench.submit(sampler=SamplerKind.LCM, steps=51)
-    clash = bench.submit(adapters={"spec-0.1": 1.0, "spec-0.2": 1.0})
-    broken = bench.submit(adapters={"low-x": 1.0})
-    bench.run()
-    assert isinstance(await error_of(missing), NotFound)
-    assert isinstance(await error_of(too_many), InvalidArgument)
-    assert (await error_of(clash)).reason is Reason.ADAPTERS_INCOMPATIBLE
-    assert isinstance(await error_of(broken), Internal)
-    assert counts(bench) == IDLE
-
-
-async def test_previews_come_at_their_interval_and_only_the_newest_waits() -> None:
-    bench = Bench()
-    handle = bench.submit(steps=7, preview_interval=2)
-    for _ in range(20):
-        bench.turn()
-        bench.decode()
-    seen = [event for event in await collect(handle) if isinstance(event, PreviewEvent | ImageEvent)]
-    # Unread previews of a picture give way to newer ones.
-    assert [type(event) for event in seen] == [PreviewEvent, ImageEvent]
-    assert isinstance(seen[0], PreviewEvent)
-    assert seen[0].step == 6
-    assert seen[0].media_type == "image/png"
-
-
-async def test_decoding_is_batched_and_holds_up_joining_when_it_lags() -> None:
-    bench = Bench(max_batch=2)
-    handles = [bench.submit("a", seeds=(i,), steps=1) for i in range(12)]
-    bench.turn(12)
-    assert bench.scheduler.snapshot().decoding <= 4 + 2
-    bench.run()
-    assert max(bench.vae.batches) > 1
-    for handle in handles:
-        assert len(await images(handle)) == 1
-
-
-async def test_the_data_estimate_of_a_preview_is_not_the_noisy_latents() -> None:
-    bench = Bench()
-    handle = bench.submit(steps=10, preview_interval=1)
-    bench.turn(2)
-    batch = bench.scheduler._loop._batch.choose()
-    sample = batch[0].sample
-    assert sample.step == 1
-    assert not torch.allclose(sample.prev, sample.latents)
-    handle.cancel()
-    bench.run()
 
 
 async def test_metrics_tell_what_happened() -> None:

@@ -17,7 +17,7 @@ from tiny_layout import BASE_HASH, lowrank_adapter, spectral_adapter, tiny_rows
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
-from hueshift.adapters.errors import NotFound, Reason
+from hueshift.adapters.errors import HueshiftError, NotFound, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.pictures import PictureFormat
@@ -239,3 +239,21 @@ async def images(handle: GenerationHandle) -> list[ImageEvent]:
     assert isinstance(last, FinishedEvent)
     assert last.images == len(found)
     return found
+
+
+IDLE = {"live": 0, "preparing": 0, "waiting": 0, "active": 0, "rows": 0, "decoding": 0, "slot_uses": 0}
+
+
+def counts(bench: Bench) -> dict[str, int]:
+    """What is alive, without the slots that merely hold a row."""
+    snapshot = bench.scheduler.snapshot()
+    return {name: getattr(snapshot, name) for name in IDLE}
+
+
+async def error_of(handle: GenerationHandle) -> HueshiftError:
+    """The error that ended a request."""
+    try:
+        await collect(handle)
+    except HueshiftError as error:
+        return error
+    raise AssertionError(f"{handle.request_id} did not end with an error")
