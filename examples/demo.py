@@ -6,9 +6,12 @@ server that this program starts and stops. Exits with 1 if something fails or a 
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,13 +26,20 @@ from hueshift.examples.personalise import open_tenants
 from hueshift.examples.report import print_summary, write_report
 
 
-async def run_demo(out: Path, bars: Bars) -> Verdict:
+async def run_demo(out: Path, bars: Bars, settings: Mapping[str, float]) -> Verdict:
     """Do everything and write grid.png, report.html and report.json to `out`.
 
-    Raises ServerFailed, HueshiftClientError or FineTuneFailed, the latter two possibly in an ExceptionGroup.
+    `settings` are numbers of both fine-tuning jobs, over the method's defaults. Raises ServerFailed, and
+    HueshiftClientError or FineTuneFailed, possibly in an ExceptionGroup.
     """
     begin = time.monotonic()
-    lessons = (style_lesson(), subject_lesson())
+    # A polite stop must stop the server too, as Ctrl-C does.
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    lessons = [
+        replace(lesson, settings={**lesson.settings, **settings}) for lesson in (style_lesson(), subject_lesson())
+    ]
     async with AsyncExitStack() as stack:
         with bars.stage("Start a server and prepare the model"):
             names = tuple(lesson.tenant for lesson in lessons)
@@ -61,19 +71,27 @@ def main() -> int:
     """Run the demo and return the exit code."""
     parser = argparse.ArgumentParser(description="Teach a style and a fox to one model, and draw with both at once.")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the report")
-    out: Path = parser.parse_args().out
+    parser.add_argument(
+        "--steps", type=int, help="training steps per adapter, for a quick look; too few miss the targets"
+    )
+    options = parser.parse_args()
+    out: Path = options.out
+    settings = {} if options.steps is None else {"steps": options.steps}
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, highlight=False)
     verdict: Verdict | None = None
+    code = 1
     try:
         with Bars(console) as bars:
-            verdict = asyncio.run(run_demo(out, bars))
+            verdict = asyncio.run(run_demo(out, bars, settings))
     except* (HueshiftClientError, FineTuneFailed, ServerFailed) as group:
         for error in group.exceptions:
             console.print(f"[bold red]The demo failed:[/bold red] {error}")
         console.print(f"What the server said is in {out / 'server.log'}.")
+    except* (KeyboardInterrupt, asyncio.CancelledError):
+        code = 130
     if verdict is None:
-        return 1
+        return code
     print_summary(console, out, verdict)
     return 0 if verdict.passed else 1
 

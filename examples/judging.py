@@ -112,8 +112,11 @@ class Verdict:
 def judge(lessons: Sequence[Lesson], jobs: Mapping[str, FineTune], drawn: Drawn) -> list[Outcome]:
     """Score each lesson's pictures."""
     # Imported here: it brings torch, which the calls before do not need.
+    from transformers.utils.logging import disable_progress_bar
+
     from hueshift.training.scores import ClipScorer
 
+    disable_progress_bar()
     scorer = ClipScorer(EMBEDDED_CLIP)
     outcomes = []
     for lesson in lessons:
