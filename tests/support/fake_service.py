@@ -94,6 +94,7 @@ class FakeService(
         self.adapters: dict[str, adapters_pb2.Adapter] = {}
         self.files: dict[str, bytes] = {}
         self.corrupt_exports = False
+        self.report: adapters_pb2.ImportReport | None = None
         # Set when a caller gives up a hanging Generate.
         self.cancelled = threading.Event()
         self.hang_generate = False
@@ -143,7 +144,7 @@ class FakeService(
         adapter.update_time.FromSeconds(1_700_000_000)
         self.adapters[adapter.name] = adapter
         self.files[adapter.name] = data
-        return adapters_pb2.ImportAdapterResponse(adapter=adapter)
+        return adapters_pb2.ImportAdapterResponse(adapter=adapter, report=self.report)
 
     def ExportAdapter(
         self, request: adapters_pb2.ExportAdapterRequest, context: Context
