@@ -6,7 +6,7 @@ one copy of a finished row into a slot.
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -187,6 +187,7 @@ class SlotCache:
         self._rows, self._factors, self._norms = rows, factors, norms
         self._lock = threading.Lock()
         self._held: OrderedDict[Mix, _Resident] = OrderedDict()
+        self._holders: Counter[str] = Counter()
         self._free = [slot for slot in range(engine.slots) if slot != BASE_SLOT][::-1]
 
     @property
@@ -282,7 +283,7 @@ class SlotCache:
     def resident(self, content_hash: str) -> bool:
         """True if some slot holds a mix with the adapter."""
         with self._lock:
-            return any(content_hash == part for mix in self._held for part, _ in mix)
+            return self._holders[content_hash] > 0
 
     def snapshot(self) -> dict[str, int]:
         """Slots held, their uses by running samples, and slots pinned."""
@@ -307,12 +308,14 @@ class SlotCache:
         with self._lock:
             self._free.pop()
             self._held[prepared.mix] = held
+            self._holders.update(content_hash for content_hash, _ in prepared.mix)
         self._tell()
         return held
 
     def _evict(self, mix: Mix) -> None:
         with self._lock:
             self._free.append(self._held.pop(mix).slot)
+            self._holders -= Counter(content_hash for content_hash, _ in mix)
         self._observer.evicted(Tier.SLOT)
         self._tell()
 
