@@ -81,9 +81,13 @@ def make_adapters(layout: BaseLayout) -> dict[str, bytes]:
 def load_pipeline() -> Callable[[], None]:
     """Return a function that draws the four pictures with diffusers."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
+    disable_progress_bar()
+    disable_transformers_progress_bar()
     pipeline: Any = StableDiffusionPipeline.from_pretrained(
-        EMBEDDED_MODEL, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+        EMBEDDED_MODEL, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)

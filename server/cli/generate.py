@@ -158,7 +158,8 @@ def _report(output: Output, saved: list[tuple[Path, "Picture"]], finished: "Fini
     if finished is not None:
         if finished.truncated_tokens:
             output.note(f"The last {finished.truncated_tokens} tokens of the prompt were too many and had no effect.")
-        output.note(f"{finished.images} pictures in {finished.seconds:.1f} s (request {finished.request_id})")
+        noun = "picture" if finished.images == 1 else "pictures"
+        output.note(f"{finished.images} {noun} in {finished.seconds:.1f} s (request {finished.request_id})")
 
 
 def _without_data(picture: "Picture") -> dict[str, Any]:
