@@ -90,9 +90,9 @@ async def test_a_slow_load_stalls_nobody(bench: Bench) -> None:
 
 
 async def test_the_event_loop_never_waits_for_a_step() -> None:
-    bench = Bench(threads=True, engine=FakeEngine(on_call=lambda plan, slots: time.sleep(0.15)))
+    bench = Bench(threads=True, engine=FakeEngine(on_call=lambda plan, slots: time.sleep(0.5)))
     bench.scheduler.start()
-    handles = [bench.submit(seeds=(i,), steps=6) for i in range(4)]
+    handles = [bench.submit(seeds=(i,), steps=2) for i in range(4)]
     longest, reading = 0.0, asyncio.gather(*(collect(handle) for handle in handles))
     while not reading.done():
         begin = time.perf_counter()
@@ -102,8 +102,8 @@ async def test_the_event_loop_never_waits_for_a_step() -> None:
         longest = max(longest, time.perf_counter() - begin)
         await asyncio.sleep(0.01)
     await asyncio.to_thread(bench.scheduler.close)
-    # A step takes 150 ms.
-    assert longest < 0.1
+    # A step takes 500 ms.
+    assert longest < 0.3
 
 
 async def test_draining_finishes_what_was_accepted() -> None:
