@@ -28,7 +28,10 @@ BuildProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What the operator sets; the defaults are those of server/settings.py, where each is described."""
+    """What the operator sets; the defaults are those of server/settings.py, where each is described.
+
+    `threads` are ONNX Runtime's: torch's own belong to the whole process, so whoever starts it sets them.
+    """
 
     cache_dir: Path
     kind: EngineKind = "auto"
@@ -69,8 +72,6 @@ def build_engine(
     norms = read_norms(base.layout, lambda name: base.unet.get_parameter(f"{name}.weight"))
     _log.info("engine_chosen", engine=kind, device=str(device), spectral=rows.spectral_size, lowrank=rows.lowrank_size)
     if kind == "torch":
-        if device.type == "cpu" and options.threads:
-            torch.set_num_threads(options.threads)
         return TorchEngine(base, factors, rows, norms, slots=options.slots, max_batch=options.max_batch, device=device)
     return _build_onnx(base, options, rows, factors, norms, report, on_parity)
 

@@ -1,7 +1,19 @@
 """Small base models that several engine tests share. Nobody may change them."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from tiny_unet import SD1_LIKE, SD2_LIKE, TinyParts, tiny_parts
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: matrices of sixteen rows gain nothing from two, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

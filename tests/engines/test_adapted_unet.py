@@ -16,6 +16,8 @@ from hueshift.engines.svd_cache import load_factors
 # fp32 rounding through some eighty layers; outputs are of order 1. Seen on a 2-core x86 CPU (2026-11-20): 2e-6.
 TOLERANCE = 2e-5
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def unet_of(parts: TinyParts, plan: Plan, channels_last: bool = True) -> AdaptedUNet:
     return AdaptedUNet(parts.base, parts.factors, parts.rows, plan, channels_last=channels_last)

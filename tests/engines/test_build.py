@@ -12,6 +12,8 @@ from hueshift.adapters.errors import FailedPrecondition, HueshiftError, InvalidA
 from hueshift.engines.build import EngineOptions, build_engine, choose_device, choose_kind
 from hueshift.server.settings import EngineSettings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -92,7 +94,7 @@ def test_progress_names_its_stages(tiny: TinyParts, tmp_path: Path) -> None:
     stages: dict[str, tuple[int, int]] = {}
     build_engine(
         tiny.base,
-        EngineOptions(cache_dir=tmp_path, kind="onnxruntime"),
+        EngineOptions(cache_dir=tmp_path, kind="onnxruntime", threads=1),
         progress=lambda stage, done, total: stages.__setitem__(stage, (done, total)),
     )
     assert list(stages) == ["decompose", "export dense", "export factored", "check"]
@@ -106,7 +108,7 @@ def test_one_slot_is_too_few(tiny: TinyParts, tmp_path: Path) -> None:
 
 def test_no_lowrank_targets_is_an_engine(tiny: TinyParts, tmp_path: Path) -> None:
     for kind in ("torch", "onnxruntime"):
-        options = EngineOptions(cache_dir=tmp_path, kind=kind, lowrank_targets=())
+        options = EngineOptions(cache_dir=tmp_path, kind=kind, threads=1, lowrank_targets=())
         engine = build_engine(tiny.base, options)
         assert engine.rows.lowrank_size == 0
         engine.warm()

@@ -13,6 +13,8 @@ from hueshift.engines.build import EngineOptions, build_engine
 from hueshift.engines.graph_unet import write_unet
 from hueshift.engines.interface import Plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def refusal_of(parts: TinyParts) -> str:
     with pytest.raises(InvalidArgument) as caught:
@@ -75,7 +77,8 @@ def test_layer_without_a_place_is_refused() -> None:
 )
 def test_variants_equal_diffusers(variant: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     parts = tiny_parts({**SD1_LIKE, **variant})
-    engine = build_engine(parts.base, EngineOptions(cache_dir=tmp_path_factory.mktemp("cache"), kind="onnxruntime"))
+    options = EngineOptions(cache_dir=tmp_path_factory.mktemp("cache"), kind="onnxruntime", threads=1)
+    engine = build_engine(parts.base, options)
     inputs = parts.inputs(2)
     for plan in Plan:
         out = engine.denoise(plan, *inputs, torch.zeros(2, dtype=torch.int64))

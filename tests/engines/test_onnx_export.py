@@ -19,6 +19,8 @@ from hueshift.engines.interface import Plan
 from hueshift.engines.onnx_export import STEPS, entry_folder, export_graph
 from hueshift.engines.rows import RowLayout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def export(parts: TinyParts, folder: Path, plan: Plan = Plan.FACTORED, steps: list[int] | None = None) -> Path:
     """Export, noting the steps that were reported."""

@@ -20,9 +20,11 @@ from hueshift.engines.onnx_export import entry_folder, write_manifest
 from hueshift.engines.parity import check_parity
 from hueshift.engines.rows import RowLayout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def options(folder: Path, bound: float = 1e-4) -> EngineOptions:
-    return EngineOptions(cache_dir=folder, kind="onnxruntime", parity_bound=bound, lowrank_rank=4)
+    return EngineOptions(cache_dir=folder, kind="onnxruntime", threads=1, parity_bound=bound, lowrank_rank=4)
 
 
 def test_error_of_each_plan_is_small_logged_and_handed_over(tiny: TinyParts, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors, factors_file, load_factors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def assert_rebuilds(factors: SpectralFactors, base: BaseModel) -> None:
     """U diag(sigma) V^T equals every weight to fp32's own rounding, with sigma descending and U orthonormal."""

@@ -20,6 +20,8 @@ TOLERANCE = 2e-5
 SPECTRAL, LOWRANK, BOTH = 1, 2, 3
 SLOTS = 6
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module", params=["torch", "onnxruntime"])
 def kind(request: pytest.FixtureRequest) -> EngineKind:
@@ -40,6 +42,7 @@ def engine(kind: EngineKind, parts: TinyParts, tmp_path_factory: pytest.TempPath
     options = EngineOptions(
         cache_dir=tmp_path_factory.mktemp("cache"),
         kind=kind,
+        threads=1,
         slots=SLOTS,
         max_batch=8,
         lowrank_rank=4,
@@ -200,7 +203,10 @@ def test_wrong_calls_are_refused(engine: AdapterEngine, parts: TinyParts, count:
 
 def test_engines_agree_on_the_embedded_model(base_model: BaseModel, cache_dir: Path) -> None:
     """The graph that serves by default, at its native size, with random rows on every layer."""
-    engines = [build_engine(base_model, EngineOptions(cache_dir=cache_dir, kind=k, slots=4)) for k in ("torch", "auto")]
+    engines = [
+        build_engine(base_model, EngineOptions(cache_dir=cache_dir, kind=k, threads=1, slots=4))
+        for k in ("torch", "auto")
+    ]
     generator = torch.Generator().manual_seed(1)
     base = engines[0].rows.base_spectral(engines[0].factors, engines[0].norms)
     row = EngineRow(
