@@ -2,8 +2,10 @@
 
 import grpc
 import pytest
+from fake_service import job_events
 
 from hueshift.client.errors import ErrorFacts, HueshiftClientError
+from hueshift.client.jobs import WatchCursor
 from hueshift.client.retry import Deadline, Reconnects, RetryPolicy
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -95,3 +97,11 @@ def test_a_watch_ends_at_an_error_that_will_not_pass() -> None:
     reconnects = Reconnects(RetryPolicy())
     assert reconnects.delay(error(grpc.StatusCode.NOT_FOUND, retryable=False)) is None
     assert reconnects.delay(error(grpc.StatusCode.RESOURCE_EXHAUSTED)) is not None
+
+
+def test_a_watch_shows_no_event_twice() -> None:
+    cursor = WatchCursor("job-1", after_sequence=1)
+    events = job_events()
+    taken = [cursor.take(event) for event in (*events[:3], *events[:4], events[4])]
+    assert [event.sequence for event in taken if event is not None] == [2, 3, 4, 5]
+    assert cursor.ended
