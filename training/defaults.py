@@ -53,6 +53,7 @@ RANGES: Mapping[str, NumberRange] = MappingProxyType(
         "sample_interval": NumberRange(0, 5000, whole=True),
         "checkpoint_interval": NumberRange(1, 1000, whole=True),
         "caption_dropout": NumberRange(0, 0.5),
+        "anchor_below": NumberRange(0, 1000, whole=True),
         "ema_decay": NumberRange(0, 0.9999),
         "min_snr_gamma": NumberRange(0, 100),
     }
@@ -69,6 +70,7 @@ _COMMON: Mapping[str, Any] = MappingProxyType(
         "checkpoint_interval": 25,
         "caption_dropout": 0.1,
         "mirror": False,
+        "anchor_below": 250,
         "ema_decay": 0.0,
         "min_snr_gamma": 0.0,
     }

@@ -48,19 +48,19 @@ class TrainingTask:
 
 def draw_batch(task: TrainingTask, state: TrainingState) -> tuple[Batch, list[str]]:
     """Draw the rows of one step, pictures first and then class pictures, and the caption of each."""
-    spec, generator = task.spec, state.generator
+    spec, generator, steps = task.spec, state.generator, task.schedule.train_steps
     chosen = state.take(spec.batch_size, len(task.pictures))
     clean = task.pictures.draw(chosen, generator)
     kept = torch.rand(spec.batch_size, generator=generator) >= spec.caption_dropout
     captions = [task.subjects[i] if keep else "" for i, keep in zip(chosen.tolist(), kept.tolist(), strict=True)]
-    timesteps = draw_timesteps(spec.batch_size, task.schedule.train_steps, generator)
+    timesteps = draw_timesteps(spec.batch_size, steps, spec.anchor_below, generator)
     class_rows = 0
     if task.class_pictures is not None:
         class_rows = spec.batch_size
         remembered = state.take(class_rows, len(task.class_pictures.latents), of_class=True)
         clean = torch.cat([clean, task.class_pictures.latents[remembered]])
         captions += [task.class_pictures.prompt] * class_rows
-        timesteps = torch.cat([timesteps, draw_timesteps(class_rows, task.schedule.train_steps, generator)])
+        timesteps = torch.cat([timesteps, draw_timesteps(class_rows, steps, spec.anchor_below, generator)])
     weights = row_weights(spec.batch_size, class_rows, spec.prior_weight)
     weights = weights * snr_weights(task.schedule, timesteps, spec.min_snr_gamma)
     return Batch(clean, torch.randn(clean.shape, generator=generator), timesteps, weights), captions
@@ -68,14 +68,21 @@ def draw_batch(task: TrainingTask, state: TrainingState) -> tuple[Batch, list[st
 
 def batch_loss(task: TrainingTask, values: dict[str, Tensor], batch: Batch, captions: Sequence[str]) -> Tensor:
     """Loss of one batch as a scalar, differentiable with respect to `values`."""
-    device, schedule = task.device, task.schedule
-    embedding = values.get(IDENTIFIER)
-    context = task.captions.contexts(captions, embedding)
+    device = task.device
+    context = task.captions.contexts(captions, values.get(IDENTIFIER)).to(device)
     spectral, lowrank = task.rows_of(task.learnable.rows(values))
-    noisy = schedule.add_noise(batch.clean, batch.noise, batch.timesteps).to(device)
+    noisy = task.schedule.add_noise(batch.clean, batch.noise, batch.timesteps).to(device)
+    timesteps = batch.timesteps.to(device)
+    target = task.schedule.target(batch.clean, batch.noise, batch.timesteps).to(device)
+    anchored = timesteps < task.spec.anchor_below
     with mixed_precision(device):
-        output = task.unet.forward_rows(noisy, batch.timesteps.to(device), context.to(device), spectral, lowrank)
-    return denoising_loss(schedule, batch, output.cpu())
+        output = task.unet.forward_rows(noisy, timesteps, context, spectral, lowrank)
+        if bool(anchored.any()):
+            with torch.no_grad():
+                base_rows = task.rows_of(task.learnable.base_rows())
+                base = task.unet.forward_rows(noisy[anchored], timesteps[anchored], context[anchored], *base_rows)
+            target[anchored] = base.float()
+    return denoising_loss(target, batch.weights.to(device), output)
 
 
 def train_step(task: TrainingTask, state: TrainingState, failpoint: Callable[[str], None]) -> float:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from hueshift.engines.noise_schedule import NoiseSchedule
 
+# Share of rows that hold the base's fine detail.
+ANCHOR_SHARE = 0.25
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -21,15 +24,18 @@ class Batch:
     weights: Tensor
 
 
-def draw_timesteps(count: int, train_steps: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` timesteps, one from each of `count` equally likely strata, dense where noise is high.
+def draw_timesteps(count: int, train_steps: int, anchor_below: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` timesteps [count] int64, one from each of `count` equally likely strata, in random order.
 
-    t = floor(T sqrt(u)): the density grows with t. What a thing is gets decided at high noise, and a short run has no
-    steps to spare for the fine texture that the base knows already. Strata cut the variance of the loss of a batch of
-    four by more than half.
+    A quarter falls evenly below `anchor_below`, where the base's own output is the target; the others are dense where
+    noise is high: above it P(T <= t) grows with t^2. What a thing is gets decided at high noise, and a short run has no
+    steps to spare. Strata cut the variance of the loss of a batch of four by more than half.
     """
     strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    timesteps = (train_steps * strata.sqrt()).long().clamp(max=train_steps - 1)
+    share = ANCHOR_SHARE if anchor_below else 0.0
+    low = anchor_below * strata / ANCHOR_SHARE
+    high = (anchor_below**2 + (strata - share) / (1 - share) * (train_steps**2 - anchor_below**2)).clamp(min=0).sqrt()
+    timesteps = torch.where(strata < share, low, high).long().clamp(max=train_steps - 1)
     return timesteps[torch.randperm(count, generator=generator)]
 
 
@@ -50,8 +56,6 @@ def snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Ten
     return ratio.clamp(max=gamma) / scale
 
 
-def denoising_loss(schedule: NoiseSchedule, batch: Batch, output: Tensor) -> Tensor:
-    """Weighted mean squared error of the model's `output` [n, 4, h, w] against eps or v, as a scalar."""
-    target = schedule.target(batch.clean, batch.noise, batch.timesteps)
-    errors = (output.float() - target).square().mean(dim=(1, 2, 3))
-    return (errors * batch.weights).sum()
+def denoising_loss(target: Tensor, weights: Tensor, output: Tensor) -> Tensor:
+    """Mean squared error of the model's `output` [n, 4, h, w] against `target`, weighted by row, as a scalar."""
+    return ((output.float() - target).square().mean(dim=(1, 2, 3)) * weights).sum()

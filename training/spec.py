@@ -25,8 +25,8 @@ class TrainingSpec:
 
     `captions` has one entry per picture. `sample_interval` 0 samples only at the end. `caption_dropout` is the share
     of captions replaced by the empty prompt, which classifier-free guidance needs to stay sound. `mirror` also trains
-    on the mirrored pictures. `ema_decay` 0 turns the moving average of the parameters off. `min_snr_gamma` 0 weights
-    all timesteps alike.
+    on the mirrored pictures. Below the timestep `anchor_below` the target is the base's own output (0 turns that off).
+    `ema_decay` 0 turns the moving average of the parameters off, `min_snr_gamma` 0 weights all timesteps alike.
     """
 
     method: Method
@@ -50,6 +50,7 @@ class TrainingSpec:
     sample_prompts: tuple[str, ...]
     caption_dropout: float = 0.1
     mirror: bool = False
+    anchor_below: int = 0
     ema_decay: float = 0.0
     min_snr_gamma: float = 0.0
 
