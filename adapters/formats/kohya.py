@@ -55,7 +55,6 @@ def write(adapter: Adapter, layout: BaseLayout, left: Leftovers) -> bytes:
             tensors[f"{name}.alpha"] = torch.tensor(part.scale * part.rank)
     for layer_name, shift in adapter.norm.items():
         tensors[f"{_flat(layer_name)}.w_norm"] = shift
-        tensors[f"{_flat(layer_name)}.b_norm"] = torch.zeros_like(shift)
     for word, vectors in adapter.tokens.items():
         tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors
     ranks = {part.rank for part in adapter.lowrank.values()}
