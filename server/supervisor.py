@@ -33,6 +33,11 @@ _SWEEP_SECONDS = 600.0
 # Longer than any upload: a folder of an unfinished CreateFineTune is never swept.
 _SWEEP_AGE = 3600.0
 
+# OpenMP's threads wait for each other by spinning, which takes the core from whoever they wait for. On two cores shared
+# with seven other processes, convolutions ran at 10.8 a second instead of 3.5 without it (2-core x86 CPU, 2026-11-20).
+# What the operator sets in the environment wins.
+_WAITING = {"OMP_WAIT_POLICY": "passive"}
+
 WORKER_COMMAND = (sys.executable, "-P", "-m", "hueshift.server.cli.worker", "--supervised")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +25,8 @@ NOTE = """
 import json, os, pathlib, signal, sys, time
 folder, owner = pathlib.Path(sys.argv[1]), sys.argv[3]
 settings = json.loads(sys.stdin.readline())
-(folder / f"{os.getpid()}.tmp").write_text(json.dumps({"owner": owner, "settings": settings}))
+(folder / f"{os.getpid()}.tmp").write_text(json.dumps({"owner": owner, "settings": settings,
+    "waiting": os.environ.get("OMP_WAIT_POLICY")}))
 (folder / f"{os.getpid()}.tmp").rename(folder / f"{os.getpid()}.json")
 """
 IDLE = NOTE + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nwhile sys.stdin.read(1): pass\n"
@@ -87,8 +89,9 @@ async def test_workers_get_the_settings_and_end_with_the_server(bench: Callable[
     await until(lambda: len(house.started()) == 2)
     assert house.sample("hueshift_workers") == 2
     note = next(house.notes.glob("*.json"))
-    given = Settings.model_validate(json.loads(note.read_text())["settings"])
-    assert given == house.settings
+    told = json.loads(note.read_text())
+    assert Settings.model_validate(told["settings"]) == house.settings
+    assert told["waiting"] == os.environ.get("OMP_WAIT_POLICY", "passive")
     assert len(set(house.started().values())) == 2
     await house.supervisor.stop(20.0)
     assert house.sample("hueshift_workers") == 0
