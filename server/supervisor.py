@@ -111,7 +111,9 @@ class Supervisor:
     async def _run_worker(self) -> None:
         """Start one worker and return when it has ended and its job is back in the queue."""
         owner = f"{socket.gethostname()[:24]}-{os.getpid()}-{secrets.token_hex(6)}"
-        process = await asyncio.create_subprocess_exec(*self._command, "--owner", owner, stdin=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(
+            *self._command, "--owner", owner, stdin=asyncio.subprocess.PIPE, env={**_WAITING, **os.environ}
+        )
         self._processes[owner] = process
         self._metrics.workers.set(len(self._processes))
         _LOG.info("worker.started", pid=process.pid, owner=owner)
