@@ -27,6 +27,7 @@ COPY training training
 COPY server server
 COPY client client
 COPY models models
+COPY examples examples
 # A regular install, not an editable one: the image holds hueshift/ alone, and no bare `kernels` is on the path.
 RUN /opt/hueshift/bin/pip install --no-deps .
 

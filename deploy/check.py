@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -51,6 +52,19 @@ def check_metric_names(files: list[Path]) -> bool:
     return good
 
 
+def check_copied_folders() -> bool:
+    """Compare the folders that the wheel is made of with those that the image copies in."""
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    needed = {folder.split("/")[0] for folder in project["tool"]["setuptools"]["package-dir"].values()}
+    copied = set(
+        re.findall(r"^COPY (\w+) \1$", (DEPLOY.parent / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    kept = set(re.findall(r"^!(\w+)$", (DEPLOY.parent / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
+    missing = sorted(needed - (copied & kept))
+    sys.stdout.write(f"{'FAIL' if missing else 'ok  '} folders of the image {missing or ''}\n")
+    return not missing
+
+
 def main() -> int:
     """Run every check; 0 if all passed."""
     yaml_files = sorted(DEPLOY.rglob("*.yaml"))
@@ -61,6 +75,7 @@ def main() -> int:
             str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")
         ),
         *(run_tool(str(BIN / "yamllint"), "-d", YAMLLINT, str(file)) for file in yaml_files),
+        check_copied_folders(),
         check_metric_names([rules, *DEPLOY.rglob("*.json")]),
     ]
     promtool = shutil.which("promtool")
