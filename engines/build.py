@@ -18,12 +18,15 @@ from hueshift.engines.rows import RowLayout, read_norms
 from hueshift.engines.svd_cache import SpectralFactors, load_factors
 from hueshift.engines.torch_engine import TorchEngine
 
-EngineKind = Literal["auto", "onnxruntime", "torch"]
+EngineKind = Literal["auto", "onnxruntime", "torch", "tensorrt"]
 _ONNX_MODULES = ("onnxruntime", "onnx")
 _log = structlog.get_logger()
 
 BuildProgress = Callable[[str, int, int], None]
-"""progress(stage, done, total); stages are `decompose`, `export dense`, `export factored` and `check`."""
+"""progress(stage, done, total); stages are `decompose`, `export <plan>`, `build <plan>` (tensorrt) and `check`."""
+
+OnFallback = Callable[[str], None]
+"""Hears why torch serves in TensorRT's place: a value of engines.tensorrt_loader.Fallback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,12 @@ class EngineOptions:
     lowrank_rank: int = 16
     lowrank_targets: tuple[str, ...] = ("proj_out",)
     parity_bound: float = 1e-3
+    fp16_parity_bound: float = 1e-2
+    fallback: bool = True
+    cuda_graphs: bool = True
+    merge_after: int = 0
+    weights_validation: bool = True
+    max_size: int = 1024
 
 
 class AdapterEngine(UNetEngine, Protocol):
@@ -58,11 +67,13 @@ def build_engine(
     *,
     progress: BuildProgress | None = None,
     on_parity: OnParity | None = None,
+    on_fallback: OnFallback | None = None,
 ) -> AdapterEngine:
     """Build the engine for `base`: decompose its weights, export its graphs, and check them, all cached on disk.
 
-    `on_parity` receives the error of each exported graph. Raises FailedPrecondition (ENGINE_UNAVAILABLE,
-    ENGINE_PARITY) or InvalidArgument (SETTINGS_INVALID, MODEL_UNSUPPORTED).
+    `on_parity` receives the error of each exported graph, `on_fallback` why torch serves in TensorRT's place.
+    Raises FailedPrecondition (ENGINE_UNAVAILABLE, ENGINE_PARITY) or InvalidArgument (SETTINGS_INVALID,
+    MODEL_UNSUPPORTED).
     """
     device = choose_device(options.device, base)
     kind = choose_kind(options.kind, device, _is_installed)
@@ -73,6 +84,8 @@ def build_engine(
     _log.info("engine_chosen", engine=kind, device=str(device), spectral=rows.spectral_size, lowrank=rows.lowrank_size)
     if kind == "torch":
         return TorchEngine(base, factors, rows, norms, slots=options.slots, max_batch=options.max_batch, device=device)
+    if kind == "tensorrt":
+        return _build_tensorrt(base, options, device, rows, factors, norms, report, on_parity, on_fallback)
     return _build_onnx(base, options, rows, factors, norms, report, on_parity)
 
 
@@ -95,7 +108,7 @@ def choose_device(wanted: str, base: BaseModel) -> torch.device:
 
 
 def choose_kind(kind: str, device: torch.device, is_installed: Callable[[str], bool]) -> str:
-    """`torch` or `onnxruntime`. `auto` is onnxruntime on a CPU if it is installed, else torch.
+    """`torch`, `onnxruntime` or `tensorrt`. `auto` is onnxruntime on a CPU if it is installed, else torch.
 
     Raises FailedPrecondition (ENGINE_UNAVAILABLE) if onnxruntime was asked for and its packages are missing, or
     InvalidArgument (SETTINGS_INVALID) if it was asked for on another device than the CPU.
@@ -103,6 +116,9 @@ def choose_kind(kind: str, device: torch.device, is_installed: Callable[[str], b
     missing = [module for module in _ONNX_MODULES if not is_installed(module)]
     if kind == "torch" or (kind == "auto" and device.type != "cpu"):
         return "torch"
+    if kind == "tensorrt":
+        # What it lacks is found out while it is built, and answered by torch.
+        return kind
     if kind == "auto":
         if missing:
             _log.warning("engine_slow", engine="torch", missing=missing, install="hueshift[onnx]")
@@ -110,7 +126,7 @@ def choose_kind(kind: str, device: torch.device, is_installed: Callable[[str], b
         return "onnxruntime"
     if kind != "onnxruntime":
         raise InvalidArgument.for_field(
-            "engine.kind", f"{kind!r} is no engine; give auto, onnxruntime or torch", Reason.SETTINGS_INVALID
+            "engine.kind", f"{kind!r} is no engine; give auto, onnxruntime, torch or tensorrt", Reason.SETTINGS_INVALID
         )
     if device.type != "cpu":
         raise InvalidArgument.for_field(
@@ -168,6 +184,28 @@ def _build_onnx(
     )
     report("check", 1, 1)
     return engine
+
+
+def _build_tensorrt(
+    base: BaseModel,
+    options: EngineOptions,
+    device: torch.device,
+    rows: RowLayout,
+    factors: SpectralFactors,
+    norms: Mapping[str, Tensor],
+    report: BuildProgress,
+    on_parity: OnParity | None,
+    on_fallback: OnFallback | None,
+) -> AdapterEngine:
+    # The graph writer needs onnx, which may be absent.
+    if not _is_installed("onnx"):
+        raise FailedPrecondition(
+            Reason.ENGINE_UNAVAILABLE, "engine.kind is tensorrt, but onnx is not installed; install `hueshift[onnx]`"
+        )
+    from hueshift.engines.tensorrt_setup import Model, build_tensorrt
+
+    model = Model(base, factors, rows, norms)
+    return build_tensorrt(model, options, device, report, on_parity, on_fallback)
 
 
 def _is_installed(module: str) -> bool:

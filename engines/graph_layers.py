@@ -43,7 +43,7 @@ class GraphLayers:
             hidden = self._scale(hidden, name, list(range(1, dims - 1)))
             out = graph.op("MatMul", hidden, self._transposed(f"{name}.u", self._factors.u[name]))
         if layer.bias is not None:
-            out = graph.op("Add", out, graph.weight(f"{name}.bias", layer.bias))
+            out = graph.op("Add", out, self._parameter(f"{name}.bias", layer.bias))
         branch = self._branches.get(name)
         if branch is None:
             return out
@@ -62,9 +62,9 @@ class GraphLayers:
             "dilations": list(layer.dilation),
             "pads": [int(p) for p in layer.padding] * 2,
         }
-        bias = [] if layer.bias is None else [graph.weight(f"{name}.bias", layer.bias)]
+        bias = [] if layer.bias is None else [self._parameter(f"{name}.bias", layer.bias)]
         if self._plan is Plan.DENSE:
-            out = graph.op("Conv", x, graph.weight(f"{name}.weight", layer.weight), *bias, **geometry)
+            out = graph.op("Conv", x, self._parameter(f"{name}.weight", layer.weight), *bias, **geometry)
         else:
             filters = self._factors.vh[name].reshape(-1, *layer.weight.shape[1:]).to(self._dtype)
             hidden = graph.op("Conv", x, graph.weight(f"{name}.vh", filters), **geometry)
@@ -95,10 +95,11 @@ class GraphLayers:
     def layer_norm(self, name: str, layer: nn.LayerNorm, x: str) -> str:
         """Layer norm of [batch, tokens, width]."""
         graph = self._enter(name)
-        bias = graph.weight(f"{name}.bias", layer.bias)
+        bias = self._parameter(f"{name}.bias", layer.bias)
         options = {"axis": -1, "epsilon": layer.eps}
         if self._plan is Plan.DENSE:
-            return graph.op("LayerNormalization", x, graph.weight(f"{name}.weight", layer.weight), bias, **options)
+            weight = self._parameter(f"{name}.weight", layer.weight)
+            return graph.op("LayerNormalization", x, weight, bias, **options)
         ones = graph.repeated(1.0, layer.weight.numel(), self._dtype)
         normal = graph.op("LayerNormalization", x, ones, **options)
         return graph.op("Add", self._scale(normal, name, [1]), bias)
@@ -107,6 +108,9 @@ class GraphLayers:
         """Declare the slabs, gather the rows of the batch, and cut them into layers."""
         graph = self.graph
         graph.scope = "rows"
+        if self._plan is Plan.DENSE and not rows.targets:
+            # No row reaches this graph: runtimes complain of an input that nothing reads.
+            return
         index = graph.input("adapter_index", torch.int64, ["batch"])
         if self._plan is Plan.FACTORED:
             slab = graph.input("spectral_slab", torch.float32, ["slots", rows.spectral_size])
@@ -140,10 +144,13 @@ class GraphLayers:
         return value if self._dtype == torch.float32 else self.graph.cast(value, self._dtype)
 
     def _transposed(self, name: str, matrix: Tensor) -> str:
-        return self.graph.weight(f"{name}.transposed", matrix.detach().to(self._dtype).T)
+        return self._parameter(f"{name}.transposed", matrix.T)
 
     def _column(self, name: str, vector: Tensor) -> str:
-        return self.graph.weight(name, vector.detach()[:, None, None])
+        return self._parameter(name, vector[:, None, None])
+
+    def _parameter(self, name: str, tensor: Tensor) -> str:
+        return self.graph.weight(name, tensor.detach().to(self._dtype))
 
     def _enter(self, name: str) -> GraphWriter:
         self.graph.scope = name

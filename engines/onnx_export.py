@@ -1,10 +1,12 @@
 """The exported graphs of a base model: written once for each plan, kept in a cache on disk, checked when read.
 
 The graph is the same for ONNX Runtime and TensorRT. Inputs: sample [batch, 4, height, width], timestep [batch] fp32,
-context [batch, tokens, width], adapter_index [batch] int64, spectral_slab [slots, size] fp32 (factored plan only),
-lowrank_slab [slots, size] fp32 (if there are low-rank targets); output: out, like sample. Batch, slots, height and
-width are dynamic, so one graph serves every size (height and width a multiple of 2 to the number of downsamplings).
-sample, context and out have the dtype of the base's weights.
+context [batch, tokens, width], adapter_index [batch] int64 (if there is a slab), spectral_slab [slots, size] fp32
+(factored plan only), lowrank_slab [slots, size] fp32 (if there are low-rank targets); output: out, like sample. Batch,
+slots, height and width are dynamic, so one graph serves every size (height and width a multiple of 2 to the number of
+downsamplings).
+sample, context and out have the dtype of the graph: the base's own, or fp16 for TensorRT. Every operator's inputs are
+of one type, so TensorRT builds it strongly typed.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ from types import ModuleType
 
 import onnx
 import structlog
+import torch
 
 from hueshift.engines import graph_layers, graph_unet, graph_writer
 from hueshift.engines.base_model import BaseModel
@@ -41,24 +44,28 @@ def export_graph(
     plan: Plan,
     cache_dir: Path,
     progress: Progress | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Return the graph file of `plan`, from `cache_dir` or exported and stored there.
+    """Return the graph file of `plan`, from `cache_dir` or exported and stored there, in `dtype` or that of the base.
 
     An entry counts only if every file in it has the digest of its manifest; a damaged one is logged and made again.
     `progress(done, STEPS)` is called while exporting. Raises InvalidArgument (MODEL_UNSUPPORTED) if the base model
     cannot be exported.
     """
-    folder = entry_folder(base, rows, plan, cache_dir)
+    folder = entry_folder(base, rows, plan, cache_dir, dtype)
     report = progress or (lambda done, total: None)
     with exclusive(folder):
         if not _is_whole(folder):
             report(0, STEPS)
-            graph = write_unet(base, factors, rows, plan)
+            graph = write_unet(base, factors, rows, plan, dtype)
             publish_folder(folder, lambda path: _fill(path, graph, report))
     return folder / GRAPH_FILE
 
 
-def entry_folder(base: BaseModel, rows: RowLayout, plan: Plan, cache_dir: Path) -> Path:
+def entry_folder(
+    base: BaseModel, rows: RowLayout, plan: Plan, cache_dir: Path, dtype: torch.dtype | None = None
+) -> Path:
     """Where the graph of this plan lies: named by base, plan and the digest of all that decides what it holds."""
     identity = {
         "base": base.base_hash,
@@ -66,7 +73,7 @@ def entry_folder(base: BaseModel, rows: RowLayout, plan: Plan, cache_dir: Path) 
         "plan": plan,
         "spectral": rows.spectral_size,
         "targets": [(target.name, target.rank) for target in rows.targets],
-        "dtype": str(next(base.unet.parameters()).dtype),
+        "dtype": str(dtype or next(base.unet.parameters()).dtype),
         "code": [_code_digest(module) for module in (graph_layers, graph_unet, graph_writer)],
         "versions": {name: version(name) for name in ("torch", "diffusers", "onnx")},
     }

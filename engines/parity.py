@@ -19,7 +19,8 @@ _SEED = 20_260
 _log = structlog.get_logger()
 
 RunGraph = Callable[[Plan, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-OnParity = Callable[[Plan, float], None]
+OnParity = Callable[[str, float], None]
+"""on_parity(plan, error); `merged` is a plan too."""
 
 
 def check_parity(
@@ -68,7 +69,7 @@ def parity_error(
     """
     latents, timesteps, context, _ = example_inputs(base, _ROWS)
     index = torch.arange(_ROWS)
-    spectral, lowrank = _random_slabs(rows, factors, norms)
+    spectral, lowrank = random_slabs(rows, factors, norms)
     unet = AdaptedUNet(base, factors, rows, plan, channels_last=False)
     with torch.no_grad():
         slab = spectral if plan is Plan.FACTORED else None
@@ -78,7 +79,8 @@ def parity_error(
     return float((found - expected).abs().max()) / scale
 
 
-def _random_slabs(rows: RowLayout, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def random_slabs(rows: RowLayout, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Spectral and low-rank rows of the base and of two adapters that shift everything at random, from a fixed seed."""
     generator = torch.Generator().manual_seed(_SEED)
     spectral = rows.base_spectral(factors, norms).repeat(_ROWS, 1)
     spectral[1:] *= 1 + 0.1 * torch.randn(spectral[1:].shape, generator=generator)

@@ -31,11 +31,17 @@ def build_services(
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(settings.engine.threads or os.cpu_count() or 1)
     base = load_base_model(settings.model.path, device=base_device(settings.engine))
+
+    def report(stage: str, done: int, total: int) -> None:
+        metrics.engine_build_progress.labels(stage).set(done / total)
+        progress(stage, done, total)
+
     engine = build_engine(
         base,
         engine_options(settings),
-        progress=progress,
+        progress=report,
         on_parity=lambda plan, error: metrics.engine_parity_error.labels(plan).set(error),
+        on_fallback=lambda reason: metrics.engine_fallbacks.labels(reason).inc(),
     )
     engine.warm()
     metrics.build.info(
@@ -75,5 +81,11 @@ def engine_options(settings: Settings) -> EngineOptions:
         lowrank_rank=chosen.lowrank_rank,
         lowrank_targets=chosen.lowrank_targets,
         parity_bound=chosen.parity_bound,
+        fp16_parity_bound=chosen.fp16_parity_bound,
+        fallback=chosen.fallback,
+        cuda_graphs=chosen.cuda_graphs,
+        merge_after=chosen.merge_after,
+        weights_validation=chosen.weights_validation,
+        max_size=settings.limits.max_size,
         cache_dir=settings.store.cache_path.expanduser(),
     )

@@ -72,5 +72,14 @@ class Metrics:
         self.engine_parity_error = Gauge(
             "hueshift_engine_parity_error", "Largest error of the exported graph against torch.", ["plan"], registry=r
         )
+        self.engine_fallbacks = Counter(
+            "hueshift_engine_fallbacks",
+            "Times torch, or the other plans, took over from TensorRT.",
+            ["reason"],
+            registry=r,
+        )
+        self.engine_build_progress = Gauge(
+            "hueshift_engine_build_progress", "Share of a start-up stage done, 0 to 1.", ["stage"], registry=r
+        )
         self.internal_errors = Counter("hueshift_internal_errors", "Answers with an incident id.", registry=r)
         self.build = Info("hueshift_build", "Version, engine and base model.", registry=r)

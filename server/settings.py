@@ -52,10 +52,10 @@ class ModelSettings(_Section):
 class EngineSettings(_Section):
     """The UNet engine."""
 
-    kind: Literal["auto", "onnxruntime", "torch"] = Field(
-        "auto", description="auto: onnxruntime on a CPU, torch on CUDA."
+    kind: Literal["auto", "onnxruntime", "torch", "tensorrt"] = Field(
+        "auto", description="auto: onnxruntime on a CPU, torch on CUDA; tensorrt only when asked for."
     )
-    device: str = Field("auto", description="auto, cpu or cuda[:N], for torch.")
+    device: str = Field("auto", description="auto, cpu or cuda[:N], for torch and tensorrt.")
     threads: int = Field(0, ge=0, description="CPU threads; 0 means one per core.")
     slots: int = Field(64, ge=2, le=65536, description="Adapter mixes resident in the engine, the base included.")
     max_batch: int = Field(16, ge=2, le=256, description="UNet rows per step; a guided picture is two rows.")
@@ -64,24 +64,35 @@ class EngineSettings(_Section):
         ("proj_out",), description="Endings of layer names that may carry a low-rank branch."
     )
     parity_bound: float = Field(1e-3, gt=0, description="Largest error of the exported graph against torch at start.")
+    fp16_parity_bound: float = Field(
+        1e-2, gt=0, description="The same for tensorrt, which runs in fp16, against torch in fp32."
+    )
+    fallback: bool = Field(True, description="Serve with torch where tensorrt cannot; false refuses to start instead.")
+    cuda_graphs: bool = Field(True, description="Capture the calls of tensorrt in CUDA graphs.")
+    merge_after: int = Field(
+        0, ge=0, description="Calls in a row for one adapter alone before tensorrt merges it into a plan; 0: never."
+    )
+    weights_validation: bool = Field(
+        True, description="Let tensorrt check the weights of every refit; false is faster."
+    )
 
 
 class LimitSettings(_Section):
     """What one request may ask for."""
 
-    default_steps: int = Field(20, ge=1, le=1000)
-    max_steps: int = Field(150, ge=1, le=1000)
-    default_guidance_scale: float = Field(5.0, ge=1, le=30)
-    max_count: int = Field(16, ge=1, le=256)
+    default_steps: int = Field(20, ge=1, le=1000, description="Denoising steps of a request that names none.")
+    max_steps: int = Field(150, ge=1, le=1000, description="Most denoising steps.")
+    default_guidance_scale: float = Field(5.0, ge=1, le=30, description="Guidance scale of a request that names none.")
+    max_count: int = Field(16, ge=1, le=256, description="Most pictures of one request.")
     max_size: int = Field(1024, ge=64, description="Largest width or height in pixels.")
-    max_adapters: int = Field(4, ge=1, le=4)
+    max_adapters: int = Field(4, ge=1, le=4, description="Most adapters of one request.")
     queue_size: int = Field(256, ge=1, description="Pictures that may wait; more are refused with RESOURCE_EXHAUSTED.")
     tenant_queue_size: int = Field(128, ge=1, description="Pictures of one tenant that may wait.")
-    max_adapter_bytes: int = Field(256 * MIB, ge=1)
+    max_adapter_bytes: int = Field(256 * MIB, ge=1, description="Largest adapter file.")
     host_cache_bytes: int = Field(GIB, ge=0, description="Adapters kept in host memory, least recently used out first.")
-    max_picture_bytes: int = Field(16 * MIB, ge=1)
-    max_picture_pixels: int = Field(40_000_000, ge=1)
-    max_pictures: int = Field(64, ge=1)
+    max_picture_bytes: int = Field(16 * MIB, ge=1, description="Largest training picture in bytes.")
+    max_picture_pixels: int = Field(40_000_000, ge=1, description="Largest training picture in pixels.")
+    max_pictures: int = Field(64, ge=1, description="Most training pictures of one job.")
     max_pictures_bytes: int = Field(256 * MIB, ge=1, description="All pictures of one fine-tuning job together.")
     tenant_queued_jobs: int = Field(16, ge=1, description="Fine-tuning jobs of one tenant that may wait or run.")
 
@@ -127,7 +138,7 @@ class AuthSettings(_Section):
 class LogSettings(_Section):
     """Logging."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is written.")
     json_lines: bool = Field(True, description="JSON lines; false prints for people.")
 
 

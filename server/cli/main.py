@@ -21,6 +21,9 @@ COMMANDS = {
     "adapters": Lazy(f"{_CLI}.adapters", "app", "List, show, import, export, inspect, diff, delete and warm adapters."),
     "jobs": Lazy(f"{_CLI}.jobs", "app", "List, show, watch and cancel fine-tuning jobs."),
     "keys": Lazy(f"{_CLI}.keys", "app", "Create, list and revoke API keys, on the server's machine."),
+    "engine": Lazy(
+        f"{_CLI}.engine", "app", "Build, list, inspect, verify and prune TensorRT plans, on the GPU's machine."
+    ),
     "health": Lazy(f"{_CLI}.health", "health", "Ask whether a server is ready; exits with 1 if not."),
     "model": Lazy(f"{_CLI}.model", "show_model", "Show the base model, its defaults and limits."),
 }

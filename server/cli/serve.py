@@ -27,7 +27,7 @@ def serve(
         int | None, typer.Option(help="Prometheus port; 0: a free one. [server.metrics_port]")
     ] = None,
     model: Annotated[Path | None, typer.Option(file_okay=False, help="Base model's folder. [model.path]")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, onnxruntime or torch. [engine.kind]")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, onnxruntime, torch or tensorrt. [engine.kind]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N]. [engine.device]")] = None,
     store: Annotated[Path | None, typer.Option(file_okay=False, help="Folder of all that stays. [store.path]")] = None,
     workers: Annotated[int | None, typer.Option(help="Fine-tuning processes. [training.workers]")] = None,
@@ -63,7 +63,7 @@ def _run(settings: Settings, output: Output) -> None:
     # Imported here: these bring torch, and a wrong option should be told at once.
     from hueshift.server import serve as server
 
-    with _bars(output) as bars:
+    with stage_bars(output) as bars:
 
         def ready(addresses: Addresses) -> None:
             bars.stop()
@@ -98,7 +98,8 @@ class _Bars:
 
 
 @contextmanager
-def _bars(output: Output) -> Iterator[_Bars]:
+def stage_bars(output: Output) -> Iterator[_Bars]:
+    """Bars on stderr while the block runs."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=output.stderr, transient=True, disable=not output.interactive)
     with progress:
