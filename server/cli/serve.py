@@ -60,7 +60,7 @@ def _run(settings: Settings, output: Output) -> None:
     # gRPC's core writes to standard error in a format of its own, which would break the log's lines of JSON; what it
     # tells of, a port that cannot be bound for example, comes as an error of ours too.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    # Threads that spin while they wait for each other take the cores from the workers beside them (server/supervisor.py).
+    # Threads that spin while they wait take the cores from the workers beside them (server/supervisor.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported here: these bring torch, and a wrong option should be told at once.
     from hueshift.server import serve as server
