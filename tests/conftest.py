@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Set before torch is loaded: threads that spin while they wait would starve the servers and workers that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Progress bars of model loading would drown the test report.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
