@@ -63,7 +63,14 @@ def test_auto_without_the_extra_runs_torch_and_says_so(missing: str) -> None:
             r"hueshift\[onnx\]",
         ),
         ("onnxruntime", CUDA, everything, InvalidArgument, Reason.SETTINGS_INVALID, "CPU only"),
-        ("tensorflow", CPU, everything, InvalidArgument, Reason.SETTINGS_INVALID, "auto, onnxruntime, torch or tensorrt"),
+        (
+            "tensorflow",
+            CPU,
+            everything,
+            InvalidArgument,
+            Reason.SETTINGS_INVALID,
+            "auto, onnxruntime, torch or tensorrt",
+        ),
     ],
 )
 def test_engines_that_cannot_be_had(

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from recording_tensorrt import World, make_parts
+from recording_tensorrt import make_parts
 from structlog.testing import capture_logs
+from tensorrt_world import World
 from tiny_unet import TinyParts
 
 from hueshift.adapters.adapter import AdapterKind

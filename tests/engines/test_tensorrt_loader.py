@@ -4,7 +4,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from recording_tensorrt import World, make_module
+from recording_tensorrt import make_module
+from tensorrt_world import World
 
 from hueshift.adapters.errors import Reason
 from hueshift.engines.tensorrt_loader import Fallback, TensorRT, TensorRtError, load_tensorrt

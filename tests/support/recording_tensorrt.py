@@ -9,12 +9,7 @@ bindings and refits are checked by numbers. What TensorRT documents as undefined
 - shapes outside the profile; a plan of another version
 """
 
-import ctypes
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum, IntEnum
 from functools import partial
 from math import prod
 from types import SimpleNamespace
@@ -23,108 +18,29 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import torch
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
+from tensorrt_world import (
+    TYPES,
+    BuilderFlag,
+    ContractError,
+    DataType,
+    ExecutionContextAllocationStrategy,
+    ILogger,
+    InlineLane,
+    IProgressMonitor,
+    NetworkDefinitionCreationFlag,
+    TensorIOMode,
+    TensorLocation,
+    Weights,
+    World,
+    memory_at,
+    shape_of,
+)
 
 from hueshift.engines.tensorrt_loader import TensorRT, make_logger
 from hueshift.engines.tensorrt_setup import TensorRtParts
 
-HANDLE = 4242
 _MAGIC = b"DOUBLE-PLAN\n"
-
-
-class ContractError(AssertionError):
-    """The code under test did what TensorRT forbids."""
-
-
-class DataType(Enum):
-    FLOAT = np.dtype(np.float32)
-    HALF = np.dtype(np.float16)
-    INT64 = np.dtype(np.int64)
-
-
-_TYPES: dict[int, DataType] = {
-    TensorProto.FLOAT: DataType.FLOAT,
-    TensorProto.FLOAT16: DataType.HALF,
-    TensorProto.INT64: DataType.INT64,
-}
-
-
-class TensorIOMode(Enum):
-    INPUT = 1
-    OUTPUT = 2
-
-
-class TensorLocation(Enum):
-    DEVICE = 0
-    HOST = 1
-
-
-class BuilderFlag(IntEnum):
-    REFIT = 2
-    REFIT_INDIVIDUAL = 16
-
-
-class NetworkDefinitionCreationFlag(IntEnum):
-    STRONGLY_TYPED = 1
-
-
-class ExecutionContextAllocationStrategy(Enum):
-    STATIC = 0
-    USER_MANAGED = 2
-
-
-class ILogger:
-    ERROR, WARNING, INFO, INTERNAL_ERROR, VERBOSE = "error", "warning", "info", "internal", "verbose"
-
-    def __init__(self) -> None:
-        self.made = True
-
-
-class IProgressMonitor:
-    def __init__(self) -> None:
-        self.made = True
-
-
-@dataclass
-class Faults:
-    """Failures to play. Each names the call that fails; `refits` counts down refits that are refused."""
-
-    parse: str = ""
-    build: str = ""
-    memory: bool = False
-    refits: int = 0
-    calls: int = 0
-    drop_bias: str = ""
-    missing: tuple[str, ...] = ()
-    deserialize: int = 0
-
-
-@dataclass
-class World:
-    """What happened, what shall fail, and which work is pending on which stream."""
-
-    version: str = "10.16.1"
-    faults: Faults = field(default_factory=Faults)
-    events: list[str] = field(default_factory=list)
-    pending: dict[int, str] = field(default_factory=dict)
-    capturing: list[Callable[[], None]] | None = None
-    timing_given: list[bytes] = field(default_factory=list)
-    logger: Any = None
-
-    def complain(self, text: str) -> None:
-        """Log an error, as TensorRT does."""
-        self.logger.log(ILogger.ERROR, text)
-
-    def count(self, event: str) -> int:
-        return sum(entry.startswith(event) for entry in self.events)
-
-
-@dataclass(frozen=True)
-class Weights:
-    dtype: DataType
-    pointer: int = 0
-    size: int = 0
 
 
 class _Network:
@@ -140,7 +56,7 @@ class _Network:
 
     def get_input(self, number: int) -> Any:
         value = self.model.graph.input[number]
-        return SimpleNamespace(name=value.name, shape=_shape(value), dtype=_TYPES[value.type.tensor_type.elem_type])
+        return SimpleNamespace(name=value.name, shape=shape_of(value), dtype=TYPES[value.type.tensor_type.elem_type])
 
     def mark_weights_refittable(self, name: str) -> bool:
         known = any(weight.name == name for weight in self.model.graph.initializer)
@@ -326,10 +242,10 @@ class FakeEngine:
         return self.names[number]
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return _TYPES[self.values[name].type.tensor_type.elem_type]
+        return TYPES[self.values[name].type.tensor_type.elem_type]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return _shape(self.values[name])
+        return shape_of(self.values[name])
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         inputs = {value.name for value in self.model.graph.input}
@@ -411,7 +327,7 @@ class FakeContext:
         self._array("out", self.shapes["sample"])[...] = out
 
     def _array(self, name: str, shape: tuple[int, ...]) -> Any:
-        return _memory(self.addresses[name], self.engine.get_tensor_dtype(name).value, shape)
+        return memory_at(self.addresses[name], self.engine.get_tensor_dtype(name).value, shape)
 
 
 class FakeRefitter:
@@ -432,7 +348,7 @@ class FakeRefitter:
 
     def get_weights_prototype(self, name: str) -> Weights:
         weight = self.engine.initializer(name)
-        return Weights(_TYPES[weight.data_type], 0, prod(weight.dims))
+        return Weights(TYPES[weight.data_type], 0, prod(weight.dims))
 
     def set_named_weights(self, name: str, weights: Weights, location: TensorLocation) -> bool:
         prototype = self.get_weights_prototype(name)
@@ -454,51 +370,9 @@ class FakeRefitter:
         names = list(self.given)
         for name in names[: len(names) // 2] if refused else names:
             weights, target = self.given[name], self.engine.initializer(name)
-            values = _memory(weights.pointer, weights.dtype.value, tuple(target.dims)).copy()
+            values = memory_at(weights.pointer, weights.dtype.value, tuple(target.dims)).copy()
             target.CopyFrom(numpy_helper.from_array(values, name))
         self.engine.session = None
         self.world.events.append("refit refused" if refused else "refit")
         self.world.faults.refits -= refused
         return not refused
-
-
-class InlineLane:
-    """A stream that runs at once, on the CPU. Captured calls are recorded by the double and replayed."""
-
-    device = torch.device("cpu")
-    handle = HANDLE
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        yield
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        recorded: list[Callable[[], None]] = []
-        self.world.capturing = recorded
-        try:
-            work()
-        finally:
-            self.world.capturing = None
-
-        def replay() -> None:
-            self.world.events.append("replay")
-            for call in recorded:
-                call()
-
-        return replay
-
-    def wait(self) -> None:
-        self.world.pending.clear()
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(-1 if dim.dim_param else dim.dim_value for dim in value.type.tensor_type.shape.dim)
-
-
-def _memory(address: int, dtype: Any, shape: tuple[int, ...]) -> Any:
-    size = prod(shape) * dtype.itemsize
-    buffer = (ctypes.c_char * size).from_address(address)
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape)
