@@ -49,6 +49,10 @@ class Metrics:
         self.batch_adapters = Histogram(
             "hueshift_batch_adapters", "Distinct adapter mixes per step.", buckets=_BATCH_BUCKETS, registry=r
         )
+        self._add_adapters_and_jobs(registry)
+        self._add_engine(registry)
+
+    def _add_adapters_and_jobs(self, r: CollectorRegistry) -> None:
         self.swap_seconds = Histogram(
             "hueshift_swap_seconds", "Time to bring a row into a slot.", ["tier"], buckets=_SWAP_BUCKETS, registry=r
         )
@@ -69,6 +73,8 @@ class Metrics:
         self.jobs = Gauge("hueshift_jobs", "Fine-tuning jobs by state.", ["state"], registry=r)
         self.job_leases_lost = Counter("hueshift_job_leases_lost", "Leases that expired.", registry=r)
         self.workers = Gauge("hueshift_workers", "Worker processes alive.", registry=r)
+
+    def _add_engine(self, r: CollectorRegistry) -> None:
         self.engine_parity_error = Gauge(
             "hueshift_engine_parity_error", "Largest error of the exported graph against torch.", ["plan"], registry=r
         )
