@@ -7,7 +7,7 @@ import torch
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.noise_schedule import NoiseSchedule
-from hueshift.training.objective import Batch, denoising_loss, draw_timesteps, row_weights, snr_weights
+from hueshift.training.objective import ANCHOR_SHARE, Batch, denoising_loss, draw_timesteps, row_weights, snr_weights
 
 
 def small_schedule(prediction: str) -> NoiseSchedule:
@@ -61,13 +61,13 @@ def test_timesteps_come_one_from_each_stratum_dense_at_high_noise() -> None:
     assert draws[:, 0].float().mean().item() == pytest.approx(1000 * 2 / 3, abs=40)
 
 
-def test_a_quarter_of_the_timesteps_is_anchored_whatever_the_batch() -> None:
+def test_the_stated_share_of_timesteps_is_anchored_whatever_the_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     for count, draws in ((1, 4000), (2, 2000), (4, 1000), (6, 600)):
         drawn = torch.cat([draw_timesteps(count, 1000, 250, generator) for _ in range(draws)]).float()
         low, high = drawn[drawn < 250], drawn[drawn >= 250]
-        assert len(low) / len(drawn) == pytest.approx(0.25, abs=0.02)
-        assert low.mean().item() == pytest.approx(125, abs=8)
+        assert len(low) / len(drawn) == pytest.approx(ANCHOR_SHARE, abs=0.02)
+        assert low.mean().item() == pytest.approx(125, abs=12)
         # Density 2t / (1000^2 - 250^2) above: the mean is 2/3 (1000^3 - 250^3) / (1000^2 - 250^2).
         assert high.mean().item() == pytest.approx(700, abs=12)
 
