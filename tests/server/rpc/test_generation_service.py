@@ -221,7 +221,7 @@ async def test_an_engine_failure_is_an_incident_of_those_requests_only(base_mode
         assert "swordfish" not in told.message
         broken.clear()
         assert await caller.images(seeds=[1]) == before
-        assert counts(live) == IDLE
+        await until(lambda: counts(live) == IDLE)
 
 
 async def test_a_drain_finishes_accepted_requests(base_model: BaseModel, tmp_path: Path) -> None:
