@@ -29,7 +29,7 @@ def draw_timesteps(count: int, train_steps: int, anchor_below: int, generator: t
 
     A share ANCHOR_SHARE falls evenly below `anchor_below`, where the base's own output is the target; the others are
     dense where noise is high: above it P(T <= t) grows with t^2. What a thing is gets decided at high noise, and a
-    short run has no steps to spare. Strata cut the variance of the loss of a batch of four by more than half.
+    short run has no steps to spare. Strata spread a batch of four over all noise levels.
     """
     strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     share = ANCHOR_SHARE if anchor_below else 0.0
