@@ -164,6 +164,8 @@ def result_row(timings: Timings) -> dict[str, Any]:
         "ratio": round(baseline / ours, 3),
         "floor_ms": round(timings.floor, 1),
         "hardware": f"{os.cpu_count()}-core {platform.machine()} CPU",
+        # Well above the number of cores: something else used them too, and the times (less so the ratio) are too long.
+        "load": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),

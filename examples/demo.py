@@ -6,7 +6,6 @@ server that this program starts and stops. Exits with 1 if something fails or a 
 
 import argparse
 import asyncio
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -33,10 +32,6 @@ async def run_demo(out: Path, bars: Bars, settings: Mapping[str, float]) -> Verd
     HueshiftClientError or FineTuneFailed, possibly in an ExceptionGroup.
     """
     begin = time.monotonic()
-    # A polite stop must stop the server too, as Ctrl-C does.
-    task = asyncio.current_task()
-    if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     lessons = [
         replace(lesson, settings={**lesson.settings, **settings}) for lesson in (style_lesson(), subject_lesson())
     ]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -36,7 +37,7 @@ async def live_server(
     """Run a server while the block runs, with one API key per tenant; stop it with SIGTERM, and wait until it drained.
 
     `cache` keeps exported graphs for the next start; `log` gets what the server says; `settings` are more environment
-    variables. Raises ServerFailed.
+    variables. SIGTERM cancels the calling task, so that the server is stopped then too. Raises ServerFailed.
     """
     with tempfile.TemporaryDirectory(prefix="hueshift-") as store:
         environment = {
@@ -57,6 +58,7 @@ async def live_server(
                 start_new_session=True,
             )
             try:
+                _cancel_on_sigterm()
                 server = await _addresses(process, keys, log)
                 yield server
                 server.exit_code = await _stop(process)
@@ -67,6 +69,12 @@ async def live_server(
 
 
 _HUESHIFT = (sys.executable, "-P", "-m", "hueshift.server.cli.main")
+
+
+def _cancel_on_sigterm() -> None:
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 async def _create_key(tenant: str, environment: Mapping[str, str]) -> str:
