@@ -86,7 +86,7 @@ _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyTy
             "ema_decay": 0.9,
         },
         (Method.SVDIFF, SubjectKind.STYLE): {
-            "steps": 180,
+            "steps": 150,
             "learning_rate": 2e-2,
             "norm_learning_rate": 3e-3,
             "identifier_learning_rate": 1e-2,
