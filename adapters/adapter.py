@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -18,7 +18,10 @@ class AdapterKind(StrEnum):
     SPECTRAL = "spectral"
     LOWRANK = "lowrank"
     TOKENS = "tokens"
-    """Learned words alone (Textual Inversion); the UNet is unchanged."""
+    """Learned words alone: Textual Inversion, P+, ProSpect, NeTI; the UNet is unchanged."""
+
+    KV = "kv"
+    """Deltas of cross-attention keys and values: Custom Diffusion, Perfusion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +38,70 @@ class LowRankFactors:
         return self.a.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class MapperLayer:
+    """One hidden layer of a TokenMapper: linear, then layer norm, then leaky ReLU (slope 0.01).
+
+    `weight` [out, in], `bias`, `norm_weight` and `norm_bias` [out].
+    """
+
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMapper:
+    """A word's embedding as a function of timestep and cross-attention layer (NeTI, Alaluf et al. 2023).
+
+    The input is p = (t / train steps, layer / layers); `frequencies` [features, 2] give the Fourier features
+    cos(2 pi f p) followed by sin(2 pi f p); then the hidden `layers`. `output_weight` [width or 2 width, hidden] and
+    `output_bias` make the embedding and, with twice the width, the textual bypass. The embedding is scaled to length
+    `norm`, unless that is 0. The bypass v is added to the text encoder's output e at the word's place:
+    e + `bypass` |e| v / |v|.
+    """
+
+    frequencies: Tensor
+    layers: tuple[MapperLayer, ...]
+    output_weight: Tensor
+    output_bias: Tensor
+    norm: float
+    bypass: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class GatedEdit:
+    """A gated rank-1 edit of keys and values (Perfusion, Tewel et al. 2023, section 4).
+
+    With i* = `target` [width] and C^-1 i* = `dual` [width], s(e) = <dual, e> / <dual, i*> tells how much of an encoded
+    token e is the concept. A layer's output becomes W (e - s(e) i*) + g(e) o*, where o* = `outputs[layer]` [rows] and
+    g(e) = 1 / (1 + exp(-(s(e) - beta) / tau)).
+    """
+
+    target: Tensor
+    dual: Tensor
+    outputs: Mapping[str, Tensor]
+    beta: float
+    tau: float
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter, bound to the base model whose hash it names.
 
     `spectral` maps a matrix layer to the shifts of its singular values [rank]; `norm` maps a norm layer to the shifts
-    of its weights [size]. `lowrank` maps a matrix layer to its factors. `tokens` maps a placeholder word to its learned
-    embeddings [vectors, token_width]. Absent layers are unchanged.
+    of its weights [size]. `lowrank` maps a matrix layer to its factors. Absent layers are unchanged.
+
+    A placeholder word is taught in one of three ways: `tokens` has its embeddings [vectors, token_width]; `token_grids`
+    has [stages, layers, vectors, token_width], where stages is 1 or the number of equal parts of the sampling
+    timesteps, first at high noise (ProSpect, Zhang et al. 2023), and layers is 1 or the number of cross-attention
+    layers (P+, Voynov et al. 2023), in the order of BaseLayout.cross_attentions; `mappers` has a network. What is 1
+    holds for all.
+
+    `kv` maps to_k and to_v layers of cross-attention to full deltas [rows, cols] (Custom Diffusion, Kumari et al.
+    2023); `gated` maps a word to its Perfusion edit. `class_noun` is the class of what was taught, if known; LAG
+    sampling looks for it in the prompt.
     """
 
     kind: AdapterKind
@@ -52,10 +112,31 @@ class Adapter:
     lowrank: Mapping[str, LowRankFactors] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     identifier: str = ""
+    token_grids: Mapping[str, Tensor] = field(default_factory=dict)
+    mappers: Mapping[str, TokenMapper] = field(default_factory=dict)
+    kv: Mapping[str, Tensor] = field(default_factory=dict)
+    gated: Mapping[str, GatedEdit] = field(default_factory=dict)
+    class_noun: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every placeholder word it teaches."""
+        return tuple(dict.fromkeys((*self.tokens, *self.token_grids, *self.mappers, *self.gated)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in memory."""
-        plain = [*self.spectral.values(), *self.norm.values(), *self.tokens.values()]
-        factors = [t for f in self.lowrank.values() for t in (f.a, f.b)]
-        return sum(t.numel() * t.element_size() for t in (*plain, *factors))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor."""
+        for mapping in (self.spectral, self.norm, self.tokens, self.token_grids, self.kv):
+            yield from mapping.values()
+        for factors in self.lowrank.values():
+            yield from (factors.a, factors.b)
+        for mapper in self.mappers.values():
+            yield from (mapper.frequencies, mapper.output_weight, mapper.output_bias)
+            for layer in mapper.layers:
+                yield from (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
+        for edit in self.gated.values():
+            yield from (edit.target, edit.dual, *edit.outputs.values())

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 
+_RUN_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixLayer:
     """A linear or convolution layer seen as a matrix of `rows` x `cols`.
@@ -85,6 +88,12 @@ class BaseLayout:
         object.__setattr__(self, "matrix_offsets", matrix_offsets)
         object.__setattr__(self, "norm_offsets", norm_offsets)
         object.__setattr__(self, "spectral_size", position)
+
+    @property
+    def cross_attentions(self) -> tuple[str, ...]:
+        """Names of the cross-attention layers in the order the UNet runs them, which is not that of its modules."""
+        names = [layer.name.removesuffix(".to_k") for layer in self.matrices if layer.name.endswith(".attn2.to_k")]
+        return tuple(sorted(names, key=lambda name: _RUN_ORDER.get(name.partition(".")[0], len(_RUN_ORDER))))
 
     def matrix(self, name: str) -> MatrixLayer | None:
         """Return the matrix layer of that name, or None."""
