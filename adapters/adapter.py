@@ -55,11 +55,13 @@ class MapperLayer:
 class TokenMapper:
     """A word's embedding as a function of timestep and cross-attention layer (NeTI, Alaluf et al. 2023).
 
-    The input is p = (t / train steps, layer / layers); `frequencies` [features, 2] give the Fourier features
-    cos(2 pi f p) followed by sin(2 pi f p); then the hidden `layers`. `output_weight` [width or 2 width, hidden] and
-    `output_bias` make the embedding and, with twice the width, the textual bypass. The embedding is scaled to length
-    `norm`, unless that is 0. The bypass v is added to the text encoder's output e at the word's place:
-    e + `bypass` |e| v / |v|.
+    The input is p = (t / train steps, layer / layers), layers counted in the order of BaseLayout.cross_attentions;
+    `frequencies` [features, 2] give the Fourier features cos(2 pi f p) followed by sin(2 pi f p); then the hidden
+    `layers`. `output_weight` [width or 2 width, hidden] and `output_bias` make the embedding and, with twice the width,
+    the textual bypass after it. The whole output, both halves together, is scaled to length `norm`, unless that is 0.
+    With the bypass v, the text encoder's last hidden state e at the word's place, before the final layer norm, becomes
+    e + `bypass` |e| v / |v|; values see this one, keys the plain e. Norm, place and values only are those of the
+    authors' program.
     """
 
     frequencies: Tensor
