@@ -6,6 +6,7 @@ torch is not imported here, so that a file can be looked at quickly.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -142,6 +143,35 @@ def show(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float):
         return str(value)[:40]
     return f"a {type(value).__name__} of {len(value)}" if isinstance(value, dict | list) else type(value).__name__
+
+
+def expect_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    """Raise InvalidArgument (ADAPTER_SHAPE_MISMATCH) unless the tensor has this shape."""
+    if entry.shape != shape:
+        raise wrong_shape(entry, str(list(shape)))
+
+
+def wrong_shape(entry: TensorEntry, allowed: str) -> InvalidArgument:
+    """Build the error for a tensor of another shape than the base model asks for."""
+    return InvalidArgument(
+        Reason.ADAPTER_SHAPE_MISMATCH,
+        f"adapter file refused: tensor {entry.name!r} has shape {list(entry.shape)}; allowed: {allowed}",
+    )
+
+
+def unknown_tensor(entry: TensorEntry, why: str) -> InvalidArgument:
+    """Build the error for a tensor that has no place in an adapter."""
+    return InvalidArgument(
+        Reason.ADAPTER_TENSOR_UNKNOWN, f"adapter file refused: tensor {entry.name!r} is unknown: {why}"
+    )
+
+
+def is_finite(value: float) -> bool:
+    """Return whether a number of a header fits into a float: JSON may write integers of any size."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _refuse_other_formats(start: bytes) -> None:

@@ -1,24 +1,37 @@
 """Adapter files: one safetensors file per adapter, with a JSON header under the metadata key `hueshift`.
 
 Tensors are named `spectral/<layer>` [rank], `norm/<layer>` [size], `lowrank/<layer>/a` [rank, cols],
-`lowrank/<layer>/b` [rows, rank] and `tokens/<word>` [vectors, token_width], in fp16, bf16 or fp32. Reading checks the
-file's size, then its header, then what the header says against the base model, and only then touches a tensor.
+`lowrank/<layer>/b` [rows, rank] and `tokens/<word>` [vectors, token_width], in fp16, bf16 or fp32; text_side.py names
+the parts of text-side adapters. Reading checks the file's size, then its header, then what the header says against the
+base model, and only then touches a tensor.
+
+A file says `hueshift.adapter/1` unless it holds what that version does not know: a text-side part, the kind kv, or a
+class noun. So all files stay readable, and an older server refuses a newer file by its version.
 """
 
 import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from hueshift.adapters.adapter import Adapter, LowRankFactors
+from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
 from hueshift.adapters.container import DTYPES, ContainerHeader, TensorEntry, header_length, parse_header
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout
 from hueshift.adapters.tensors import TORCH_DTYPES, pack, read_tensor
+from hueshift.adapters.text_parts import (
+    has_text_side,
+    read_gated,
+    read_mappers,
+    text_side_numbers,
+    text_side_tensors,
+)
 from hueshift.adapters.validate import (
     FORMAT,
+    FORMAT_TEXT_SIDE,
     METADATA_KEY,
     AdapterHeader,
     FileLimits,
@@ -34,9 +47,9 @@ def write_adapter(adapter: Adapter) -> bytes:
     """Return the adapter as the bytes of a file. Equal adapters give equal bytes, whatever the order of their layers.
 
     Raises InvalidArgument (ADAPTER_DTYPE_UNSUPPORTED) for tensors that are not fp16, bf16 or fp32, and
-    (ADAPTER_NOT_FINITE) for a scale that is not a number.
+    (ADAPTER_NOT_FINITE, ADAPTER_FILE_INVALID) for scales and other numbers that could not be read again.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = text_side_tensors(adapter)
     tensors.update({f"spectral/{layer}": tensor for layer, tensor in adapter.spectral.items()})
     tensors.update({f"norm/{layer}": tensor for layer, tensor in adapter.norm.items()})
     tensors.update({f"tokens/{word}": tensor for word, tensor in adapter.tokens.items()})
@@ -53,7 +66,7 @@ def write_adapter(adapter: Adapter) -> bytes:
                 Reason.ADAPTER_DTYPE_UNSUPPORTED,
                 f"tensor {name!r} has dtype {tensor.dtype}; allowed: {', '.join(map(str, allowed))}",
             )
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "kind": adapter.kind.value,
         "base_hash": adapter.base_hash,
@@ -61,6 +74,8 @@ def write_adapter(adapter: Adapter) -> bytes:
         "identifier": adapter.identifier,
         "scales": {layer: float(factors.scale) for layer, factors in adapter.lowrank.items()},
     }
+    if adapter.kind is AdapterKind.KV or adapter.class_noun or has_text_side(adapter):
+        header |= {"format": FORMAT_TEXT_SIDE, "class_noun": adapter.class_noun, **text_side_numbers(adapter)}
     return pack(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))})
 
 
@@ -89,6 +104,11 @@ def read_adapter(data: bytes | Path, layout: BaseLayout, limits: FileLimits) -> 
             },
             tokens={word: read(entry) for word, entry in plan.tokens.items()},
             identifier=header.identifier,
+            token_grids={word: read(entry) for word, entry in plan.text_side.grids.items()},
+            mappers=read_mappers(plan.text_side, header.mappers, read),
+            kv={layer: read(entry) for layer, entry in plan.text_side.kv.items()},
+            gated=read_gated(plan.text_side, header.gated, read),
+            class_noun=header.class_noun,
         )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
-
 _RUN_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 

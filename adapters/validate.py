@@ -1,30 +1,61 @@
 """What an adapter file may hold for one base model: names, shapes, ranks and texts, checked from its header alone."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hueshift.adapters.adapter import AdapterKind
-from hueshift.adapters.container import ContainerHeader, TensorEntry, invalid, parse_json, show
+from hueshift.adapters.container import (
+    ContainerHeader,
+    TensorEntry,
+    expect_shape,
+    invalid,
+    is_finite,
+    parse_json,
+    show,
+    unknown_tensor,
+    wrong_shape,
+)
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
+from hueshift.adapters.text_side import (
+    TEXT_SIDE_GROUPS,
+    GatedNumbers,
+    MapperNumbers,
+    TextSidePlan,
+    check_text_side,
+    read_gated_numbers,
+    read_mapper_numbers,
+)
+from hueshift.adapters.words import MAX_WORD, checked_word
+from hueshift.adapters.words import check_word as check_word
 
 FORMAT = "hueshift.adapter/1"
+"""Files without text-side parts. Every server reads them."""
+
+FORMAT_TEXT_SIDE = "hueshift.adapter/2"
+"""Files that hold a part, a kind or a class noun which version 1 does not know; servers that know only 1 say so."""
+
 METADATA_KEY = "hueshift"
-MAX_WORD = 64
 _MIB = 1024 * 1024
 _METHOD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _Layer = TypeVar("_Layer")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FIELDS = ("format", "kind", "base_hash", "method", "identifier", "scales")
+_FIELDS_OF = {FORMAT: _FIELDS, FORMAT_TEXT_SIDE: (*_FIELDS, "class_noun", "mappers", "gated")}
 # Tooling of the safetensors project adds {"format": "pt"}.
 _METADATA_KEYS = {METADATA_KEY, "format"}
-_GROUPS = {
+_GROUPS_OF_1 = {
     AdapterKind.SPECTRAL: ("spectral", "norm", "tokens"),
     AdapterKind.LOWRANK: ("lowrank", "norm", "tokens"),
     AdapterKind.TOKENS: ("tokens",),
+}
+_GROUPS = {
+    AdapterKind.SPECTRAL: ("spectral", "norm", "tokens", *TEXT_SIDE_GROUPS),
+    AdapterKind.LOWRANK: ("lowrank", "norm", "tokens", *TEXT_SIDE_GROUPS),
+    AdapterKind.TOKENS: ("tokens", "grid", "mapper"),
+    AdapterKind.KV: ("tokens", *TEXT_SIDE_GROUPS),
 }
 
 
@@ -39,17 +70,29 @@ class FileLimits:
     max_words: int = 16
     # A prompt has 77 places, two of them end marks.
     max_word_vectors: int = 75
+    # As many as the training timesteps of Stable Diffusion.
+    max_stages: int = 1000
+    # NeTI has 1024 frequencies and two hidden layers of 128.
+    max_mapper_width: int = 4096
+    max_mapper_layers: int = 8
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterHeader:
-    """What a file says of itself, once checked. `scales` has one entry per low-rank layer."""
+    """What a file says of itself, once checked.
+
+    `scales` has one entry per low-rank layer, `mappers` and `gated` the numbers of every word with such a part.
+    """
 
     kind: AdapterKind
     base_hash: str
     method: str
     identifier: str
     scales: Mapping[str, float]
+    format: str = FORMAT
+    class_noun: str = ""
+    mappers: Mapping[str, MapperNumbers] = field(default_factory=dict)
+    gated: Mapping[str, GatedNumbers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +104,7 @@ class FilePlan:
     norm: dict[str, TensorEntry] = field(default_factory=dict)
     lowrank: dict[str, tuple[TensorEntry, TensorEntry]] = field(default_factory=dict)
     tokens: dict[str, TensorEntry] = field(default_factory=dict)
+    text_side: TextSidePlan = field(default_factory=TextSidePlan)
 
 
 def read_adapter_header(container: ContainerHeader) -> AdapterHeader:
@@ -75,13 +119,15 @@ def read_adapter_header(container: ContainerHeader) -> AdapterHeader:
             f"trained or exported (format {FORMAT!r})"
         )
     data = parse_json(text, f"the {METADATA_KEY!r} metadata")
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        given = data.get("format") if isinstance(data, dict) else data
-        raise invalid(f"format {show(given)} given; allowed: {FORMAT!r}")
-    if set(data) != set(_FIELDS):
-        wrong = sorted(set(data) ^ set(_FIELDS))
-        raise invalid(f"metadata fields must be exactly {list(_FIELDS)}; missing or unknown: {str(wrong)[:200]}")
-    kinds = [kind.value for kind in AdapterKind]
+    version = data.get("format") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(version, str) or version not in _FIELDS_OF:
+        known = " or ".join(map(repr, _FIELDS_OF))
+        raise invalid(f"format {show(version)} given; allowed: {known}. A newer Hueshift may read it")
+    fields = _FIELDS_OF[version]
+    if set(data) != set(fields):
+        wrong = sorted(set(data) ^ set(fields))
+        raise invalid(f"metadata fields must be exactly {list(fields)}; missing or unknown: {str(wrong)[:200]}")
+    kinds = [kind.value for kind in (AdapterKind if version == FORMAT_TEXT_SIDE else _GROUPS_OF_1)]
     if not isinstance(data["kind"], str) or data["kind"] not in kinds:
         raise invalid(f"kind {show(data['kind'])} given; allowed: {kinds}")
     return AdapterHeader(
@@ -90,6 +136,10 @@ def read_adapter_header(container: ContainerHeader) -> AdapterHeader:
         method=_text(data, "method", _METHOD, "1 to 32 of a-z, 0-9, '_' and '-', beginning with a letter"),
         identifier=_identifier(data["identifier"]),
         scales=_scales(data["scales"]),
+        format=version,
+        class_noun=_class_noun(data.get("class_noun", "")),
+        mappers=read_mapper_numbers(data.get("mappers", {})),
+        gated=read_gated_numbers(data.get("gated", {})),
     )
 
 
@@ -110,38 +160,33 @@ def plan_file(container: ContainerHeader, header: AdapterHeader, layout: BaseLay
     norms = {layer.name: layer.size for layer in layout.norms}
     plan = FilePlan(header)
     factors: dict[str, dict[str, TensorEntry]] = {}
+    groups = (_GROUPS_OF_1 if header.format == FORMAT else _GROUPS)[header.kind]
     for entry in container.tensors.values():
         group, _, rest = entry.name.partition("/")
-        if group not in _GROUPS[header.kind]:
-            raise _unknown(entry, f"a {header.kind} adapter holds {', '.join(_GROUPS[header.kind])}")
+        if group not in groups:
+            raise unknown_tensor(entry, f"a {header.kind} adapter of {header.format} holds {', '.join(groups)}")
         if group == "spectral":
-            _expect(entry, (_layer(entry, rest, matrices).rank,))
+            expect_shape(entry, (_layer(entry, rest, matrices).rank,))
             plan.spectral[rest] = entry
         elif group == "norm":
-            _expect(entry, (_layer(entry, rest, norms),))
+            expect_shape(entry, (_layer(entry, rest, norms),))
             plan.norm[rest] = entry
         elif group == "tokens":
-            plan.tokens[_word(entry, rest)] = entry
+            plan.tokens[checked_word(entry, rest)] = entry
+        elif group in TEXT_SIDE_GROUPS:
+            plan.text_side.add(entry, group, rest)
         else:
             layer, _, side = rest.rpartition("/")
             _layer(entry, layer, matrices)
             if side not in ("a", "b"):
-                raise _unknown(entry, "factors end in '/a' or '/b'")
+                raise unknown_tensor(entry, "factors end in '/a' or '/b'")
             factors.setdefault(layer, {})[side] = entry
     _pair_factors(plan, factors, matrices, limits)
     _check_tokens(plan, layout.token_width, limits)
+    check_text_side(plan.text_side, layout, limits, plan.tokens, header.mappers, header.gated)
     if not container.tensors:
         raise invalid("it holds no tensors")
     return plan
-
-
-def check_word(word: str) -> str | None:
-    """Return what is wrong with a placeholder word, None if nothing: 1 to 64 printable characters without spaces."""
-    if not 1 <= len(word) <= MAX_WORD:
-        return f"{word[:MAX_WORD]!r} has {len(word)} characters; allowed: 1 to {MAX_WORD}"
-    if not word.isprintable() or any(letter.isspace() for letter in word):
-        return f"{word!r} holds a space or a character that cannot be printed"
-    return None
 
 
 def _text(data: dict[str, Any], name: str, pattern: re.Pattern[str], rule: str) -> str:
@@ -160,34 +205,26 @@ def _identifier(value: Any) -> str:
     return value
 
 
+def _class_noun(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_WORD or not value.isprintable() or value != value.strip():
+        raise invalid(f"class_noun {show(value)} given; allowed: at most {MAX_WORD} printable characters")
+    return value
+
+
 def _scales(value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         raise invalid("scales must map layers to numbers")
     for layer, scale in value.items():
-        if type(scale) not in (int, float) or not _is_finite(scale):
+        if type(scale) not in (int, float) or not is_finite(scale):
             raise invalid(f"the scale of layer {layer[:120]!r} is {show(scale)}; allowed: a finite number")
     return {layer: float(scale) for layer, scale in value.items()}
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _layer(entry: TensorEntry, layer: str, known: Mapping[str, _Layer]) -> _Layer:
     found = known.get(layer)
     if found is None:
-        raise _unknown(entry, f"the base model has no such layer {layer[:120]!r} of that kind")
+        raise unknown_tensor(entry, f"the base model has no such layer {layer[:120]!r} of that kind")
     return found
-
-
-def _word(entry: TensorEntry, word: str) -> str:
-    problem = check_word(word)
-    if problem:
-        raise invalid(f"tensor {entry.name!r}: the word {problem}")
-    return word
 
 
 def _pair_factors(
@@ -204,8 +241,8 @@ def _pair_factors(
                 Reason.ADAPTER_RANK_TOO_LARGE,
                 f"adapter file refused: tensor {a.name!r} has rank {rank}; allowed: 1 to {limits.max_rank}",
             )
-        _expect(a, (rank, matrices[layer].cols))
-        _expect(b, (matrices[layer].rows, rank))
+        expect_shape(a, (rank, matrices[layer].cols))
+        expect_shape(b, (matrices[layer].rows, rank))
         plan.lowrank[layer] = (a, b)
     if set(plan.header.scales) != set(factors):
         wrong = sorted(set(plan.header.scales) ^ set(factors))[0]
@@ -213,26 +250,6 @@ def _pair_factors(
 
 
 def _check_tokens(plan: FilePlan, token_width: int, limits: FileLimits) -> None:
-    if len(plan.tokens) > limits.max_words:
-        raise invalid(f"it teaches {len(plan.tokens)} words; allowed: at most {limits.max_words}")
     for entry in plan.tokens.values():
         if len(entry.shape) != 2 or entry.shape[0] > limits.max_word_vectors or entry.shape[1] != token_width:
-            raise _wrong_shape(entry, f"[vectors, {token_width}] with 1 to {limits.max_word_vectors} vectors")
-
-
-def _expect(entry: TensorEntry, shape: tuple[int, ...]) -> None:
-    if entry.shape != shape:
-        raise _wrong_shape(entry, str(list(shape)))
-
-
-def _wrong_shape(entry: TensorEntry, allowed: str) -> InvalidArgument:
-    return InvalidArgument(
-        Reason.ADAPTER_SHAPE_MISMATCH,
-        f"adapter file refused: tensor {entry.name!r} has shape {list(entry.shape)}; allowed: {allowed}",
-    )
-
-
-def _unknown(entry: TensorEntry, why: str) -> InvalidArgument:
-    return InvalidArgument(
-        Reason.ADAPTER_TENSOR_UNKNOWN, f"adapter file refused: tensor {entry.name!r} is unknown: {why}"
-    )
+            raise wrong_shape(entry, f"[vectors, {token_width}] with 1 to {limits.max_word_vectors} vectors")

@@ -233,7 +233,8 @@ INVALID = Reason.ADAPTER_FILE_INVALID
         (0, lambda h: h["__metadata__"].update(hueshift="{}"), INVALID, "format None given"),
         (0, lambda h: h["__metadata__"].update(hueshift='{"format": NaN}'), INVALID, "NaN"),
         (0, lambda h: h["__metadata__"].update(hueshift="[" * 5000), INVALID, "nested too deep"),
-        (0, _own(format="hueshift.adapter/2"), INVALID, "allowed: 'hueshift.adapter/1'"),
+        (0, _own(format="hueshift.adapter/3"), INVALID, "allowed: 'hueshift.adapter/1' or 'hueshift.adapter/2'"),
+        (0, _own(format="hueshift.adapter/2"), INVALID, "['class_noun', 'gated', 'mappers']"),
         (0, _own(kind="dense"), INVALID, "'dense' given; allowed: ['spectral', 'lowrank', 'tokens']"),
         (0, _own(kind=["spectral"]), INVALID, "kind"),
         (0, _own(base_hash="AB" * 32), INVALID, "64 hexadecimal digits"),
@@ -291,7 +292,10 @@ def test_parts_mix_where_the_engine_can_serve_them() -> None:
     words = replace(mixed, kind=AdapterKind.TOKENS, norm={}, lowrank={})
     assert_equal(read_adapter(write_adapter(words), LAYOUT, LIMITS), words)
     wrong = refusal(write_adapter(replace(words, norm=mixed.norm)))
-    assert (wrong.reason, "a tokens adapter holds tokens" in wrong.message) == (Reason.ADAPTER_TENSOR_UNKNOWN, True)
+    assert (wrong.reason, "a tokens adapter of hueshift.adapter/1 holds tokens" in wrong.message) == (
+        Reason.ADAPTER_TENSOR_UNKNOWN,
+        True,
+    )
 
 
 def test_repeated_keys_are_refused() -> None:
