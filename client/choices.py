@@ -34,6 +34,7 @@ class AdapterKind(StrEnum):
     SPECTRAL = "spectral"
     LOWRANK = "lowrank"
     TOKENS = "tokens"
+    KV = "kv"
     UNKNOWN = "unknown"
 
 

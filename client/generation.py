@@ -1,7 +1,7 @@
 """Generate: its options, its events, and the request built from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypedDict, Unpack
 
 from hueshift.client.choices import ImageFormat, Priority, Sampler
@@ -11,11 +11,16 @@ from hueshift.v1 import generation_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """An adapter to apply: its name or bare id, its strength (-2 to 2), a fixed revision or 0 for the newest."""
+    """An adapter to apply: its name or bare id, its strength (-2 to 2), a fixed revision or 0 for the newest.
+
+    `block_weights` are multiplied by `weight`: blocks such as `down_blocks.2` or `mid_block`, or the presets
+    `structure` and `appearance`; what is not named gets 0, and none at all means the whole UNet.
+    """
 
     adapter: str
     weight: float = 1.0
     revision: int = 0
+    block_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 Adapters: TypeAlias = Sequence[str | AdapterUse] | Mapping[str, float]
@@ -73,12 +78,13 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class AppliedAdapter:
-    """An adapter a picture was made with."""
+    """An adapter a picture was made with. `block_weights` are empty where every layer had the same weight."""
 
     adapter: str
     revision: int
     content_hash: str
     weight: float
+    block_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +133,7 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
     request = pb.GenerateRequest(
         prompt=prompt,
         negative_prompt=options.get("negative_prompt", ""),
-        adapters=[
-            pb.AdapterUse(adapter=use.adapter, weight=use.weight, revision=use.revision)
-            for use in _uses(options.get("adapters", ()))
-        ],
+        adapters=to_uses(options.get("adapters", ())),
         count=options.get("count", 0),
         seeds=options.get("seeds", ()),
         steps=options.get("steps", 0),
@@ -168,6 +171,16 @@ def read_event(response: pb.GenerateResponse) -> GenerateEvent | None:
     return None
 
 
+def to_uses(adapters: Adapters) -> list[pb.AdapterUse]:
+    """Return the messages of adapters in any of the accepted forms."""
+    return [
+        pb.AdapterUse(
+            adapter=use.adapter, weight=use.weight, revision=use.revision, block_weights=dict(use.block_weights)
+        )
+        for use in _uses(adapters)
+    ]
+
+
 def _uses(adapters: Adapters) -> list[AdapterUse]:
     if isinstance(adapters, str):
         # A lone string is a sequence of letters, hence a valid argument to the type checker.
@@ -186,7 +199,10 @@ def _picture(image: pb.Image) -> Picture:
         seed=image.seed,
         width=image.width,
         height=image.height,
-        adapters=tuple(AppliedAdapter(a.adapter, a.revision, a.content_hash, a.weight) for a in image.adapters),
+        adapters=tuple(
+            AppliedAdapter(a.adapter, a.revision, a.content_hash, a.weight, dict(a.block_weights))
+            for a in image.adapters
+        ),
         plans=tuple(image.plans),
         engine=image.engine,
         base_hash=image.base_hash,

@@ -13,6 +13,7 @@ from hueshift.client import adapters, jobs
 from hueshift.client import model as models
 from hueshift.client.calls import UNARY_SECONDS, UPLOAD_SECONDS, Paged, Stubs, Unary, Upload
 from hueshift.client.choices import AdapterFormat, JobState
+from hueshift.client.combination import CombinedAdapter, Operation, combine_call
 from hueshift.client.connection import DEFAULT_ADDRESS, Connection, Tls
 from hueshift.client.conversion import Conversion
 from hueshift.client.errors import HueshiftClientError, from_rpc_error
@@ -210,6 +211,26 @@ class Client:
     def delete_adapter(self, name: str) -> adapters.Deleted:
         """Remove an adapter with all its revisions and files."""
         return self._unary(adapters.delete_call(name))
+
+    def combine_adapters(
+        self,
+        operation: Operation,
+        *,
+        adapter_id: str = "",
+        display_name: str = "",
+        labels: Mapping[str, str] | None = None,
+        idempotency_key: str = "",
+    ) -> CombinedAdapter:
+        """Store a sum, interpolation or block mix of adapters as a new adapter, or a new revision of one."""
+        return self._unary(
+            combine_call(
+                operation,
+                adapter_id=adapter_id,
+                display_name=display_name,
+                labels=labels,
+                idempotency_key=idempotency_key,
+            )
+        )
 
     def warm_adapter(self, name: str, *, revision: int = 0, pin: bool | None = None) -> adapters.Warmed:
         """Load an adapter before it is needed; True pins it, False unpins it, None leaves the pin."""

@@ -10,6 +10,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from hueshift.adapters.blocks import BlockWeights
 from hueshift.adapters.errors import Internal, Reason
 from hueshift.engines.pictures import encode_picture
 from hueshift.engines.vae import Pixels, VaeStage
@@ -188,6 +189,12 @@ class DecodeStage:
 
 def provenance(request: GenerationRequest, index: int, base_hash: str) -> dict[str, str]:
     """What a picture's file says about its making: seed, base model, adapters with weights. Never the prompt."""
-    adapters = " ".join(f"{a.content_hash}*{a.weight:g}" for a in request.adapters if a.weight != 0)
+    adapters = " ".join(
+        f"{a.content_hash}*{a.weight:g}{_blocks_text(a.blocks)}" for a in request.adapters if a.weight != 0
+    )
     fields = {"seed": str(request.seeds[index]), "base": base_hash}
     return fields | ({"adapters": adapters} if adapters else {})
+
+
+def _blocks_text(blocks: BlockWeights | None) -> str:
+    return "" if blocks is None else f"[{','.join(f'{name}={weight:g}' for name, weight in blocks.entries)}]"

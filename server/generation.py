@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
+from hueshift.adapters.blocks import BlockWeights, Weight, scale_weight
 from hueshift.engines.interface import Plan
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.samplers import SamplerKind
@@ -11,12 +12,21 @@ from hueshift.server.event_stream import EventStream
 
 @dataclass(frozen=True, slots=True)
 class AppliedAdapter:
-    """One adapter of a request, resolved: its resource name, revision, SHA-256 of its file, and its weight."""
+    """One adapter of a request, resolved: its resource name, revision, SHA-256 of its file, and its weight.
+
+    `blocks` are weights by block, to be multiplied by `weight`; None where every layer has the same.
+    """
 
     name: str
     revision: int
     content_hash: str
     weight: float
+    blocks: BlockWeights | None = None
+
+    @property
+    def strength(self) -> Weight:
+        """The weight of every layer."""
+        return self.weight if self.blocks is None else scale_weight(self.blocks, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +60,9 @@ class GenerationRequest:
         return 2 if self.guidance_scale > 1 else 1
 
     @property
-    def mix(self) -> tuple[tuple[str, float], ...]:
+    def mix(self) -> tuple[tuple[str, Weight], ...]:
         """The adapters as (content hash, weight); those of weight 0 change nothing and are left out."""
-        return tuple((a.content_hash, a.weight) for a in self.adapters if a.weight != 0)
+        return tuple((a.content_hash, a.strength) for a in self.adapters if a.weight != 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,16 @@ from typing import Any
 from google.protobuf.message import Message
 from sqlalchemy import Connection
 
-from hueshift.adapters.errors import InvalidArgument, NotFound
+from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.errors import InvalidArgument, NotFound, Reason
+from hueshift.adapters.file import read_adapter, write_adapter
+from hueshift.adapters.layout import BaseLayout
 from hueshift.adapters.validate import FileLimits
-from hueshift.server.rpc.adapter_import import AdapterFormats, ReadFile
+from hueshift.server.rpc.adapter_combination import Operand, check_combination, run_combination
+from hueshift.server.rpc.adapter_import import AdapterFormats
 from hueshift.server.rpc.adapter_upload import Upload
 from hueshift.server.rpc.names import make_id, parse_adapter_name
+from hueshift.server.settings import LimitSettings
 from hueshift.server.store.adapter_records import AdapterRecord, DeletedAdapter, RevisionRecord
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import StagedBlob
@@ -21,21 +26,34 @@ from hueshift.v1 import adapters_pb2 as pb
 _UPDATABLE = ("display_name", "labels")
 # What the contract calls the method of a file that was brought in.
 _IMPORTED = "import"
-# Field of a kept import that holds its report.
+# Fields of a kept answer beside the record: how a file was converted, and what keeps the engine from drawing with it.
 _REPORT = "report"
+_NOTES = "notes"
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
     """The stored adapter, what it was before (None for a new one), and whether nothing new was stored.
 
-    `report` tells how a file of another program was converted.
+    `report` tells how a file of another program was converted; `notes` what to know of a combination.
     """
 
     record: AdapterRecord
     before: AdapterRecord | None
     replayed: bool
     report: pb.ImportReport | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """A revision to be stored: under which id and texts, its file, what it is, and what is told of it."""
+
+    spec: pb.ImportAdapterSpec | pb.CombineAdaptersRequest
+    blob: StagedBlob | bytes
+    adapter: Adapter
+    report: pb.ImportReport | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +66,14 @@ class Deletion:
 
 
 class AdapterChanges:
-    """Import, update and delete. `max_bytes` caps an adapter file."""
+    """Import, combine, update and delete adapters of the base model of `layout`."""
 
-    def __init__(self, store: AdapterStore, formats: AdapterFormats, max_bytes: int) -> None:
+    def __init__(self, store: AdapterStore, formats: AdapterFormats, layout: BaseLayout, limits: LimitSettings) -> None:
         self._store = store
         self._formats = formats
-        self._limits = FileLimits(max_bytes=max_bytes)
+        self._layout = layout
+        self._limits = limits
+        self._file_limits = FileLimits(max_bytes=limits.max_adapter_bytes)
 
     def store_upload(self, tenant: str, upload: Upload) -> Imported:
         """Validate an uploaded file and publish it; the temporary file is gone afterwards.
@@ -67,11 +87,35 @@ class AdapterChanges:
             key = (tenant, "ImportAdapter", spec.idempotency_key, request_hash)
             kept = self._kept(key)
             if kept is None:
-                read = self._formats.read(staged.file, spec, self._limits)
-                return self._publish(key, spec, staged, read)
+                read = self._formats.read(staged.file, spec, self._file_limits)
+                blob = staged if read.data is None else read.data
+                return self._publish(key, _New(spec, blob, replace(read.adapter, method=_IMPORTED), read.report))
             return _replayed(kept)
         finally:
             upload.file.discard()
+
+    def combine(self, tenant: str, request: pb.CombineAdaptersRequest) -> Imported:
+        """Make an adapter of others and publish it.
+
+        Raises what `check_combination` and the algebra raise, NotFound, (UPLOAD_TOO_LARGE) for a combination that is
+        larger than a file may be, and AlreadyExists (IDEMPOTENCY_CONFLICT).
+        """
+        combination = check_combination(request, tenant, self._limits, self._layout)
+        key = (tenant, "CombineAdapters", request.idempotency_key, hash_request((_bytes_of(request),)))
+        kept = self._kept(key)
+        if kept is not None:
+            return _replayed(kept)
+        adapter = run_combination(combination, lambda operand: self._load(tenant, operand))
+        data = write_adapter(adapter)
+        if len(data) > self._file_limits.max_bytes:
+            raise InvalidArgument(
+                Reason.UPLOAD_TOO_LARGE,
+                f"the combined adapter has {len(data)} bytes; allowed: at most {self._file_limits.max_bytes}. Combine "
+                "fewer adapters, or smaller ones",
+            )
+        # What is published is read once as an upload would be, so that nothing is stored that cannot be read again.
+        adapter = read_adapter(data, self._layout, self._file_limits)
+        return self._publish(key, _New(request, data, adapter, notes=tuple(self._formats.unserved(adapter))))
 
     def update(self, tenant: str, request: pb.UpdateAdapterRequest) -> AdapterRecord:
         """Change the fields that the mask names. Raises InvalidArgument on a wrong mask or value, NotFound."""
@@ -121,10 +165,12 @@ class AdapterChanges:
         with self._store.write() as connection:
             return recall(connection, *key)
 
-    def _publish(
-        self, key: tuple[str, str, str, str], spec: pb.ImportAdapterSpec, staged: StagedBlob, read: ReadFile
-    ) -> Imported:
-        tenant, adapter_id = key[0], spec.adapter_id or make_id("adapter")
+    def _load(self, tenant: str, operand: Operand) -> Adapter:
+        revision = self._store.revision(tenant, operand.adapter_id, operand.revision)
+        return self._store.load(revision.content_hash, self._layout)
+
+    def _publish(self, key: tuple[str, str, str, str], new: _New) -> Imported:
+        tenant, adapter_id = key[0], new.spec.adapter_id or make_id("adapter")
         with self._store.write() as connection:
             # Asked again: the same call may have been sent twice at once.
             kept = recall(connection, *key)
@@ -134,16 +180,17 @@ class AdapterChanges:
             self._store.publish(
                 tenant,
                 adapter_id,
-                spec.display_name,
-                spec.labels,
-                staged if read.data is None else read.data,
-                replace(read.adapter, method=_IMPORTED),
+                new.spec.display_name,
+                new.spec.labels,
+                new.blob,
+                new.adapter,
                 connection=connection,
             )
             record = self._store.get(tenant, adapter_id, connection)
-            report = {} if read.report is None else {_REPORT: _bytes_of(read.report).hex()}
-            remember(connection, *key, {**asdict(record), **report})
-            return Imported(record, before, replayed=False, report=read.report)
+            told: dict[str, Any] = {} if new.report is None else {_REPORT: _bytes_of(new.report).hex()}
+            told |= {_NOTES: list(new.notes)} if new.notes else {}
+            remember(connection, *key, {**asdict(record), **told})
+            return Imported(record, before, replayed=False, report=new.report, notes=new.notes)
 
     def _find(self, connection: Connection, tenant: str, adapter_id: str) -> AdapterRecord | None:
         try:
@@ -158,8 +205,8 @@ def _bytes_of(message: Message) -> bytes:
 
 def _replayed(kept: Mapping[str, Any]) -> Imported:
     report = pb.ImportReport.FromString(bytes.fromhex(kept[_REPORT])) if _REPORT in kept else None
-    record = _to_record({name: value for name, value in kept.items() if name != _REPORT})
-    return Imported(record, None, replayed=True, report=report)
+    record = _to_record({name: value for name, value in kept.items() if name not in (_REPORT, _NOTES)})
+    return Imported(record, None, replayed=True, report=report, notes=tuple(kept.get(_NOTES, ())))
 
 
 def _to_record(kept: Mapping[str, Any]) -> AdapterRecord:

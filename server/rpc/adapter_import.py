@@ -59,7 +59,7 @@ class AdapterFormats:
                 f"the converted adapter has {len(data)} bytes; allowed: at most {limits.max_bytes}. Import it with a "
                 "smaller rank",
             )
-        notes = (*report.notes, *self._unserved(adapter))
+        notes = (*report.notes, *self.unserved(adapter))
         return ReadFile(adapter, data, report_message(replace(report, notes=notes)))
 
     def write(self, adapter: Adapter, form: int, *, partial: bool) -> bytes:
@@ -69,7 +69,8 @@ class AdapterFormats:
             raise InvalidArgument.for_field("format", f"{form} given; allowed: {names}")
         return export_adapter(adapter, _FORMS[form], self.base, partial=partial).data
 
-    def _unserved(self, adapter: Adapter) -> list[str]:
+    def unserved(self, adapter: Adapter) -> list[str]:
+        """Say what keeps the engine from drawing with an adapter; nothing if it can, or if that is not known."""
         if self.branches is None:
             return []
         without = [name for name in adapter.lowrank if name not in self.branches]

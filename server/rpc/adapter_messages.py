@@ -11,6 +11,7 @@ _KINDS = {
     AdapterKind.SPECTRAL.value: pb.ADAPTER_KIND_SPECTRAL,
     AdapterKind.LOWRANK.value: pb.ADAPTER_KIND_LOWRANK,
     AdapterKind.TOKENS.value: pb.ADAPTER_KIND_TOKENS,
+    AdapterKind.KV.value: pb.ADAPTER_KIND_KV,
 }
 
 

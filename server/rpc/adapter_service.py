@@ -62,7 +62,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._store = store
         self._layout = layout
         self._formats = formats or AdapterFormats(ImportBase(layout))
-        self._changes = AdapterChanges(store, self._formats, limits.max_adapter_bytes)
+        self._changes = AdapterChanges(store, self._formats, layout, limits)
         self._limits = limits
         self._scheduler = scheduler
         self._clock = clock
@@ -137,6 +137,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         deletion = await self._to_the_end(self._delete(current_call().tenant, request))
         return pb.DeleteAdapterResponse(revisions=deletion.deleted.revisions, bytes=deletion.deleted.bytes)
 
+    async def CombineAdapters(
+        self, request: pb.CombineAdaptersRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.CombineAdaptersResponse:
+        """Make an adapter of others; see the contract."""
+        combined = await self._to_the_end(self._combine(current_call().tenant, request))
+        return pb.CombineAdaptersResponse(
+            adapter=self._message(combined.record), replayed=combined.replayed, notes=combined.notes
+        )
+
     async def WarmAdapter(
         self, request: pb.WarmAdapterRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> pb.WarmAdapterResponse:
@@ -169,20 +178,29 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def _import(self, tenant: str, upload: Upload) -> Imported:
         started = self._clock.monotonic()
         imported = await asyncio.to_thread(self._changes.store_upload, tenant, upload)
-        record, before = imported.record, imported.before
+        await self._stored("adapter imported", imported, started)
+        return imported
+
+    async def _combine(self, tenant: str, request: pb.CombineAdaptersRequest) -> Imported:
+        started = self._clock.monotonic()
+        combined = await asyncio.to_thread(self._changes.combine, tenant, request)
+        await self._stored("adapters combined", combined, started)
+        return combined
+
+    async def _stored(self, event: str, stored: Imported, started: float) -> None:
+        record, before = stored.record, stored.before
         if before is not None and before.pinned and before.newest.content_hash != record.newest.content_hash:
             # The pin is the adapter's, so it moves to the new revision.
             await self._try_warm(record, record.newest.content_hash, pin=True)
             await self._try_warm(before, before.newest.content_hash, pin=False)
         self._log.info(
-            "adapter imported",
-            tenant_hash=tenant_hash(tenant),
+            event,
+            tenant_hash=tenant_hash(record.tenant),
             revision=record.revision,
             size_bytes=record.newest.size_bytes,
-            replayed=imported.replayed,
+            replayed=stored.replayed,
             seconds=round(self._clock.monotonic() - started, 3),
         )
-        return imported
 
     async def _delete(self, tenant: str, request: pb.DeleteAdapterRequest) -> Deletion:
         deletion = await asyncio.to_thread(self._changes.delete, tenant, request)

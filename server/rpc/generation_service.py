@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from hueshift.adapters.blocks import BlockWeights
 from hueshift.adapters.errors import FailedPrecondition, Reason, ResourceRef
 from hueshift.engines.base_model import BaseModel
 from hueshift.server.clock import Clock
@@ -22,8 +23,9 @@ from hueshift.server.generation import (
     QueuedEvent,
     Timings,
 )
+from hueshift.server.rpc.adapter_uses import WantedAdapter
 from hueshift.server.rpc.call import current_call
-from hueshift.server.rpc.generation_checks import CheckedRequest, WantedAdapter, check_request
+from hueshift.server.rpc.generation_checks import CheckedRequest, check_request
 from hueshift.server.rpc.names import adapter_name
 from hueshift.server.settings import LimitSettings, ServerSettings
 from hueshift.server.store.adapter_records import RevisionRecord
@@ -97,8 +99,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     f"{self._base.base_hash[:12]}; fine-tune it again here",
                     resource=ResourceRef("hueshift.v1/adapters", name),
                 )
-            found.append(AppliedAdapter(name, record.revision, record.content_hash, adapter.weight))
+            found.append(_apply(adapter, name, record))
         return tuple(found)
+
+
+def _apply(adapter: WantedAdapter, name: str, record: RevisionRecord) -> AppliedAdapter:
+    blocks = adapter.blocks
+    if isinstance(blocks, BlockWeights):
+        return AppliedAdapter(name, record.revision, record.content_hash, adapter.weight, blocks)
+    return AppliedAdapter(name, record.revision, record.content_hash, adapter.weight * blocks)
 
 
 def _to_generation(
@@ -157,7 +166,13 @@ def _to_image(event: ImageEvent) -> pb.Image:
         width=event.width,
         height=event.height,
         adapters=[
-            pb.AppliedAdapter(adapter=a.name, revision=a.revision, content_hash=a.content_hash, weight=a.weight)
+            pb.AppliedAdapter(
+                adapter=a.name,
+                revision=a.revision,
+                content_hash=a.content_hash,
+                weight=a.weight,
+                block_weights=dict(a.blocks.entries) if a.blocks else {},
+            )
             for a in event.adapters
         ],
         plans=[plan.value for plan in event.plans],

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hueshift.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -35,6 +36,8 @@ class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKi
     """Low-rank products added to weights (LoRA, Personalized Residuals)."""
     ADAPTER_KIND_TOKENS: _AdapterKind.ValueType  # 3
     """Learned words alone (Textual Inversion)."""
+    ADAPTER_KIND_KV: _AdapterKind.ValueType  # 4
+    """Deltas of cross-attention keys and values (Custom Diffusion, Perfusion)."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """What kind of change to the base model an adapter is."""
@@ -47,6 +50,8 @@ ADAPTER_KIND_LOWRANK: AdapterKind.ValueType  # 2
 """Low-rank products added to weights (LoRA, Personalized Residuals)."""
 ADAPTER_KIND_TOKENS: AdapterKind.ValueType  # 3
 """Learned words alone (Textual Inversion)."""
+ADAPTER_KIND_KV: AdapterKind.ValueType  # 4
+"""Deltas of cross-attention keys and values (Custom Diffusion, Perfusion)."""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
 
 class _AdapterFormat:
@@ -810,3 +815,235 @@ class WarmAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WarmAdapterResponse: _TypeAlias = WarmAdapterResponse  # noqa: Y015
+
+@_typing.final
+class AdapterRef(_message.Message):
+    """An adapter to make another of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name or bare id."""
+    revision: _builtins.int
+    """Revision; 0 means the newest."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
+
+@_typing.final
+class AdapterSum(_message.Message):
+    """A weighted sum of adapters; weights may differ by block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.AdapterUse]:
+        """What to add, with weights as in a Generate request: 1 to 4, each adapter once."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[_generation_pb2.AdapterUse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterSum: _TypeAlias = AdapterSum  # noqa: Y015
+
+@_typing.final
+class AdapterInterpolation(_message.Message):
+    """A point between two adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    SECOND_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    position: _builtins.float
+    """Where between them, 0 to 1. The ends give the adapter's own values, to the bit."""
+    @_builtins.property
+    def first(self) -> Global___AdapterRef:
+        """The adapter at position 0."""
+
+    @_builtins.property
+    def second(self) -> Global___AdapterRef:
+        """The adapter at position 1."""
+
+    def __init__(
+        self,
+        *,
+        first: Global___AdapterRef | None = ...,
+        second: Global___AdapterRef | None = ...,
+        position: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "position", b"position", "second", b"second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterInterpolation: _TypeAlias = AdapterInterpolation  # noqa: Y015
+
+@_typing.final
+class AdapterBlockMix(_message.Message):
+    """Some blocks of one adapter and the rest of another (style mixing of SVDiff)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRUCTURE_FIELD_NUMBER: _builtins.int
+    APPEARANCE_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def structure(self) -> Global___AdapterRef:
+        """Where the chosen blocks come from."""
+
+    @_builtins.property
+    def appearance(self) -> Global___AdapterRef:
+        """Where everything else comes from."""
+
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The chosen blocks, named as in AdapterUse.block_weights. None means the preset `structure`."""
+
+    def __init__(
+        self,
+        *,
+        structure: Global___AdapterRef | None = ...,
+        appearance: Global___AdapterRef | None = ...,
+        blocks: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["appearance", b"appearance", "structure", b"structure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appearance", b"appearance", "blocks", b"blocks", "structure", b"structure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterBlockMix: _TypeAlias = AdapterBlockMix  # noqa: Y015
+
+@_typing.final
+class CombineAdaptersRequest(_message.Message):
+    """What to combine, and how to store it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
+    INTERPOLATION_FIELD_NUMBER: _builtins.int
+    BLOCK_MIX_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """Id of the adapter to make or to give a new revision, as in ImportAdapterSpec."""
+    display_name: _builtins.str
+    """Name for people. Empty: the id."""
+    idempotency_key: _builtins.str
+    """The same key with the same request returns the first call's result, even if the adapters changed since. As in
+    ImportAdapterSpec otherwise.
+    """
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels."""
+
+    @_builtins.property
+    def sum(self) -> Global___AdapterSum:
+        """A weighted sum."""
+
+    @_builtins.property
+    def interpolation(self) -> Global___AdapterInterpolation:
+        """A point between two."""
+
+    @_builtins.property
+    def block_mix(self) -> Global___AdapterBlockMix:
+        """Some blocks of one, the rest of another."""
+
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        idempotency_key: _builtins.str = ...,
+        sum: Global___AdapterSum | None = ...,
+        interpolation: Global___AdapterInterpolation | None = ...,
+        block_mix: Global___AdapterBlockMix | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_mix", b"block_mix", "interpolation", b"interpolation", "operation", b"operation", "sum", b"sum"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "block_mix", b"block_mix", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "interpolation", b"interpolation", "labels", b"labels", "operation", b"operation", "sum", b"sum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["sum", "interpolation", "block_mix"]  # noqa: Y015
+    _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
+
+Global___CombineAdaptersRequest: _TypeAlias = CombineAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class CombineAdaptersResponse(_message.Message):
+    """The stored combination."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if the idempotency key had been used and nothing new was stored."""
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """Its record; the method is `combine`."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What keeps this server from drawing with it as it is set up now, such as ranks above its setting."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        replayed: _builtins.bool = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "notes", b"notes", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CombineAdaptersResponse: _TypeAlias = CombineAdaptersResponse  # noqa: Y015

@@ -65,6 +65,11 @@ class AdapterServiceStub:
                 request_serializer=hueshift_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=hueshift_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.FromString,
                 _registered_method=True)
+        self.CombineAdapters = channel.unary_unary(
+                '/hueshift.v1.AdapterService/CombineAdapters',
+                request_serializer=hueshift_dot_v1_dot_adapters__pb2.CombineAdaptersRequest.SerializeToString,
+                response_deserializer=hueshift_dot_v1_dot_adapters__pb2.CombineAdaptersResponse.FromString,
+                _registered_method=True)
         self.WarmAdapter = channel.unary_unary(
                 '/hueshift.v1.AdapterService/WarmAdapter',
                 request_serializer=hueshift_dot_v1_dot_adapters__pb2.WarmAdapterRequest.SerializeToString,
@@ -121,6 +126,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CombineAdapters(self, request, context):
+        """Makes an adapter of others, and stores it as a new adapter or as a new revision of an existing one. The same mixes
+        can be had in a Generate request without storing anything.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WarmAdapter(self, request, context):
         """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted.
         """
@@ -160,6 +173,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DeleteAdapter,
                     request_deserializer=hueshift_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=hueshift_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.SerializeToString,
+            ),
+            'CombineAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.CombineAdapters,
+                    request_deserializer=hueshift_dot_v1_dot_adapters__pb2.CombineAdaptersRequest.FromString,
+                    response_serializer=hueshift_dot_v1_dot_adapters__pb2.CombineAdaptersResponse.SerializeToString,
             ),
             'WarmAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.WarmAdapter,
@@ -330,6 +348,33 @@ class AdapterService:
             '/hueshift.v1.AdapterService/DeleteAdapter',
             hueshift_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
             hueshift_dot_v1_dot_adapters__pb2.DeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CombineAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hueshift.v1.AdapterService/CombineAdapters',
+            hueshift_dot_v1_dot_adapters__pb2.CombineAdaptersRequest.SerializeToString,
+            hueshift_dot_v1_dot_adapters__pb2.CombineAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,10 @@ class AdapterServiceStub:
     """Changes the display name or the labels."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
     """Removes an adapter with all its revisions and files. Requests that already run with it finish with an error."""
+    CombineAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.CombineAdaptersRequest, _adapters_pb2.CombineAdaptersResponse]
+    """Makes an adapter of others, and stores it as a new adapter or as a new revision of an existing one. The same mixes
+    can be had in a Generate request without storing anything.
+    """
     WarmAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.WarmAdapterRequest, _adapters_pb2.WarmAdapterResponse]
     """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted."""
 
@@ -73,6 +77,10 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Changes the display name or the labels."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter with all its revisions and files. Requests that already run with it finish with an error."""
+    CombineAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.CombineAdaptersRequest, _adapters_pb2.CombineAdaptersResponse]  # type: ignore[assignment]
+    """Makes an adapter of others, and stores it as a new adapter or as a new revision of an existing one. The same mixes
+    can be had in a Generate request without storing anything.
+    """
     WarmAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.WarmAdapterRequest, _adapters_pb2.WarmAdapterResponse]  # type: ignore[assignment]
     """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted."""
 
@@ -130,6 +138,16 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]:
         """Removes an adapter with all its revisions and files. Requests that already run with it finish with an error."""
+
+    @_abc_1.abstractmethod
+    def CombineAdapters(
+        self,
+        request: _adapters_pb2.CombineAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.CombineAdaptersResponse, _abc.Awaitable[_adapters_pb2.CombineAdaptersResponse]]:
+        """Makes an adapter of others, and stores it as a new adapter or as a new revision of an existing one. The same mixes
+        can be had in a Generate request without storing anything.
+        """
 
     @_abc_1.abstractmethod
     def WarmAdapter(

@@ -25,39 +25,47 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chueshift/v1/generation.proto\x12\x0bhueshift.v1\x1a\x1egoogle/protobuf/duration.proto\"O\n\nAdapterUse\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08revision\x18\x03 \x01(\x03\x42\t\n\x07_weight\"\x82\x03\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12)\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x17.hueshift.v1.AdapterUse\x12\r\n\x05\x63ount\x18\x04 \x01(\x05\x12\r\n\x05seeds\x18\x05 \x03(\x04\x12\r\n\x05steps\x18\x06 \x01(\x05\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12%\n\x07sampler\x18\x08 \x01(\x0e\x32\x14.hueshift.v1.Sampler\x12\x0b\n\x03\x65ta\x18\t \x01(\x02\x12\r\n\x05width\x18\n \x01(\x05\x12\x0e\n\x06height\x18\x0b \x01(\x05\x12(\n\x06\x66ormat\x18\x0c \x01(\x0e\x32\x18.hueshift.v1.ImageFormat\x12\x18\n\x10preview_interval\x18\r \x01(\x05\x12\'\n\x08priority\x18\x0e \x01(\x0e\x32\x15.hueshift.v1.PriorityB\x11\n\x0f_guidance_scale\"\xe6\x01\n\x10GenerateResponse\x12%\n\x06queued\x18\x01 \x01(\x0b\x32\x13.hueshift.v1.QueuedH\x00\x12)\n\x08progress\x18\x02 \x01(\x0b\x32\x15.hueshift.v1.ProgressH\x00\x12\'\n\x07preview\x18\x03 \x01(\x0b\x32\x14.hueshift.v1.PreviewH\x00\x12#\n\x05image\x18\x04 \x01(\x0b\x32\x12.hueshift.v1.ImageH\x00\x12)\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x15.hueshift.v1.FinishedH\x00\x42\x07\n\x05\x65vent\".\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"$\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\n\n\x02of\x18\x02 \x01(\x05\"H\n\x07Preview\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\"\xed\x01\n\x05Image\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nmedia_type\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\x12-\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x1b.hueshift.v1.AppliedAdapter\x12\r\n\x05plans\x18\x08 \x03(\t\x12\x0e\n\x06\x65ngine\x18\t \x01(\t\x12\x11\n\tbase_hash\x18\n \x01(\t\x12%\n\x07timings\x18\x0b \x01(\x0b\x32\x14.hueshift.v1.Timings\"Y\n\x0e\x41ppliedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x02\"\xe4\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x61\x64\x61pter_load\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04text\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"r\n\x08\x46inished\x12\x0e\n\x06images\x18\x01 \x01(\x05\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10truncated_tokens\x18\x03 \x01(\x05\x12\x12\n\nrequest_id\x18\x04 \x01(\t*n\n\x07Sampler\x12\x17\n\x13SAMPLER_UNSPECIFIED\x10\x00\x12\x10\n\x0cSAMPLER_DDIM\x10\x01\x12\x11\n\rSAMPLER_EULER\x10\x02\x12\x14\n\x10SAMPLER_DPMPP_2M\x10\x03\x12\x0f\n\x0bSAMPLER_LCM\x10\x04*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x03*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x32^\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.hueshift.v1.GenerateRequest\x1a\x1d.hueshift.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chueshift/v1/generation.proto\x12\x0bhueshift.v1\x1a\x1egoogle/protobuf/duration.proto\"\xc6\x01\n\nAdapterUse\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12@\n\rblock_weights\x18\x04 \x03(\x0b\x32).hueshift.v1.AdapterUse.BlockWeightsEntry\x1a\x33\n\x11\x42lockWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\t\n\x07_weight\"\x82\x03\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12)\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x17.hueshift.v1.AdapterUse\x12\r\n\x05\x63ount\x18\x04 \x01(\x05\x12\r\n\x05seeds\x18\x05 \x03(\x04\x12\r\n\x05steps\x18\x06 \x01(\x05\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12%\n\x07sampler\x18\x08 \x01(\x0e\x32\x14.hueshift.v1.Sampler\x12\x0b\n\x03\x65ta\x18\t \x01(\x02\x12\r\n\x05width\x18\n \x01(\x05\x12\x0e\n\x06height\x18\x0b \x01(\x05\x12(\n\x06\x66ormat\x18\x0c \x01(\x0e\x32\x18.hueshift.v1.ImageFormat\x12\x18\n\x10preview_interval\x18\r \x01(\x05\x12\'\n\x08priority\x18\x0e \x01(\x0e\x32\x15.hueshift.v1.PriorityB\x11\n\x0f_guidance_scale\"\xe6\x01\n\x10GenerateResponse\x12%\n\x06queued\x18\x01 \x01(\x0b\x32\x13.hueshift.v1.QueuedH\x00\x12)\n\x08progress\x18\x02 \x01(\x0b\x32\x15.hueshift.v1.ProgressH\x00\x12\'\n\x07preview\x18\x03 \x01(\x0b\x32\x14.hueshift.v1.PreviewH\x00\x12#\n\x05image\x18\x04 \x01(\x0b\x32\x12.hueshift.v1.ImageH\x00\x12)\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x15.hueshift.v1.FinishedH\x00\x42\x07\n\x05\x65vent\".\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"$\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\n\n\x02of\x18\x02 \x01(\x05\"H\n\x07Preview\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nmedia_type\x18\x04 \x01(\t\"\xed\x01\n\x05Image\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nmedia_type\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0e\n\x06height\x18\x06 \x01(\x05\x12-\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x1b.hueshift.v1.AppliedAdapter\x12\r\n\x05plans\x18\x08 \x03(\t\x12\x0e\n\x06\x65ngine\x18\t \x01(\t\x12\x11\n\tbase_hash\x18\n \x01(\t\x12%\n\x07timings\x18\x0b \x01(\x0b\x32\x14.hueshift.v1.Timings\"\xd4\x01\n\x0e\x41ppliedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x02\x12\x44\n\rblock_weights\x18\x05 \x03(\x0b\x32-.hueshift.v1.AppliedAdapter.BlockWeightsEntry\x1a\x33\n\x11\x42lockWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\xe4\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x61\x64\x61pter_load\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04text\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"r\n\x08\x46inished\x12\x0e\n\x06images\x18\x01 \x01(\x05\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10truncated_tokens\x18\x03 \x01(\x05\x12\x12\n\nrequest_id\x18\x04 \x01(\t*n\n\x07Sampler\x12\x17\n\x13SAMPLER_UNSPECIFIED\x10\x00\x12\x10\n\x0cSAMPLER_DDIM\x10\x01\x12\x11\n\rSAMPLER_EULER\x10\x02\x12\x14\n\x10SAMPLER_DPMPP_2M\x10\x03\x12\x0f\n\x0bSAMPLER_LCM\x10\x04*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x03*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x32^\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.hueshift.v1.GenerateRequest\x1a\x1d.hueshift.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hueshift.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SAMPLER']._serialized_start=1618
-  _globals['_SAMPLER']._serialized_end=1728
-  _globals['_IMAGEFORMAT']._serialized_start=1730
-  _globals['_IMAGEFORMAT']._serialized_end=1841
-  _globals['_PRIORITY']._serialized_start=1843
-  _globals['_PRIORITY']._serialized_end=1937
-  _globals['_ADAPTERUSE']._serialized_start=77
-  _globals['_ADAPTERUSE']._serialized_end=156
-  _globals['_GENERATEREQUEST']._serialized_start=159
-  _globals['_GENERATEREQUEST']._serialized_end=545
-  _globals['_GENERATERESPONSE']._serialized_start=548
-  _globals['_GENERATERESPONSE']._serialized_end=778
-  _globals['_QUEUED']._serialized_start=780
-  _globals['_QUEUED']._serialized_end=826
-  _globals['_PROGRESS']._serialized_start=828
-  _globals['_PROGRESS']._serialized_end=864
-  _globals['_PREVIEW']._serialized_start=866
-  _globals['_PREVIEW']._serialized_end=938
-  _globals['_IMAGE']._serialized_start=941
-  _globals['_IMAGE']._serialized_end=1178
-  _globals['_APPLIEDADAPTER']._serialized_start=1180
-  _globals['_APPLIEDADAPTER']._serialized_end=1269
-  _globals['_TIMINGS']._serialized_start=1272
-  _globals['_TIMINGS']._serialized_end=1500
-  _globals['_FINISHED']._serialized_start=1502
-  _globals['_FINISHED']._serialized_end=1616
-  _globals['_GENERATIONSERVICE']._serialized_start=1939
-  _globals['_GENERATIONSERVICE']._serialized_end=2033
+  _globals['_ADAPTERUSE_BLOCKWEIGHTSENTRY']._loaded_options = None
+  _globals['_ADAPTERUSE_BLOCKWEIGHTSENTRY']._serialized_options = b'8\001'
+  _globals['_APPLIEDADAPTER_BLOCKWEIGHTSENTRY']._loaded_options = None
+  _globals['_APPLIEDADAPTER_BLOCKWEIGHTSENTRY']._serialized_options = b'8\001'
+  _globals['_SAMPLER']._serialized_start=1862
+  _globals['_SAMPLER']._serialized_end=1972
+  _globals['_IMAGEFORMAT']._serialized_start=1974
+  _globals['_IMAGEFORMAT']._serialized_end=2085
+  _globals['_PRIORITY']._serialized_start=2087
+  _globals['_PRIORITY']._serialized_end=2181
+  _globals['_ADAPTERUSE']._serialized_start=78
+  _globals['_ADAPTERUSE']._serialized_end=276
+  _globals['_ADAPTERUSE_BLOCKWEIGHTSENTRY']._serialized_start=214
+  _globals['_ADAPTERUSE_BLOCKWEIGHTSENTRY']._serialized_end=265
+  _globals['_GENERATEREQUEST']._serialized_start=279
+  _globals['_GENERATEREQUEST']._serialized_end=665
+  _globals['_GENERATERESPONSE']._serialized_start=668
+  _globals['_GENERATERESPONSE']._serialized_end=898
+  _globals['_QUEUED']._serialized_start=900
+  _globals['_QUEUED']._serialized_end=946
+  _globals['_PROGRESS']._serialized_start=948
+  _globals['_PROGRESS']._serialized_end=984
+  _globals['_PREVIEW']._serialized_start=986
+  _globals['_PREVIEW']._serialized_end=1058
+  _globals['_IMAGE']._serialized_start=1061
+  _globals['_IMAGE']._serialized_end=1298
+  _globals['_APPLIEDADAPTER']._serialized_start=1301
+  _globals['_APPLIEDADAPTER']._serialized_end=1513
+  _globals['_APPLIEDADAPTER_BLOCKWEIGHTSENTRY']._serialized_start=214
+  _globals['_APPLIEDADAPTER_BLOCKWEIGHTSENTRY']._serialized_end=265
+  _globals['_TIMINGS']._serialized_start=1516
+  _globals['_TIMINGS']._serialized_end=1744
+  _globals['_FINISHED']._serialized_start=1746
+  _globals['_FINISHED']._serialized_end=1860
+  _globals['_GENERATIONSERVICE']._serialized_start=2183
+  _globals['_GENERATIONSERVICE']._serialized_end=2277
 # @@protoc_insertion_point(module_scope)

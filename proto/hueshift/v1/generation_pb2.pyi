@@ -114,25 +114,57 @@ class AdapterUse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BlockWeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ADAPTER_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name `tenants/{tenant}/adapters/{adapter}`, or the bare adapter id within the caller's own tenant."""
     weight: _builtins.float
     """Strength: 0 leaves the base model unchanged, 1 is the adapter as trained. Allowed: -2 to 2; absent means 1."""
     revision: _builtins.int
     """A fixed revision of the adapter; absent or 0 means the newest."""
+    @_builtins.property
+    def block_weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Weights by block, multiplied by `weight`; none means the whole UNet. A block is a prefix of the base model's layer
+        names, ending at a dot: `down_blocks.2`, `mid_block`, `up_blocks.1`, or longer ones such as
+        `up_blocks.1.attentions.0`. Two presets name all layers: `structure` is the last two down blocks (16 and 8 wide
+        for a 512 pixel picture of Stable Diffusion 1.x, where SVDiff finds the geometry), `appearance` is everything else.
+        A block wins over a preset, a longer name over a shorter one, and what is not named has weight 0. Allowed: -2 to 2,
+        at most 64 blocks. Learned words are used as they are, unless every weight is 0.
+        """
+
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
         weight: _builtins.float | None = ...,
         revision: _builtins.int = ...,
+        block_weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter", b"adapter", "revision", b"revision", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter", b"adapter", "block_weights", b"block_weights", "revision", b"revision", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
@@ -434,10 +466,31 @@ class AppliedAdapter(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BlockWeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ADAPTER_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    BLOCK_WEIGHTS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name."""
     revision: _builtins.int
@@ -446,6 +499,10 @@ class AppliedAdapter(_message.Message):
     """SHA-256 of the adapter file."""
     weight: _builtins.float
     """Strength."""
+    @_builtins.property
+    def block_weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Weights by block that were applied, in the shortest form that means the same; empty if all layers had the same."""
+
     def __init__(
         self,
         *,
@@ -453,10 +510,11 @@ class AppliedAdapter(_message.Message):
         revision: _builtins.int = ...,
         content_hash: _builtins.str = ...,
         weight: _builtins.float = ...,
+        block_weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "content_hash", b"content_hash", "revision", b"revision", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_weights", b"block_weights", "content_hash", b"content_hash", "revision", b"revision", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

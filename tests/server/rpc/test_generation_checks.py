@@ -9,7 +9,8 @@ from hueshift.adapters.errors import InvalidArgument, NotFound, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.samplers import SamplerKind
-from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, CheckedRequest, WantedAdapter, check_request
+from hueshift.server.rpc.adapter_uses import WantedAdapter
+from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, CheckedRequest, check_request
 from hueshift.server.settings import LimitSettings
 from hueshift.v1 import generation_pb2 as pb
 
