@@ -8,6 +8,7 @@ from rich.console import Group
 
 from hueshift.client.choices import AdapterFormat
 from hueshift.client.conversion import Conversion
+from hueshift.server.cli.adapter_combination import app as combination
 from hueshift.server.cli.adapter_files import diff_files, inspect_file
 from hueshift.server.cli.adapter_report import report_table
 from hueshift.server.cli.files import save
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="List, show, import, export, inspect, diff, delete and warm adapters.",
+    help="List, show, import, export, combine, inspect, diff, delete and warm adapters.",
 )
 
 Name = Annotated[str, typer.Argument(help="Id or resource name.")]
@@ -123,6 +124,7 @@ def export_adapter(
     session.output.result(record, f"{path} ({size_text(len(exported.data))})")
 
 
+app.add_typer(combination, name="combine")
 app.command("inspect")(inspect_file)
 app.command("diff")(diff_files)
 

@@ -29,7 +29,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[@REVISION][:WEIGHT]", help="Adapter to apply; repeat to mix several."),
+        typer.Option(
+            metavar="NAME[@REVISION][:WEIGHT][:BLOCK=WEIGHT,...]", help="Adapter to apply; repeat to mix several."
+        ),
     ] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,

@@ -18,7 +18,7 @@ COMMANDS = {
     "worker": Lazy(f"{_CLI}.worker", "worker", "Start a fine-tuning worker beside a server's store."),
     "generate": Lazy(f"{_CLI}.generate", "generate", "Draw pictures from a prompt, with any mix of adapters."),
     "finetune": Lazy(f"{_CLI}.finetune", "finetune", "Learn an adapter from a few pictures."),
-    "adapters": Lazy(f"{_CLI}.adapters", "app", "List, show, import, export, inspect, diff, delete and warm adapters."),
+    "adapters": Lazy(f"{_CLI}.adapters", "app", "List, show, import, export, combine, inspect and delete adapters."),
     "jobs": Lazy(f"{_CLI}.jobs", "app", "List, show, watch and cancel fine-tuning jobs."),
     "keys": Lazy(f"{_CLI}.keys", "app", "Create, list and revoke API keys, on the server's machine."),
     "engine": Lazy(

@@ -1,4 +1,4 @@
-"""Values of options that are more than one word: `name@revision:weight`, `WxH`, `key=value`, captions files."""
+"""Values of options that are more than one word: `name@revision:weight:block=weight`, `WxH`, `key=value`, captions."""
 
 import json
 import re
@@ -7,19 +7,22 @@ from pathlib import Path
 
 import typer
 
-_USE = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>\d+))?(:(?P<weight>[-+.\deE]+))?")
+_USE = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>\d+))?(:(?P<weight>[-+.\deE]+))?(:(?P<blocks>[^:=,]+=[^:]+))?")
 
 
-def parse_use(text: str) -> tuple[str, float, int]:
-    """Return (name, weight, revision) of `name[@revision][:weight]`."""
+def parse_use(text: str, hint: str = "--adapter") -> tuple[str, float, int, dict[str, float]]:
+    """Return (name, weight, revision, weights by block) of `name[@revision][:weight][:block=weight,...]`."""
     match = _USE.fullmatch(text)
     try:
         if match is None:
             raise ValueError(text)
-        return match["name"], float(match["weight"] or 1.0), int(match["revision"] or 0)
+        pairs = [pair.rpartition("=") for pair in (match["blocks"] or "").split(",") if pair]
+        blocks = {block: float(weight) for block, _, weight in pairs}
+        return match["name"], float(match["weight"] or 1.0), int(match["revision"] or 0), blocks
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r} is not an adapter; write NAME, NAME:WEIGHT or NAME@REVISION:WEIGHT", param_hint="--adapter"
+            f"{text!r} is not an adapter; write NAME, NAME:WEIGHT, NAME@REVISION:WEIGHT or NAME:BLOCK=WEIGHT,...",
+            param_hint=hint,
         ) from error
 
 

@@ -15,17 +15,19 @@ from hueshift.server.cli.parse import parse_size, parse_use, read_captions
 @pytest.mark.parametrize(
     ("text", "use"),
     [
-        ("fox", ("fox", 1.0, 0)),
-        ("fox:0.5", ("fox", 0.5, 0)),
-        ("fox:-1e-1", ("fox", -0.1, 0)),
-        ("tenants/a/adapters/fox@12:2", ("tenants/a/adapters/fox", 2.0, 12)),
+        ("fox", ("fox", 1.0, 0, {})),
+        ("fox:0.5", ("fox", 0.5, 0, {})),
+        ("fox:-1e-1", ("fox", -0.1, 0, {})),
+        ("tenants/a/adapters/fox@12:2", ("tenants/a/adapters/fox", 2.0, 12, {})),
+        ("fox:structure=1", ("fox", 1.0, 0, {"structure": 1.0})),
+        ("fox@3:0.5:mid_block=-1,up_blocks.1=2", ("fox", 0.5, 3, {"mid_block": -1.0, "up_blocks.1": 2.0})),
     ],
 )
-def test_adapter_uses(text: str, use: tuple[str, float, int]) -> None:
+def test_adapter_uses(text: str, use: tuple[str, float, int, dict[str, float]]) -> None:
     assert parse_use(text) == use
 
 
-@pytest.mark.parametrize("text", ["", ":1", "fox:", "fox@x", "fox:1:2", "fox:--"])
+@pytest.mark.parametrize("text", ["", ":1", "fox:", "fox@x", "fox:1:2", "fox:--", "fox:a=", "fox:a=1:1", "fox:a=1,b"])
 def test_wrong_adapter_uses(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         parse_use(text)

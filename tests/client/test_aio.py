@@ -12,6 +12,7 @@ from fake_service import Failure, FakeServer, State, job_events, job_message, pn
 
 from hueshift.client import errors
 from hueshift.client.aio import AsyncClient
+from hueshift.client.combination import Sum
 from hueshift.client.generation import Finished, Picture, Progress, Queued
 from hueshift.client.jobs import FineTuneFailed
 from hueshift.client.retry import RetryPolicy
@@ -76,6 +77,7 @@ async def test_adapters(client: AsyncClient, tmp_path: Path) -> None:
     assert [adapter.id async for adapter in client.list_adapters(page_size=1)] == ["fox", "owl"]
     assert (await client.export_adapter("fox")).data == path.read_bytes()
     assert (await client.update_adapter("fox", display_name="Fox")).display_name == "Fox"
+    assert (await client.combine_adapters(Sum({"fox": 0.5, "owl": 0.5}), adapter_id="both")).id == "both"
     assert (await client.warm_adapter("fox")).loaded
     assert (await client.delete_adapter("fox")).revisions == 1
     with pytest.raises(errors.NotFound):

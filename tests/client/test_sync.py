@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from hueshift.client import errors
 from hueshift.client.choices import AdapterKind, JobState, Method, Sampler, Subject
+from hueshift.client.combination import AdapterRef, BlockMix, Interpolation, Sum
 from hueshift.client.generation import AdapterUse, Finished, Picture, Progress, Queued
 from hueshift.client.jobs import FineTuneFailed, StateChanged, TrainingSample
 from hueshift.client.retry import RetryPolicy
@@ -190,6 +191,25 @@ def test_warm_delete_and_not_found(client: Client) -> None:
     with pytest.raises(errors.NotFound) as caught:
         client.get_adapter("fox")
     assert caught.value.reason == "ADAPTER_NOT_FOUND"
+
+
+def test_combinations_are_sent_as_asked(fake: FakeServer, client: Client) -> None:
+    weighted = AdapterUse("ink", 0.5, block_weights={"structure": 1.0})
+    made = client.combine_adapters(Sum(["fox", weighted]), adapter_id="both", labels={"a": "b"})
+    assert (made.id, made.kind, made.method, made.labels) == ("both", AdapterKind.KV, "combine", {"a": "b"})
+    assert made.notes == ("its rank is not served",)
+    client.combine_adapters(Interpolation("fox", AdapterRef("ink", 3), 0.25))
+    client.combine_adapters(BlockMix("fox", "ink", ["mid_block"]), idempotency_key="mine")
+    added, between, mixed = fake.service.seen["CombineAdapters"]
+    assert [(u.adapter, u.weight, dict(u.block_weights)) for u in added.sum.parts] == [
+        ("fox", 1.0, {}),
+        ("ink", 0.5, {"structure": 1.0}),
+    ]
+    assert (between.interpolation.second.revision, between.interpolation.position) == (3, 0.25)
+    assert (mixed.block_mix.structure.adapter, list(mixed.block_mix.blocks)) == ("fox", ["mid_block"])
+    assert mixed.idempotency_key == "mine"
+    assert added.idempotency_key
+    assert added.idempotency_key != between.idempotency_key
 
 
 def test_fine_tune_sends_spec_and_pictures(fake: FakeServer, client: Client, tmp_path: Path) -> None:

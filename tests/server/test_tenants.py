@@ -71,6 +71,12 @@ ON_ADAPTERS: dict[str, Call] = {
         ),
         metadata=s.metadata,
     ),
+    "CombineAdapters": lambda s, n: s.adapters.CombineAdapters(
+        adapters_pb.CombineAdaptersRequest(
+            adapter_id="fox", sum=adapters_pb.AdapterSum(parts=[generation_pb.AdapterUse(adapter=n)])
+        ),
+        metadata=s.metadata,
+    ),
     "WarmAdapter": lambda s, n: s.adapters.WarmAdapter(
         adapters_pb.WarmAdapterRequest(name=n, pin=True), metadata=s.metadata
     ),

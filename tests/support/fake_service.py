@@ -190,6 +190,18 @@ class FakeService(
         del self.adapters[adapter.name]
         return adapters_pb2.DeleteAdapterResponse(revisions=adapter.revision, bytes=adapter.size_bytes)
 
+    def CombineAdapters(
+        self, request: adapters_pb2.CombineAdaptersRequest, context: Context
+    ) -> adapters_pb2.CombineAdaptersResponse:
+        """Keep a record without a file."""
+        self._fail_or_go("CombineAdapters", request, context)
+        name = f"tenants/local/adapters/{request.adapter_id or 'made-up'}"
+        adapter = adapters_pb2.Adapter(
+            name=name, kind=adapters_pb2.ADAPTER_KIND_KV, revision=1, method="combine", labels=request.labels
+        )
+        self.adapters[name] = adapter
+        return adapters_pb2.CombineAdaptersResponse(adapter=adapter, notes=["its rank is not served"])
+
     def WarmAdapter(
         self, request: adapters_pb2.WarmAdapterRequest, context: Context
     ) -> adapters_pb2.WarmAdapterResponse:

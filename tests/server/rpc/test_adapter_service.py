@@ -15,6 +15,7 @@ from hueshift.server.clock import SystemClock
 from hueshift.server.rpc.adapter_service import AdapterService
 from hueshift.server.settings import LimitSettings
 from hueshift.v1 import adapters_pb2 as pb
+from hueshift.v1 import generation_pb2 as generation_pb
 
 
 @pytest.fixture
@@ -163,6 +164,9 @@ async def test_pins_come_back_after_a_restart(tmp_path: Path) -> None:
 NAMED: dict[str, Callable[[str], Any]] = {
     "GetAdapter": lambda name: pb.GetAdapterRequest(name=name),
     "ExportAdapter": lambda name: pb.ExportAdapterRequest(name=name),
+    "CombineAdapters": lambda name: pb.CombineAdaptersRequest(
+        adapter_id="fox", sum=pb.AdapterSum(parts=[generation_pb.AdapterUse(adapter=name)])
+    ),
     "WarmAdapter": lambda name: pb.WarmAdapterRequest(name=name, pin=True),
     "DeleteAdapter": lambda name: pb.DeleteAdapterRequest(name=name),
     "UpdateAdapter": lambda name: pb.UpdateAdapterRequest(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hueshift.adapters.blocks import BlockWeights
 from hueshift.adapters.errors import InvalidArgument, NotFound, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.pictures import PictureFormat
@@ -78,6 +79,21 @@ def test_a_weight_of_zero_is_not_absent(base_model: BaseModel) -> None:
     assert check(base_model, adapters=[pb.AdapterUse(adapter="fox", weight=0)]).adapters[0].weight == 0.0
 
 
+def test_weights_by_block_are_resolved_for_the_base(base_model: BaseModel) -> None:
+    def use(weight: float, **blocks: float) -> WantedAdapter:
+        given = pb.AdapterUse(adapter="fox", weight=weight, block_weights=blocks)
+        return check(base_model, adapters=[given]).adapters[0]
+
+    adapter = use(0.5, structure=-2)
+    assert (adapter.weight, adapter.blocks) == (
+        0.5,
+        BlockWeights((("down_blocks.2", -2.0), ("down_blocks.3", -2.0))),
+    )
+    assert adapter.strength == BlockWeights((("down_blocks.2", -1.0), ("down_blocks.3", -1.0)))
+    assert use(0.5, structure=1, appearance=1).strength == 0.5
+    assert use(0.5, structure=0, mid_block=0).strength == 0
+
+
 @pytest.mark.parametrize(
     ("fields", "wrong"),
     [
@@ -109,6 +125,18 @@ def test_a_weight_of_zero_is_not_absent(base_model: BaseModel) -> None:
         ({"adapters": [pb.AdapterUse(adapter="a", weight=2.5)]}, {"adapters[0].weight"}),
         ({"adapters": [pb.AdapterUse(adapter="a", weight=math.nan)]}, {"adapters[0].weight"}),
         ({"adapters": [pb.AdapterUse(adapter="a", revision=-1)]}, {"adapters[0].revision"}),
+        (
+            {"adapters": [pb.AdapterUse(adapter="a", block_weights={"mid": 1, "structure": 1, "layout": 1})]},
+            {"adapters[0].block_weights['mid']", "adapters[0].block_weights['layout']"},
+        ),
+        (
+            {"adapters": [pb.AdapterUse(adapter="a", block_weights={"mid_block": -2.5, "up_blocks.0": math.inf})]},
+            {"adapters[0].block_weights['mid_block']", "adapters[0].block_weights['up_blocks.0']"},
+        ),
+        (
+            {"adapters": [pb.AdapterUse(adapter="a", block_weights={f"b{i}": 1 for i in range(65)})]},
+            {"adapters[0].block_weights"},
+        ),
         (
             {"adapters": [pb.AdapterUse(adapter="a"), pb.AdapterUse(adapter="tenants/acme/adapters/a")]},
             {"adapters[1].adapter"},
