@@ -66,10 +66,13 @@ MEANINGS: dict[Reason, str] = {
     Reason.CANCELLED: "The caller or an operator cancelled it.",
     Reason.DRAINING: "The server is stopping.",
     Reason.STORE_UNAVAILABLE: "The database is busy or away.",
+    Reason.NO_REPLICA: "A front end has no replica that answers.",
     Reason.STORE_FULL: "The disk is full.",
     Reason.WARMING_UP: "The server is starting.",
     Reason.TRAINING_DIVERGED: "The loss became NaN or infinite (in a job's error).",
     Reason.ATTEMPTS_EXHAUSTED: "The job's workers failed too often (in a job's error).",
+    Reason.JOB_TIME_LIMIT: "The job used up the device time a job may take (in a job's error).",
+    Reason.JOB_MEMORY_LIMIT: "The job needs more memory than a job may take (in a job's error).",
     Reason.LEASE_LOST: "Another worker has the job (among workers).",
     Reason.STORE_DAMAGED: "A stored file does not match its hash.",
     Reason.INTERNAL: "A defect of ours; the metadata carries an incident id.",
@@ -83,7 +86,7 @@ def settings_table() -> str:
         model = field.annotation
         if isinstance(model, type) and issubclass(model, BaseModel):
             for name, info in model.model_fields.items():
-                default = str(info.default).replace(str(PROJECT) + "/", "")
+                default = str(info.default).replace(str(PROJECT) + "/", "") or " "
                 rows.append(
                     f"| `{section}.{name}` | {_type_name(info.annotation)} | `{default}` | {info.description or ''} |"
                 )
@@ -174,9 +177,14 @@ def _type_name(annotation: object) -> str:
         return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None)) + ", optional"
     if get_origin(annotation) is tuple:
         return "list"
-    return {"Path": "path", "str": "text", "int": "integer", "float": "number", "bool": "true, false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
+    return {
+        "Path": "path",
+        "str": "text",
+        "int": "integer",
+        "float": "number",
+        "bool": "true, false",
+        "SecretStr": "text",
+    }.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ class BaseTrainer:
         self._clip = clip
 
     @classmethod
-    def load(cls, settings: Settings) -> Self:
+    def load(cls, settings: Settings, device: str = "cpu") -> Self:
         """Load the base model, its decomposition and its CLIP. Raises InvalidArgument on an unusable folder."""
-        base = load_base_model(settings.model.path)
+        base = load_base_model(settings.model.path, device=device)
         clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
         return cls(base, load_factors(base, settings.store.cache_path.expanduser()), clip)
 

@@ -75,8 +75,8 @@ class JobRun:
             self._note(error)
 
     def should_stop(self) -> bool:
-        """True when the lease is lost, the tenant cancelled, or the worker is to stop."""
-        return self._keeper.lost or self._keeper.cancel_requested or self._stop.requested
+        """True when the lease is lost, the tenant cancelled, a limit is passed, or the worker is to stop."""
+        return self._keeper.should_stop or self._stop.requested
 
     def at(self, name: str) -> None:
         """Pass a failpoint."""

@@ -5,13 +5,14 @@ file (`--config`), and the defaults below, which make the embedded default work 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 from hueshift.models.embedded import EMBEDDED_CLIP, EMBEDDED_MODEL
+from hueshift.server.devices import check_devices
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -95,6 +96,12 @@ class LimitSettings(_Section):
     max_pictures: int = Field(64, ge=1, description="Most training pictures of one job.")
     max_pictures_bytes: int = Field(256 * MIB, ge=1, description="All pictures of one fine-tuning job together.")
     tenant_queued_jobs: int = Field(16, ge=1, description="Fine-tuning jobs of one tenant that may wait or run.")
+    tenant_running_jobs: int = Field(
+        0, ge=0, description="Fine-tuning jobs of one tenant that run at a time, the others wait; 0: no limit."
+    )
+    tenant_training_seconds: float = Field(
+        0, ge=0, description="Device seconds one tenant's jobs may use in a day (UTC); 0: no limit."
+    )
 
 
 class TrainingSettings(_Section):
@@ -103,11 +110,21 @@ class TrainingSettings(_Section):
     workers: int = Field(
         1, ge=0, le=64, description="Worker processes this server starts; 0: they are started elsewhere."
     )
+    devices: tuple[str, ...] = Field(
+        (), description="CUDA devices that train and never serve (cuda:1), one worker each; none: on the CPU."
+    )
     threads: int = Field(0, ge=0, description="CPU threads per worker; 0 means one per core.")
     nice: int = Field(5, ge=0, le=19, description="How far workers step back for serving on a shared CPU.")
     lease_seconds: float = Field(30.0, gt=0, description="A worker silent for this long loses its job.")
     poll_seconds: float = Field(0.25, gt=0, description="How often idle workers look for jobs.")
     max_attempts: int = Field(5, ge=1, description="Times a job is taken before it fails for good.")
+    max_job_seconds: float = Field(
+        0, ge=0, description="Device seconds after which a job fails, all its attempts together; 0: no limit."
+    )
+    max_job_memory: int = Field(
+        0, ge=0, description="Resident bytes of a worker, base model included, at which its job fails; 0: no limit."
+    )
+    memory_fraction: float = Field(1.0, gt=0, le=1, description="Share of a CUDA device's memory a worker may take.")
     keep_pictures: bool = Field(False, description="Keep training pictures after the job has ended.")
 
 
@@ -116,11 +133,53 @@ class StoreSettings(_Section):
 
     path: Path = Field(Path("~/.local/share/hueshift"), description="Folder of the database and the adapter files.")
     cache_path: Path = Field(Path("~/.cache/hueshift"), description="Folder of exported graphs and decompositions.")
+    database_url: SecretStr = Field(
+        SecretStr(""),
+        description="postgresql+psycopg://USER:PASSWORD@HOST/NAME when several hosts share; empty: SQLite in `path`.",
+    )
+    objects_url: str = Field(
+        "",
+        pattern=r"^(|s3://[^/]+.*|file:///.+)$",
+        description="s3://BUCKET/PREFIX for the files of adapters and jobs; empty: folders in `path`.",
+    )
+    objects_endpoint: str = Field("", description="Address of an S3-compatible store; empty: AWS.")
 
     @property
-    def database_file(self) -> Path:
-        """File of the embedded database."""
-        return self.path.expanduser() / "hueshift.db"
+    def database(self) -> str | Path:
+        """Where the database is: a URL, or the file of the embedded one."""
+        return self.database_url.get_secret_value() or self.path.expanduser() / "hueshift.db"
+
+    @field_serializer("database_url", when_used="json")
+    def _tell_workers(self, value: SecretStr) -> str:
+        # Settings go as JSON to our own processes, over a pipe. Printing them shows stars.
+        return value.get_secret_value()
+
+
+class ClusterSettings(_Section):
+    """Several hosts: what this process does among them, and what Ray places where."""
+
+    role: Literal["single", "replica", "frontend"] = Field(
+        "single",
+        description="single: all in one; replica: also answers front ends; frontend: no engine, passes calls on.",
+    )
+    advertise: str = Field(
+        "", description="HOST:PORT at which front ends reach this replica; empty: the host's name and the bound port."
+    )
+    replica_ca: Path | None = Field(
+        None, description="PEM certificates a front end trusts; empty: replicas without TLS."
+    )
+    heartbeat_seconds: float = Field(2.0, gt=0, description="How often a replica tells that it lives.")
+    load_bound: float = Field(
+        1.25, ge=1, description="Times the mean load a replica may have before a front end passes it by."
+    )
+    ray_address: str = Field("auto", description="Ray cluster of `hueshift cluster`.")
+    namespace: str = Field("hueshift", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Ray namespace of the actors.")
+    replicas: int = Field(0, ge=0, le=1024, description="Engine replicas that Ray places on nodes of pool serve.")
+    workers: int = Field(0, ge=0, le=1024, description="Training workers that Ray places on nodes of pool finetune.")
+    replica_gpus: float = Field(0, ge=0, description="GPUs of one replica.")
+    worker_gpus: float = Field(0, ge=0, description="GPUs of one worker.")
+    actor_cpus: float = Field(1, ge=0, description="CPUs Ray reserves for one replica or worker.")
+    pool_label: str = Field("hueshift-pool", description="Node label whose value is serve or finetune.")
 
 
 class AuthSettings(_Section):
@@ -153,8 +212,14 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     training: TrainingSettings = TrainingSettings()
     store: StoreSettings = StoreSettings()
+    cluster: ClusterSettings = ClusterSettings()
     auth: AuthSettings = AuthSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _devices_apart(self) -> Self:
+        check_devices(self.training.devices, serving_device(self.engine, self.cluster))
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -168,6 +233,13 @@ class Settings(BaseSettings):
         """Order the sources: arguments, environment, then the TOML file named by the caller."""
         toml = TomlConfigSettingsSource(settings_cls, toml_file=settings_cls.model_config.get("toml_file"))
         return init_settings, env_settings, toml
+
+
+def serving_device(engine: EngineSettings, cluster: ClusterSettings) -> str:
+    """Return the device that serving takes by the settings: cpu or cuda:N. `auto` may take the first GPU."""
+    if cluster.role == "frontend" or engine.kind == "onnxruntime" or engine.device == "cpu":
+        return "cpu"
+    return "cuda:0" if engine.device in ("auto", "cuda") else engine.device
 
 
 def load_settings(config: Path | None = None, **overrides: object) -> Settings:
@@ -185,8 +257,11 @@ def load_settings(config: Path | None = None, **overrides: object) -> Settings:
         return _Loaded(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         violations = [
-            FieldViolation(".".join(map(str, e["loc"])), f"{e['msg']}, given {e.get('input')!r}")
+            # A check of several settings together names them itself; its input would be all settings, secrets too.
+            FieldViolation(
+                ".".join(map(str, e["loc"])), f"{e['msg']}, given {e.get('input')!r}" if e["loc"] else e["msg"]
+            )
             for e in error.errors()
         ]
-        text = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        text = "; ".join(f"{v.field}: {v.description}".removeprefix(": ") for v in violations)
         raise InvalidArgument(Reason.SETTINGS_INVALID, f"settings refused: {text}", violations=violations) from error

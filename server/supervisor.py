@@ -18,9 +18,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hueshift.adapters.errors import HueshiftError
 from hueshift.server.clock import Clock
+from hueshift.server.devices import worker_environment
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.metrics import Metrics
-from hueshift.server.settings import Settings
+from hueshift.server.settings import Settings, TrainingSettings
 from hueshift.server.store.job_store import JobStore
 
 _LOG = structlog.get_logger()
@@ -39,6 +40,13 @@ _SWEEP_AGE = 3600.0
 _WAITING = {"OMP_WAIT_POLICY": "passive"}
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "hueshift.server.cli.worker", "--supervised")
+
+
+def worker_devices(training: TrainingSettings) -> tuple[str | None, ...]:
+    """Return the device of each worker this server starts; None trains on the CPU."""
+    if training.workers == 0:
+        return ()
+    return training.devices or (None,) * training.workers
 
 
 class Supervisor:
@@ -76,8 +84,11 @@ class Supervisor:
         await self._look()
         self._rounds.append(asyncio.create_task(self._every(_LOOK_SECONDS, self._look), name="jobs"))
         self._rounds.append(asyncio.create_task(self._every(_SWEEP_SECONDS, self._sweep), name="job-folders"))
-        for number in range(self._settings.training.workers):
-            self._keepers.append(asyncio.create_task(self._keep_alive(), name=f"worker-{number}"))
+        for number, device in enumerate(worker_devices(self._settings.training)):
+            # Found out now: a device that is not there would fail again and again in the background.
+            environment = worker_environment(device, {**_WAITING, **os.environ})
+            keeper = self._keep_alive(device or "cpu", environment)
+            self._keepers.append(asyncio.create_task(keeper, name=f"worker-{number}"))
 
     async def stop(self, grace: float) -> None:
         """Let every worker write a checkpoint and put its job back; kill those alive after `grace` seconds."""
@@ -96,11 +107,11 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*self._rounds, return_exceptions=True)
 
-    async def _keep_alive(self) -> None:
+    async def _keep_alive(self, device: str, environment: dict[str, str]) -> None:
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
             begun = self._clock.monotonic()
-            await self._run_worker()
+            await self._run_worker(device, environment)
             if self._clock.monotonic() - begun >= _HEALTHY_SECONDS:
                 pause = _FIRST_PAUSE
             with contextlib.suppress(TimeoutError):
@@ -108,15 +119,15 @@ class Supervisor:
                     await self._stopping.wait()
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _run_worker(self) -> None:
+    async def _run_worker(self, device: str, environment: dict[str, str]) -> None:
         """Start one worker and return when it has ended and its job is back in the queue."""
         owner = f"{socket.gethostname()[:24]}-{os.getpid()}-{secrets.token_hex(6)}"
         process = await asyncio.create_subprocess_exec(
-            *self._command, "--owner", owner, stdin=asyncio.subprocess.PIPE, env={**_WAITING, **os.environ}
+            *self._command, "--owner", owner, "--device", device, stdin=asyncio.subprocess.PIPE, env=environment
         )
         self._processes[owner] = process
         self._metrics.workers.set(len(self._processes))
-        _LOG.info("worker.started", pid=process.pid, owner=owner)
+        _LOG.info("worker.started", pid=process.pid, owner=owner, device=device)
         try:
             if self._stopping.is_set():
                 process.terminate()
@@ -130,7 +141,8 @@ class Supervisor:
                 await process.wait()
             del self._processes[owner]
             self._metrics.workers.set(len(self._processes))
-        await self._guarded(lambda: asyncio.to_thread(self._jobs.expire_leases, owner))
+        cause = f"its process ended with status {process.returncode}"
+        await self._guarded(lambda: asyncio.to_thread(self._jobs.expire_leases, owner, cause))
 
     async def _send_settings(self, process: asyncio.subprocess.Process) -> None:
         stdin = process.stdin

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+import torch
 from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,12 +22,14 @@ from hueshift.server.clock import Clock
 from hueshift.server.failpoints import Failpoint
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.job_lease import LeaseKeeper
+from hueshift.server.job_limits import JobLimits
 from hueshift.server.job_run import JobRun
 from hueshift.server.logs import tenant_hash
 from hueshift.server.settings import TrainingSettings
 from hueshift.server.stop import StopFlag
 from hueshift.server.store.job_records import ClaimedJob
-from hueshift.server.store.job_store import AdapterPublisher, JobStore
+from hueshift.server.store.job_store import JobStore
+from hueshift.server.store.publisher import AdapterPublisher
 from hueshift.training.spec import TrainingSpec
 
 _LOG = structlog.get_logger()
@@ -99,7 +102,9 @@ class Worker:
         self._failpoint.at("claimed")
         begun = self._clock.monotonic()
         try:
-            with LeaseKeeper(self._jobs, claimed.lease, self._settings.lease_seconds, self._clock) as keeper:
+            limits = JobLimits(self._settings.max_job_seconds, self._settings.max_job_memory)
+            lease_seconds = self._settings.lease_seconds
+            with LeaseKeeper(self._jobs, claimed.lease, lease_seconds, self._clock, limits=limits) as keeper:
                 run = JobRun(
                     claimed,
                     jobs=self._jobs,
@@ -126,14 +131,16 @@ class Worker:
             self._failpoint.at("after-publish")
         except Cancelled:
             self._stopped(claimed, keeper)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            # The next attempt would need as much.
+            _LOG.error("job.out_of_memory", job=job.job_id, exc_info=error)
+            self._fail(claimed, Reason.JOB_MEMORY_LIMIT, "the job does not fit into the device; use a smaller batch")
         except _TRANSIENT as error:
             self._retry(claimed, error)
         except HueshiftError as error:
             if error.reason is Reason.LEASE_LOST:
                 raise
-            _LOG.warning("job.failed", job=job.job_id, reason=error.reason)
-            self._jobs.fail(lease, error.reason.value, error.message)
-            self._folders.end(job.job_id)
+            self._fail(claimed, error.reason, error.message)
         except Exception as error:
             # Whatever it was, the next job deserves a worker, and this one another try.
             self._retry(claimed, error)
@@ -153,6 +160,10 @@ class Worker:
         keeper.renew()
         if keeper.lost:
             _LOG.warning("job.lease_lost", job=claimed.job.job_id)
+        elif keeper.over is not None:
+            self._fail(claimed, keeper.over.reason, keeper.over.message)
+            # What the job took may not come back to this process: a new one is started.
+            self._stop.request()
         elif keeper.cancel_requested:
             self._jobs.stop_cancelled(claimed.lease)
             self._folders.end(claimed.job.job_id)
@@ -160,12 +171,18 @@ class Worker:
             # The operator stops this worker; the job goes on elsewhere, or later, from its checkpoint.
             self._jobs.release(claimed.lease)
 
+    def _fail(self, claimed: ClaimedJob, reason: Reason, message: str) -> None:
+        _LOG.warning("job.failed", job=claimed.job.job_id, reason=reason)
+        self._jobs.fail(claimed.lease, reason.value, message)
+        self._folders.end(claimed.job.job_id)
+
     def _retry(self, claimed: ClaimedJob, error: Exception) -> None:
         incident = secrets.token_hex(8)
         _LOG.error("job.attempt_failed", job=claimed.job.job_id, incident=incident, exc_info=error)
         delay = min(_MAX_RETRY_SECONDS, 2.0**claimed.job.attempt)
         message = f"training met an internal error (incident {incident}); the operator's log has the cause"
-        if self._jobs.retry(claimed.lease, message, delay).state.ended:
+        cause = f"{type(error).__name__}: {error} (incident {incident})"
+        if self._jobs.retry(claimed.lease, message, delay, cause).state.ended:
             self._folders.end(claimed.job.job_id)
 
 

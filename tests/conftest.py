@@ -1,6 +1,7 @@
 """What many tests share: the embedded base model, and a cache that keeps exported graphs between runs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+from postgres import run_postgres
 
 from hueshift.engines.base_model import BaseModel, load_base_model
 from hueshift.models.embedded import EMBEDDED_MODEL
@@ -36,3 +38,10 @@ def shared_dir() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"the optional fixture folder {folder.name}/ is not beside the project")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a Postgres of our own, without the name of a database; `fresh_database` makes those."""
+    with run_postgres() as url:
+        yield url

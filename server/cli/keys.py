@@ -74,7 +74,7 @@ def _keys(config: Path | None, store: Path | None, as_json: bool) -> Iterator[tu
     clock = SystemClock()
     try:
         overrides = {} if store is None else {"store": {"path": store}}
-        database = Database(load_settings(config, **overrides).store.database_file, clock)
+        database = Database(load_settings(config, **overrides).store.database, clock)
         try:
             yield KeyStore(database, clock), output
         finally:

@@ -55,6 +55,7 @@ _RETRYABLE = frozenset(
         Reason.TENANT_QUOTA,
         Reason.SLOTS_EXHAUSTED,
         Reason.STORE_UNAVAILABLE,
+        Reason.NO_REPLICA,
         Reason.DRAINING,
         Reason.WARMING_UP,
     }

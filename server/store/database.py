@@ -28,6 +28,7 @@ from hueshift.adapters.errors import (
 )
 from hueshift.server.clock import Clock
 from hueshift.server.store import tables
+from hueshift.server.store.migrations import can_migrate, migrate
 
 _BUSY_SECONDS = 20.0
 # Every thread of asyncio's default pool (32 at most) and a few of ours may hold a connection at once.
@@ -48,7 +49,7 @@ class Database:
     """
 
     def __init__(self, location: str | Path, clock: Clock) -> None:
-        """Open the database file or URL at `location`, and create its tables if it is empty.
+        """Open the database file or URL at `location`; create its tables if it is empty, bring older ones up to date.
 
         Raises InvalidArgument (SETTINGS_INVALID) on an unusable URL, FailedPrecondition (STORE_SCHEMA) on the tables of
         another version or a file that is no database.
@@ -161,7 +162,7 @@ def _open(location: str | Path) -> Engine:
             url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
         ):
             raise InvalidArgument.for_field(
-                "store.database",
+                "store.database_url",
                 f"{url.render_as_string()} given; allowed: a SQLite file or a postgresql:// URL",
                 Reason.SETTINGS_INVALID,
             )
@@ -171,7 +172,7 @@ def _open(location: str | Path) -> Engine:
         engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False}, **options)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise InvalidArgument.for_field(
-            "store.database", f"cannot be opened: {error}", Reason.SETTINGS_INVALID
+            "store.database_url", f"cannot be opened: {error}", Reason.SETTINGS_INVALID
         ) from error
     event.listen(engine, "connect", _on_connect)
     event.listen(engine, "begin", _on_begin)
@@ -200,7 +201,9 @@ def _create_or_check(connection: Connection, shown: str) -> None:
         connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
         return
     versions = list(connection.execute(select(tables.schema.c.version)).scalars()) if "schema" in ours else []
-    if versions != [tables.SCHEMA_VERSION]:
+    if len(versions) == 1 and can_migrate(versions[0]):
+        migrate(connection, versions[0])
+    elif versions != [tables.SCHEMA_VERSION]:
         found = ", ".join(map(str, versions)) or "none"
         raise FailedPrecondition(
             Reason.STORE_SCHEMA,

@@ -1,6 +1,6 @@
 """What the job table holds, as frozen records."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -77,6 +77,9 @@ class JobRecord:
     created: float
     started: float | None
     ended: float | None
+    device_seconds: float
+    charged: float | None
+    failures: Sequence[Mapping[str, Any]]
 
     @classmethod
     def from_row(cls, row: Row[Any]) -> Self:
@@ -84,6 +87,7 @@ class JobRecord:
         values = dict(row._mapping)
         values["state"] = JobState(values["state"])
         values["spec"] = TrainingSpec.from_json(values["spec"])
+        values["failures"] = values["failures"] or []
         return cls(**values)
 
     def snapshot(self) -> dict[str, Any]:

@@ -6,69 +6,47 @@ that ends the job. Every change of state writes its event in the same transactio
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_, update
 
 from hueshift.adapters.adapter import Adapter
-from hueshift.adapters.errors import Cancelled, FailedPrecondition, Reason, ResourceExhausted
+from hueshift.adapters.errors import Cancelled, FailedPrecondition, Reason
 from hueshift.server.clock import Clock
 from hueshift.server.rpc.names import not_found
 from hueshift.server.store.database import Database, lock
 from hueshift.server.store.idempotency import recall, remember
 from hueshift.server.store.job_events import append_event, read_events
+from hueshift.server.store.job_order import next_job
+from hueshift.server.store.job_quotas import OPEN_STATES, JobQuotas, charge, check_queue, check_seconds
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
+from hueshift.server.store.publisher import AdapterPublisher
 from hueshift.server.store.tables import idempotency, jobs
 
 CREATE_METHOD = "CreateFineTune"
-# Training on a CPU takes a minute or two: sooner than this a place rarely becomes free.
-QUOTA_RETRY_SECONDS = 15.0
-_OPEN = (JobState.QUEUED.value, JobState.RUNNING.value)
-_NO_LEASE: Mapping[str, Any] = {"lease_owner": None, "lease_expires": None}
-
-
-class PublishedRevision(Protocol):
-    """What publishing gives back."""
-
-    @property
-    def revision(self) -> int:
-        """Number of the revision within its adapter."""
-        ...
-
-
-class AdapterPublisher(Protocol):
-    """The part of the adapter store that ends a job."""
-
-    def publish(
-        self,
-        tenant: str,
-        adapter_id: str,
-        display_name: str,
-        labels: Mapping[str, str],
-        data: bytes,
-        adapter: Adapter,
-        job_id: str = "",
-        connection: Connection | None = None,
-    ) -> PublishedRevision:
-        """Add a revision in the caller's transaction."""
-        ...
+# Enough to find the fault by; the log has the rest.
+_CAUSE_LENGTH = 600
+_NO_LEASE: Mapping[str, Any] = {"lease_owner": None, "lease_expires": None, "charged": None}
 
 
 class JobStore:
     """Jobs and their leases. Synchronous and safe to share between threads and processes."""
 
-    def __init__(self, database: Database, clock: Clock, *, max_attempts: int = 5) -> None:
+    def __init__(
+        self, database: Database, clock: Clock, *, max_attempts: int = 5, quotas: JobQuotas | None = None
+    ) -> None:
         self._database = database
         self._clock = clock
         self._max_attempts = max_attempts
+        self._quotas = quotas or JobQuotas()
 
     def create(
         self, new: NewJob, *, tenant_limit: int, idempotency_key: str = "", request_hash: str = ""
     ) -> tuple[JobRecord, bool]:
         """Queue a job; with a key used before for the same request, return that job and True.
 
-        Raises ResourceExhausted (TENANT_QUOTA) when the tenant has `tenant_limit` jobs that have not ended, and
-        AlreadyExists (IDEMPOTENCY_CONFLICT).
+        Raises ResourceExhausted (TENANT_QUOTA) when the tenant has `tenant_limit` jobs that have not ended or has used
+        up today's device seconds, and AlreadyExists (IDEMPOTENCY_CONFLICT).
         """
         with self._database.write() as connection:
             known = recall(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash)
@@ -143,32 +121,18 @@ class JobStore:
             return job
 
     def claim(self, owner: str, lease_seconds: float) -> ClaimedJob | None:
-        """Take the next job: highest priority, then the tenant with the fewest running jobs, then the oldest.
-
-        Returns None when nothing waits.
-        """
+        """Take the next job, in the order of `job_order`. Returns None when nothing waits that may run now."""
         now = self._clock.time()
-        waiting = (jobs.c.state == JobState.QUEUED.value) & (jobs.c.not_before <= now)
+        query = next_job(now, self._quotas)
         with self._database.read() as connection:
             # Idle workers poll; only a job worth taking is worth the write lock.
-            if connection.scalar(select(jobs.c.job_id).where(waiting).limit(1)) is None:
+            if connection.scalar(query) is None:
                 return None
-        others = jobs.alias("others")
-        running = (
-            select(func.count())
-            .select_from(others)
-            .where(others.c.tenant == jobs.c.tenant, others.c.state == JobState.RUNNING.value)
-            .scalar_subquery()
-        )
-        query = (
-            select(jobs)
-            .where(waiting)
-            .order_by(jobs.c.priority.desc(), running, jobs.c.created, jobs.c.job_id)
-            .limit(1)
-            .with_for_update(skip_locked=True, of=jobs)
-        )
         with self._database.write() as connection:
-            row = connection.execute(query).one_or_none()
+            # One at a time: two claims at once would both count the same running jobs, and pass a tenant's limit.
+            lock(connection, "jobs/claim")
+            waiting = (jobs.c.job_id == connection.scalar(query)) & (jobs.c.state == JobState.QUEUED.value)
+            row = connection.execute(select(jobs).where(waiting).with_for_update()).one_or_none()
             if row is None:
                 return None
             job = self._move(
@@ -180,15 +144,19 @@ class JobStore:
                 lease_owner=owner,
                 lease_expires=now + lease_seconds,
                 started=func.coalesce(jobs.c.started, now),
+                charged=now,
             )
             return ClaimedJob(job, Lease(job.job_id, job.fencing_token))
 
-    def heartbeat(self, lease: Lease, lease_seconds: float) -> bool:
-        """Renew a lease; True means that the job is to be cancelled. Raises FailedPrecondition (LEASE_LOST)."""
+    def heartbeat(self, lease: Lease, lease_seconds: float) -> JobRecord:
+        """Renew a lease and count the time; return the job, which tells whether it is to be cancelled.
+
+        Raises FailedPrecondition (LEASE_LOST).
+        """
         with self._database.write() as connection:
-            self._held(connection, lease)
-            expires = self._clock.time() + lease_seconds
-            return self._change(connection, lease.job_id, lease_expires=expires).cancel_requested
+            job, now = self._held(connection, lease), self._clock.time()
+            counted = charge(connection, job, now)
+            return self._change(connection, lease.job_id, lease_expires=now + lease_seconds, **counted)
 
     def progress(self, lease: Lease, step: int, loss: float, seconds_per_step: float) -> None:
         """Record the steps done and tell the watchers. Raises FailedPrecondition (LEASE_LOST)."""
@@ -244,39 +212,48 @@ class JobStore:
                 revision=published.revision,
                 step=job.steps,
                 scores=None if scores is None else dict(scores),
+                **charge(connection, job, self._clock.time()),
             )
 
     def fail(self, lease: Lease, reason: str, message: str) -> JobRecord:
         """End a job for good. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
             job = self._held(connection, lease)
-            return self._move(connection, job, JobState.FAILED, error_reason=reason, error_message=message)
+            counted = charge(connection, job, self._clock.time())
+            changes = {**counted, **self._failure(job, message), "error_reason": reason, "error_message": message}
+            return self._move(connection, job, JobState.FAILED, **changes)
 
-    def retry(self, lease: Lease, message: str, delay: float) -> JobRecord:
+    def retry(self, lease: Lease, message: str, delay: float, cause: str = "") -> JobRecord:
         """Put a job back after a failure of ours, to be taken `delay` seconds later at the earliest.
 
-        Out of attempts it fails with ATTEMPTS_EXHAUSTED and `message`. Raises FailedPrecondition (LEASE_LOST).
+        Out of attempts it fails with ATTEMPTS_EXHAUSTED and `message`. `cause` is kept for the operator, for whom
+        `message` would do without one. Raises FailedPrecondition (LEASE_LOST).
         """
         with self._database.write() as connection:
-            return self._put_back(connection, self._held(connection, lease), message, delay)
+            job = self._held(connection, lease)
+            changes = charge(connection, job, self._clock.time()) | self._failure(job, cause or message)
+            return self._put_back(connection, job, message, delay, **changes)
 
     def release(self, lease: Lease) -> JobRecord:
         """Put a job back because its worker stops; this does not count as an attempt. Raises as `fail`."""
         with self._database.write() as connection:
             job = self._held(connection, lease)
+            counted = charge(connection, job, self._clock.time())
             if job.cancel_requested:
-                return self._move(connection, job, JobState.CANCELLED)
-            return self._move(connection, job, JobState.QUEUED, attempt=job.attempt - 1)
+                return self._move(connection, job, JobState.CANCELLED, **counted)
+            return self._move(connection, job, JobState.QUEUED, attempt=job.attempt - 1, **counted)
 
     def stop_cancelled(self, lease: Lease) -> JobRecord:
         """End a running job whose cancellation was asked for. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
-            return self._move(connection, self._held(connection, lease), JobState.CANCELLED)
+            job = self._held(connection, lease)
+            return self._move(connection, job, JobState.CANCELLED, **charge(connection, job, self._clock.time()))
 
-    def expire_leases(self, owner: str | None = None) -> list[JobRecord]:
+    def expire_leases(self, owner: str | None = None, cause: str = "its worker went silent") -> list[JobRecord]:
         """Put back the jobs whose lease has run out; with `owner`, those of that dead worker whatever their lease.
 
-        Returns the jobs as they stand: queued, cancelled, or failed with ATTEMPTS_EXHAUSTED.
+        `cause` is kept for the operator. Returns the jobs as they stand: queued, cancelled, or failed with
+        ATTEMPTS_EXHAUSTED.
         """
         lost: ColumnElement[bool] = jobs.c.state == JobState.RUNNING.value
         lost &= jobs.c.lease_expires < self._clock.time() if owner is None else jobs.c.lease_owner == owner
@@ -286,10 +263,23 @@ class JobStore:
         message = "its worker was lost again and again; the server's log and memory say why"
         with self._database.write() as connection:
             rows = connection.execute(select(jobs).where(lost).with_for_update(skip_locked=True)).all()
-            return [
-                self._put_back(connection, JobRecord.from_row(row), message, 0.0, leases_lost=row.leases_lost + 1)
-                for row in rows
-            ]
+            back = []
+            for row in rows:
+                job = JobRecord.from_row(row)
+                changes = {**self._failure(job, cause), "leases_lost": job.leases_lost + 1}
+                back.append(self._put_back(connection, job, message, 0.0, **changes))
+            return back
+
+    def dead_letters(self, limit: int = 100) -> list[JobRecord]:
+        """Return the newest jobs, of all tenants, that were given up after their last attempt."""
+        query = (
+            select(jobs)
+            .where(jobs.c.state == JobState.FAILED.value, jobs.c.error_reason == Reason.ATTEMPTS_EXHAUSTED.value)
+            .order_by(jobs.c.ended.desc(), jobs.c.job_id)
+            .limit(limit)
+        )
+        with self._database.read() as connection:
+            return [JobRecord.from_row(row) for row in connection.execute(query)]
 
     def counts(self) -> dict[JobState, int]:
         """Return how many jobs stand in each state."""
@@ -306,7 +296,7 @@ class JobStore:
     def open_jobs(self) -> set[str]:
         """Return the ids of all jobs that have not ended."""
         with self._database.read() as connection:
-            return set(connection.scalars(select(jobs.c.job_id).where(jobs.c.state.in_(_OPEN))))
+            return set(connection.scalars(select(jobs.c.job_id).where(jobs.c.state.in_(OPEN_STATES))))
 
     def _first_row(self, new: NewJob) -> dict[str, Any]:
         return {
@@ -324,14 +314,17 @@ class JobStore:
         }
 
     def _check_quota(self, connection: Connection, tenant: str, limit: int) -> None:
-        used = connection.scalar(select(func.count()).where(jobs.c.tenant == tenant, jobs.c.state.in_(_OPEN))) or 0
-        if used >= limit:
-            raise ResourceExhausted(
-                Reason.TENANT_QUOTA,
-                f"{used} fine-tuning jobs of yours wait or run; allowed: {limit}. Wait for one to end, or cancel one.",
-                metadata={"quota": "tenant_queued_jobs", "limit": str(limit), "used": str(used)},
-                retry_after=QUOTA_RETRY_SECONDS,
-            )
+        check_queue(connection, tenant, limit)
+        check_seconds(connection, tenant, self._quotas, self._clock.time())
+
+    def _failure(self, job: JobRecord, cause: str) -> dict[str, Any]:
+        entry = {
+            "attempt": job.attempt,
+            "time": self._clock.time(),
+            "owner": job.lease_owner,
+            "cause": cause[:_CAUSE_LENGTH],
+        }
+        return {"failures": [*job.failures, entry]}
 
     def _own(self, connection: Connection, tenant: str, job_id: str, *, locked: bool = False) -> JobRecord:
         query = select(jobs).where(jobs.c.job_id == job_id, jobs.c.tenant == tenant)
@@ -370,7 +363,7 @@ class JobStore:
     def _move(self, connection: Connection, job: JobRecord, state: JobState, **changes: Any) -> JobRecord:
         now = self._clock.time()
         if state is not JobState.RUNNING:
-            changes = {**_NO_LEASE, **changes}
+            changes = {**changes, **_NO_LEASE}
         if state.ended:
             changes["ended"] = now
         moved = self._change(connection, job.job_id, state=state.value, sequence=jobs.c.sequence + 1, **changes)

@@ -8,6 +8,7 @@ from hueshift.server.settings import Settings
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import BlobStore
 from hueshift.server.store.database import Database
+from hueshift.server.store.job_quotas import JobQuotas
 from hueshift.server.store.job_store import JobStore
 
 
@@ -28,10 +29,12 @@ class Stores:
 def open_stores(settings: Settings, clock: Clock) -> Stores:
     """Open, and on first use create, the stores of the settings. Raises as `Database`."""
     root = settings.store.path.expanduser()
-    database = Database(settings.store.database_file, clock)
+    database = Database(settings.store.database, clock)
+    limits = settings.limits
+    quotas = JobQuotas(limits.tenant_running_jobs, limits.tenant_training_seconds)
     return Stores(
         database=database,
         adapters=AdapterStore(database, BlobStore(root / "adapters"), clock),
-        jobs=JobStore(database, clock, max_attempts=settings.training.max_attempts),
+        jobs=JobStore(database, clock, max_attempts=settings.training.max_attempts, quotas=quotas),
         folders=JobFolders(root / "jobs", keep_pictures=settings.training.keep_pictures),
     )

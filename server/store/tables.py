@@ -21,7 +21,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = 1
+# What changed between versions is in `migrations.py`.
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -118,6 +119,11 @@ jobs = Table(
     Column("created", Float, nullable=False),
     Column("started", Float),
     Column("ended", Float),
+    # Seconds on a device, all attempts together, counted up to `charged`.
+    Column("device_seconds", Float, nullable=False, default=0.0),
+    Column("charged", Float),
+    # Why attempts ended early, for the operator: [{attempt, time, owner, cause}].
+    Column("failures", JSON),
     Index("jobs_to_claim", "state", "priority", "created"),
     Index("jobs_by_tenant", "tenant", "created", "job_id"),
 )
@@ -134,4 +140,25 @@ job_events = Table(
     Column("data", LargeBinary),
     ForeignKeyConstraint(["job_id"], ["jobs.job_id"], ondelete="CASCADE"),
     UniqueConstraint("job_id", "sequence"),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    # Days since the epoch, in UTC.
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("device_seconds", Float, nullable=False),
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("replica_id", String(64), primary_key=True),
+    # A gRPC target that front ends can reach.
+    Column("address", String(300), nullable=False),
+    Column("base_hash", String(64), nullable=False),
+    Column("started", Float, nullable=False),
+    # A replica that does not renew its row by then counts as dead.
+    Column("expires", Float, nullable=False),
 )

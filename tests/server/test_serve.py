@@ -262,7 +262,7 @@ async def test_strangers_are_not_served_without_keys(tmp_path: Path) -> None:
         async with running(toy_settings(tmp_path, host="0.0.0.0", allow_plaintext=True)):
             pass
     settings = toy_settings(tmp_path, host="0.0.0.0", allow_plaintext=True)
-    database = Database(settings.store.database_file, SystemClock())
+    database = Database(settings.store.database, SystemClock())
     key_id, secret = KeyStore(database, SystemClock()).create("acme")
     async with running(settings) as (server, addresses):
         port = addresses.grpc.rpartition(":")[2]

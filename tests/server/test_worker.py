@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from small_jobs import SMALL_ADAPTER, small_spec
 
@@ -43,8 +44,14 @@ class ScriptedTrainer:
 class Bench:
     """Stores in a folder, and workers on them."""
 
-    def __init__(self, folder: Path, *, keep_pictures: bool = False) -> None:
-        training = TrainingSettings(lease_seconds=30, poll_seconds=0.01, max_attempts=2, keep_pictures=keep_pictures)
+    def __init__(self, folder: Path, *, keep_pictures: bool = False, max_job_memory: int = 0) -> None:
+        training = TrainingSettings(
+            lease_seconds=30,
+            poll_seconds=0.01,
+            max_attempts=2,
+            keep_pictures=keep_pictures,
+            max_job_memory=max_job_memory,
+        )
         self.settings = Settings(store=StoreSettings(path=folder), training=training)
         self.stores: Stores = open_stores(self.settings, SystemClock())
         self.stop = StopFlag()
@@ -104,6 +111,23 @@ def raises(error: Exception) -> Script:
         raise error
 
     return script
+
+
+def test_a_job_that_does_not_fit_is_not_tried_again(bench: Bench) -> None:
+    bench.queue()
+    job = bench.attempt(raises(torch.OutOfMemoryError("CUDA out of memory")))
+    assert (job.state, job.attempt, job.error_reason) == (JobState.FAILED, 1, "JOB_MEMORY_LIMIT")
+    assert not bench.stop.requested
+
+
+def test_a_job_over_a_limit_fails_and_its_worker_makes_room(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_job_memory=1)
+    bench.queue()
+    job = bench.attempt(stops_when_asked)
+    assert (job.state, job.error_reason) == (JobState.FAILED, "JOB_MEMORY_LIMIT")
+    # The supervisor starts another in its place.
+    assert bench.stop.requested
+    bench.stores.close()
 
 
 def test_a_job_is_trained_published_and_cleaned_up(bench: Bench) -> None:

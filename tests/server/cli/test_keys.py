@@ -17,7 +17,7 @@ def test_a_key_from_its_making_to_its_end(tmp_path: Path, capsys: pytest.Capture
     assert main(["keys", "create", "acme", "--label", "laptop", *store]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["tenant"], made["label"]) == ("acme", "laptop")
-    database = Database(load_settings(store={"path": tmp_path}).store.database_file, SystemClock())
+    database = Database(load_settings(store={"path": tmp_path}).store.database, SystemClock())
     keys = KeyStore(database, SystemClock())
     assert keys.verify(made["secret"]) == "acme"
 

@@ -1,27 +1,44 @@
-"""The job table beside a model of a few lines: any order of claims, crashes, zombies, cancellations, publications."""
+"""The job table beside a model of a few lines, on SQLite and on Postgres.
+
+Any order of claims, crashes, zombies, cancellations, publications, of two tenants with quotas.
+"""
 
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from fake_clock import FakeClock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from postgres import fresh_database
 from small_jobs import SMALL_ADAPTER, small_spec
 from sqlalchemy import select
 
-from hueshift.adapters.errors import HueshiftError, Reason
+from hueshift.adapters.errors import HueshiftError, Reason, ResourceExhausted
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import BlobStore
 from hueshift.server.store.database import Database
+from hueshift.server.store.job_quotas import JobQuotas
 from hueshift.server.store.job_records import EventKind, Lease, NewJob
 from hueshift.server.store.job_store import JobStore
-from hueshift.server.store.tables import revisions
+from hueshift.server.store.tables import metadata, revisions, schema, usage
 
 SPEC = small_spec()
 LEASE_SECONDS = 10.0
 MAX_ATTEMPTS = 3
+RUNNING_LIMIT = 2
+SECONDS_LIMIT = 30.0
+DAY = 86400
 
 
 @dataclass
@@ -38,6 +55,9 @@ class ModelJob:
     expires: float = 0.0
     not_before: float = 0.0
     cancel: bool = False
+    charged: float = 0.0
+    seconds: float = 0.0
+    failures: int = 0
     published: int = 0
     history: list[str] = field(default_factory=lambda: ["queued"])
 
@@ -58,13 +78,23 @@ class ModelJob:
 class JobMachine(RuleBasedStateMachine):
     """Every rule does one thing to the table and to the model; the invariants compare them."""
 
+    url = ""
+
     @initialize()
     def open(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         root = Path(self.folder.name)
         self.clock = FakeClock()
-        self.database = Database(root / "jobs.db", self.clock)
-        self.store = JobStore(self.database, self.clock, max_attempts=MAX_ATTEMPTS)
+        # A few seconds before midnight, so that days pass.
+        self.clock.now = 20_000.0 * DAY - 20
+        self.database = Database(self.url or root / "jobs.db", self.clock)
+        with self.database.write() as connection:
+            for table in reversed(metadata.sorted_tables):
+                if table is not schema:
+                    connection.execute(table.delete())
+        quotas = JobQuotas(running=RUNNING_LIMIT, seconds=SECONDS_LIMIT)
+        self.store = JobStore(self.database, self.clock, max_attempts=MAX_ATTEMPTS, quotas=quotas)
+        self.used: defaultdict[tuple[str, int], float] = defaultdict(float)
         self.adapters = AdapterStore(self.database, BlobStore(root / "blobs"), self.clock)
         self.model: dict[str, ModelJob] = {}
         self.leases: list[Lease] = []
@@ -74,23 +104,41 @@ class JobMachine(RuleBasedStateMachine):
             self.database.close()
             self.folder.cleanup()
 
+    def today(self, tenant: str) -> float:
+        return self.used[tenant, int(self.clock.now // DAY)]
+
+    def charge(self, job: ModelJob) -> None:
+        seconds = self.clock.now - job.charged
+        job.seconds += seconds
+        job.charged = self.clock.now
+        self.used[job.tenant, int(self.clock.now // DAY)] += seconds
+
     @precondition(lambda self: len(self.model) < 6)
     @rule(tenant=st.sampled_from(["alice", "bob"]), priority=st.integers(0, 1))
     def create(self, tenant: str, priority: int) -> None:
         job_id = f"ft-{len(self.model)}"
-        self.store.create(NewJob(job_id, tenant, SPEC, job_id, job_id, {}, priority), tenant_limit=100)
+        new = NewJob(job_id, tenant, SPEC, job_id, job_id, {}, priority)
+        if self.today(tenant) >= SECONDS_LIMIT:
+            with pytest.raises(ResourceExhausted) as refused:
+                self.store.create(new, tenant_limit=100)
+            assert refused.value.metadata["quota"] == "tenant_training_seconds"
+            assert refused.value.retry_after == DAY - self.clock.now % DAY
+            return
+        self.store.create(new, tenant_limit=100)
         self.model[job_id] = ModelJob(tenant, priority, self.clock.now)
 
     @rule(owner=st.sampled_from(["one", "two"]))
     def claim(self, owner: str) -> None:
-        def running(tenant: str) -> int:
-            return sum(job.tenant == tenant and job.state == "running" for job in self.model.values())
-
-        waiting = [
-            (-job.priority, running(job.tenant), job.created, job_id)
-            for job_id, job in self.model.items()
-            if job.state == "queued" and job.not_before <= self.clock.now
-        ]
+        heads: dict[str, tuple[int, float, str]] = {}
+        for job_id, job in self.model.items():
+            if job.state == "queued" and job.not_before <= self.clock.now:
+                place = (-job.priority, job.created, job_id)
+                heads[job.tenant] = min(heads.get(job.tenant, place), place)
+        waiting = []
+        for tenant, (_, created, job_id) in heads.items():
+            running = sum(job.tenant == tenant and job.state == "running" for job in self.model.values())
+            if running < RUNNING_LIMIT and self.today(tenant) < SECONDS_LIMIT:
+                waiting.append((running, self.today(tenant), created, job_id))
         claimed = self.store.claim(owner, LEASE_SECONDS)
         assert (claimed.job.job_id if claimed else None) == (min(waiting)[-1] if waiting else None)
         if claimed is None:
@@ -98,6 +146,7 @@ class JobMachine(RuleBasedStateMachine):
         job = self.model[claimed.job.job_id]
         job.attempt, job.token, job.owner = job.attempt + 1, job.token + 1, owner
         job.expires = self.clock.now + LEASE_SECONDS
+        job.charged = self.clock.now
         job.move("running")
         assert claimed.lease == Lease(claimed.job.job_id, job.token)
         self.leases.append(claimed.lease)
@@ -128,7 +177,7 @@ class JobMachine(RuleBasedStateMachine):
 
     def do(self, action: str, lease: Lease) -> None:
         if action == "heartbeat":
-            assert self.store.heartbeat(lease, LEASE_SECONDS) == self.model[lease.job_id].cancel
+            assert self.store.heartbeat(lease, LEASE_SECONDS).cancel_requested == self.model[lease.job_id].cancel
         elif action == "publish":
             self.store.publish(lease, self.adapters, lease.job_id.encode(), SMALL_ADAPTER, None)
         elif action == "release":
@@ -143,6 +192,10 @@ class JobMachine(RuleBasedStateMachine):
             self.store.stop_cancelled(lease)
 
     def apply(self, action: str, job: ModelJob) -> None:
+        if action != "progress":
+            self.charge(job)
+        if action in ("retry", "fail"):
+            job.failures += 1
         if action == "heartbeat":
             job.expires = self.clock.now + LEASE_SECONDS
         elif action == "publish":
@@ -182,6 +235,8 @@ class JobMachine(RuleBasedStateMachine):
         }
         assert {job.job_id for job in self.store.expire_leases(owner)} == lost
         for job_id in lost:
+            # What lies after the last heartbeat is not charged: nobody knows how long the worker lived.
+            self.model[job_id].failures += 1
             self.model[job_id].put_back(self.clock.now)
 
     @invariant()
@@ -193,13 +248,35 @@ class JobMachine(RuleBasedStateMachine):
             events = self.store.events(job_id, limit=1000)
             assert [event.sequence for event in events] == list(range(1, stored.sequence + 1))
             assert [e.payload["state"] for e in events if e.kind is EventKind.STATE] == job.history
+            assert (stored.device_seconds, len(stored.failures)) == (job.seconds, job.failures)
             assert job.published == (job.state == "succeeded")
             with self.database.read() as connection:
                 found = connection.execute(select(revisions.c.revision).where(revisions.c.job_id == job_id)).all()
             assert len(found) == job.published
 
+    @invariant()
+    def counts_the_seconds(self) -> None:
+        if hasattr(self, "used"):
+            with self.database.read() as connection:
+                found = {(r.tenant, r.day): r.device_seconds for r in connection.execute(usage.select())}
+            assert {key: value for key, value in found.items() if value} == {k: v for k, v in self.used.items() if v}
 
-TestJobs = JobMachine.TestCase
-TestJobs.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+
+def run(url: str, examples: int, steps: int) -> None:
+    limits = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+    class Placed(JobMachine):
+        pass
+
+    Placed.url = url
+    run_state_machine_as_test(Placed, settings=limits)
+
+
+def test_the_table_on_sqlite() -> None:
+    run("", 40, 40)
+
+
+def test_the_table_on_postgres(postgres_server: str) -> None:
+    run(fresh_database(postgres_server, "model"), 20, 30)

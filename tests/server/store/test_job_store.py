@@ -93,14 +93,15 @@ def test_a_job_goes_from_queue_to_adapter(house: House) -> None:
     assert house.jobs.events("ft-1", after=4)[0].sequence == 5
 
 
-def test_claims_go_by_priority_then_fairness_then_age(house: House) -> None:
+def test_claims_are_fair_between_tenants_and_by_priority_within_one(house: House) -> None:
     for number in range(3):
         house.create(f"a-{number}", "alice")
+    house.create("a-urgent", "alice", priority=1)
     house.create("b-0", "bob")
     house.create("c-0", "carol", priority=1)
-    order = [house.claim().job.job_id for _ in range(5)]
-    # carol is urgent; then alice is oldest, but bob, who runs nothing, goes before her second.
-    assert order == ["c-0", "a-0", "b-0", "a-1", "a-2"]
+    order = [house.claim().job.job_id for _ in range(6)]
+    # Alice came first, with her urgent one; then those who run nothing, oldest first, whatever they call urgent.
+    assert order == ["a-urgent", "b-0", "c-0", "a-0", "a-1", "a-2"]
     assert house.jobs.claim("worker", 30.0) is None
 
 
@@ -108,7 +109,7 @@ def test_a_lost_lease_returns_the_job_and_disarms_the_old_holder(house: House) -
     house.create("ft-1")
     zombie = house.claim("first")
     house.clock.now += 29
-    assert house.jobs.heartbeat(zombie.lease, 30.0) is False
+    assert house.jobs.heartbeat(zombie.lease, 30.0).cancel_requested is False
     house.clock.now += 29
     assert house.jobs.expire_leases() == []
     house.clock.now += 2
@@ -169,7 +170,7 @@ def test_cancelling(house: House) -> None:
     claimed = house.claim()
     asked = house.jobs.cancel("alice", "running")
     assert (asked.state, asked.cancel_requested) == (JobState.RUNNING, True)
-    assert house.jobs.heartbeat(claimed.lease, 30.0) is True
+    assert house.jobs.heartbeat(claimed.lease, 30.0).cancel_requested is True
     with pytest.raises(Cancelled):
         house.publish(claimed.lease)
     assert house.revisions_of("running") == 0

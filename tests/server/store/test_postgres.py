@@ -1,11 +1,5 @@
 """The same stores on Postgres, where several hosts share them. Skips without psycopg or Postgres' own programs."""
 
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from postgres import free_port, fresh_database
 from small_store import HandClock, SmallStore
-from sqlalchemy import create_engine, text, update
+from sqlalchemy import update
 
 from hueshift.adapters.errors import FailedPrecondition, NotFound, Reason, Unavailable
 from hueshift.server.store.adapter_store import AdapterStore
@@ -25,50 +20,10 @@ from hueshift.server.store.keys import KeyStore
 from hueshift.server.store.tables import schema
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The URL of a Postgres of our own, without the name of the database."""
-    pytest.importorskip("psycopg", reason="psycopg, the driver of Postgres, is not installed")
-    initdb, pg_ctl = shutil.which("initdb"), shutil.which("pg_ctl")
-    if initdb is None or pg_ctl is None:
-        pytest.skip("initdb and pg_ctl of Postgres are not on the path")
-    # Postgres refuses to run as root.
-    user = None
-    if os.geteuid() == 0:
-        if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
-            pytest.skip("Postgres does not run as root, and there is no user postgres")
-        user = "postgres"
-    with tempfile.TemporaryDirectory() as folder:
-        if user is not None:
-            shutil.chown(folder, user)
-        data, port = f"{folder}/data", _free_port()
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        for command in (
-            [initdb, "-D", data, "-U", "hueshift", "--auth=trust", "-N"],
-            [pg_ctl, "-D", data, "-o", options, "-l", f"{folder}/log", "-w", "start"],
-        ):
-            subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        yield f"postgresql+psycopg://hueshift@127.0.0.1:{port}"
-        stop = [pg_ctl, "-D", data, "-m", "immediate", "stop"]
-        subprocess.run(stop, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-
-
 @pytest.fixture
-def url(server: str) -> str:
+def url(postgres_server: str) -> str:
     """The URL of an empty database."""
-    engine = create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text("DROP DATABASE IF EXISTS store WITH (FORCE)"))
-        connection.execute(text("CREATE DATABASE store"))
-    engine.dispose()
-    return f"{server}/store"
+    return fresh_database(postgres_server, "store")
 
 
 @pytest.fixture
@@ -174,5 +129,5 @@ def test_another_schema_and_an_absent_server_are_told_apart(hosts: list[SmallSto
         Database(url, HandClock())
     assert wrong.value.reason is Reason.STORE_SCHEMA
     with pytest.raises(Unavailable) as absent:
-        Database(f"postgresql+psycopg://hueshift@127.0.0.1:{_free_port()}/store", HandClock())
+        Database(f"postgresql+psycopg://hueshift@127.0.0.1:{free_port()}/store", HandClock())
     assert absent.value.reason is Reason.STORE_UNAVAILABLE

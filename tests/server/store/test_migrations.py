@@ -1,0 +1,53 @@
+"""Tables of an older version are brought up to date in place, with the rows they hold, on both databases."""
+
+from pathlib import Path
+
+import pytest
+from fake_clock import FakeClock
+from postgres import fresh_database
+from small_jobs import small_spec
+from sqlalchemy import inspect, select, text, update
+
+from hueshift.server.store.database import Database
+from hueshift.server.store.job_records import JobState, NewJob
+from hueshift.server.store.job_store import JobStore
+from hueshift.server.store.tables import SCHEMA_VERSION, metadata, schema
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
+    """Where an empty database may be made."""
+    if request.param == "sqlite":
+        return tmp_path / "hueshift.db"
+    return fresh_database(request.getfixturevalue("postgres_server"), "migrated")
+
+
+def go_back_to_version_1(database: Database) -> None:
+    with database.write() as connection:
+        for column in ("device_seconds", "charged", "failures"):
+            connection.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
+        connection.execute(text("DROP TABLE usage"))
+        connection.execute(text("DROP TABLE replicas"))
+        connection.execute(update(schema).values(version=1))
+
+
+def test_version_1_becomes_the_newest(location: str | Path) -> None:
+    clock = FakeClock()
+    database = Database(location, clock)
+    JobStore(database, clock).create(NewJob("ft-1", "alice", small_spec(), "fox", "Fox", {}), tenant_limit=1)
+    go_back_to_version_1(database)
+    database.close()
+
+    database = Database(location, clock)
+    with database.read() as connection:
+        assert connection.scalar(select(schema.c.version)) == SCHEMA_VERSION
+        columns = {table: {c["name"] for c in inspect(connection).get_columns(table)} for table in metadata.tables}
+    assert columns == {name: {column.name for column in table.c} for name, table in metadata.tables.items()}
+    jobs = JobStore(database, clock)
+    claimed = jobs.claim("worker", 30.0)
+    assert claimed is not None
+    assert (claimed.job.job_id, claimed.job.device_seconds, claimed.job.failures) == ("ft-1", 0.0, [])
+    clock.now += 4
+    assert jobs.release(claimed.lease).device_seconds == 4.0
+    assert jobs.get("alice", "ft-1").state is JobState.QUEUED
+    database.close()
