@@ -48,6 +48,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.MODEL_FILE_INVALID: "A part of the base model cannot be read (at start).",
     Reason.ENGINE_UNAVAILABLE: "The engine asked for is not installed (at start).",
     Reason.ENGINE_PARITY: "The exported graph differs from torch (at start).",
+    Reason.PLAN_UNAVAILABLE: "The engine has no full plan, which LAG sampling and shared attention need.",
     Reason.STORE_SCHEMA: "The database belongs to another version (at start).",
     Reason.ADAPTER_NOT_FOUND: "There is no such adapter for this tenant.",
     Reason.ADAPTER_REVISION_NOT_FOUND: "The adapter has no such revision.",

@@ -29,6 +29,9 @@ class CallRows:
     channels_last: bool = False
     """True if activations of convolutions lie in memory as [N, h, w, c]."""
 
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    """LAG masks [N, positions] by transformer, as far as the call has got; a branch in one is confined to it."""
+
 
 class AdaptedLayer(nn.Module):
     """A layer that looks its values up in the rows of the call by its own name."""
@@ -44,8 +47,27 @@ class AdaptedLayer(nn.Module):
         if branch is None:
             return out
         if x.dim() == 4:
-            return out + _branch_on_pixels(x, *branch, channels_last=self.rows.channels_last)
-        return out + _branch_on_tokens(x, *branch, shared=self.rows.shared)
+            added = _branch_on_pixels(x, *branch, channels_last=self.rows.channels_last)
+        else:
+            added = _branch_on_tokens(x, *branch, shared=self.rows.shared)
+        mask = self.rows.masks.get(transformer_of(self.name)) if self.rows.masks else None
+        if mask is not None:
+            shape = (-1, 1, *added.shape[2:]) if x.dim() == 4 else (*mask.shape, 1)
+            added = added * mask.to(added.dtype).reshape(shape)
+        return out + added
+
+
+class CrossSlice(nn.Module):
+    """Stands for to_k or to_v of a cross-attention: its result is a part of the `cross` input, whatever the layer."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        super().__init__()
+        self.begin = begin
+        self.end = end
+
+    def forward(self, cross: Tensor) -> Tensor:
+        """Cut [N, tokens, begin:end] out of [N, tokens, width]."""
+        return cross[..., self.begin : self.end]
 
 
 class BranchedLinear(AdaptedLayer):
@@ -144,6 +166,12 @@ class RowLayerNorm(AdaptedLayer):
             return functional.layer_norm(x, self.shape, weight[0].to(self.bias.dtype), self.bias, self.eps)
         normal = functional.layer_norm(x, self.shape, None, None, self.eps)
         return _scaled(normal, _beside(weight, x.dim() - 2, last=True)) + self.bias
+
+
+def transformer_of(layer: str) -> str:
+    """Name of the transformer that holds a layer: `down_blocks.0.attentions.1`, or the layer's own outside of one."""
+    before, found, after = layer.partition(".attentions.")
+    return f"{before}{found}{after.partition('.')[0]}"
 
 
 def split_rows(rows: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from hueshift.engines.adapted_layers import (
     BranchedConv,
     BranchedLinear,
     CallRows,
+    CrossSlice,
     FactoredConv,
     FactoredLinear,
     RowGroupNorm,
@@ -20,7 +21,9 @@ from hueshift.engines.adapted_layers import (
     split_rows,
 )
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import Plan
+from hueshift.engines.cross_attention import CrossLayout
+from hueshift.engines.guided_attention import CallGuides, ConfiningCrossAttention, SharedSelfAttention
+from hueshift.engines.interface import Guides, Plan
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 
@@ -29,8 +32,10 @@ class AdaptedUNet(nn.Module):
     """The UNet of `base` under one plan.
 
     DENSE keeps the weights and adds the low-rank branch on the targets of `rows`. FACTORED also replaces every matrix
-    by its factors and every norm's weights by the row's. With `channels_last` convolution weights are held in that
-    layout (a copy of them unless the base has it already), which torch runs faster.
+    by its factors and every norm's weights by the row's. FULL is FACTORED with LAG masks and shared self-attention.
+    Cross-attention reads `cross` in the place of `context`, unless `rows` count the text side: then it computes keys
+    and values itself, with the rows' shifts and branches, as training needs. With `channels_last` convolution weights
+    are held in that layout (a copy of them unless the base has it already), which torch runs faster.
 
     A call fills a scope that all layers read, so one instance serves one thread at a time.
     """
@@ -41,10 +46,14 @@ class AdaptedUNet(nn.Module):
         super().__init__()
         self.plan = plan
         self.call_rows = CallRows(channels_last=channels_last)
+        self.guides = CallGuides()
         self.unet = _shared_copy(base.unet)
+        self._text_side = rows.text_side
         self._sizes = {name: end - begin for name, begin, end in rows.layout.spans()}
         self._branches = [(t.name, t.rows, t.cols, t.rank) for t in rows.targets]
-        self._replace_layers(factors)
+        self._replace_layers(factors, CrossLayout(rows.layout))
+        if plan is Plan.FULL:
+            self._guide_attention()
         if channels_last:
             for parameter in self.parameters():
                 if parameter.dim() == 4:
@@ -62,13 +71,33 @@ class AdaptedUNet(nn.Module):
     ) -> Tensor:
         """Run with rows gathered from slabs, inside the graph.
 
-        sample [N, 4, h, w], timestep [N], context [N, tokens, width], adapter_index [N] int64, spectral_slab
-        [slots, spectral_size] fp32 (None under DENSE), lowrank_slab [slots, lowrank_size] fp32. Returns [N, 4, h, w].
+        sample [N, 4, h, w], timestep [N], context [N, tokens, width] (or cross [N, tokens, cross width]),
+        adapter_index [N] int64, spectral_slab [slots, spectral_size] fp32 (None under DENSE), lowrank_slab
+        [slots, lowrank_size] fp32. Returns [N, 4, h, w].
         """
         spectral = None if spectral_slab is None else spectral_slab.index_select(0, adapter_index)
         lowrank = lowrank_slab.index_select(0, adapter_index) if self._branches else None
         with self._scope(spectral, lowrank, shared=False):
             return self._run(sample, timestep, context)
+
+    def forward_guided(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        spectral_slab: Tensor,
+        lowrank_slab: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the FULL plan; see UNetEngine.denoise_guided. Also returns where the branches acted, [N, h, w] fp32."""
+        self.guides.begin(guides, sample.shape[2], sample.shape[3])
+        try:
+            out = self(sample, timestep, cross, adapter_index, spectral_slab, lowrank_slab)
+            return out, self.guides.picture()
+        finally:
+            self.guides.end()
+            self.call_rows.masks = {}
 
     def forward_rows(
         self,
@@ -113,11 +142,20 @@ class AdaptedUNet(nn.Module):
         finally:
             scope.values, scope.branches = {}, {}
 
-    def _replace_layers(self, factors: SpectralFactors) -> None:
+    def _guide_attention(self) -> None:
+        for name, module in self.unet.named_modules():
+            if name.endswith(".attn1"):
+                module.set_processor(SharedSelfAttention(self.guides))
+            elif name.endswith(".attn2"):
+                module.set_processor(ConfiningCrossAttention(name, self.guides, self.call_rows))
+
+    def _replace_layers(self, factors: SpectralFactors, cross: CrossLayout) -> None:
         branched = {name for name, *_ in self._branches}
         made: dict[int, nn.Module] = {}
         for name, layer in list(self.unet.named_modules()):
-            if self.plan is Plan.FACTORED and name in self._sizes:
+            if not self._text_side and name in cross.spans:
+                made[id(layer)] = CrossSlice(*cross.spans[name])
+            elif self.plan is not Plan.DENSE and name in self._sizes:
                 made[id(layer)] = _factored(name, self.call_rows, layer, factors)
             elif name in branched:
                 made[id(layer)] = _branched(name, self.call_rows, layer)

@@ -78,7 +78,7 @@ def build_engine(
     device = choose_device(options.device, base)
     kind = choose_kind(options.kind, device, _is_installed)
     report = progress or (lambda stage, done, total: None)
-    rows = RowLayout(base.layout, options.lowrank_targets, options.lowrank_rank)
+    rows = RowLayout(base.layout, options.lowrank_targets, options.lowrank_rank, text_side=False)
     factors = load_factors(base, options.cache_dir, lambda done, total: report("decompose", done, total))
     norms = read_norms(base.layout, lambda name: base.unet.get_parameter(f"{name}.weight"))
     _log.info("engine_chosen", engine=kind, device=str(device), spectral=rows.spectral_size, lowrank=rows.lowrank_size)

@@ -6,29 +6,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hueshift.engines.interface import BASE_SLOT, Plan, UNetEngine
+from hueshift.adapters.errors import FailedPrecondition, Reason
+from hueshift.engines.conditioning import CrossInputs
+from hueshift.engines.interface import BASE_SLOT, Guides, Plan, UNetEngine
 from hueshift.engines.samplers import SamplerTable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """A part of a picture with adapters and a prompt of its own: `mask` [h, w] fp32 from 0 to 1, at the latents' size.
+
+    The masks of a picture's regions add up to at most 1 everywhere; what is missing is the picture's own.
+    """
+
+    mask: Tensor
+    cross: CrossInputs
+    slot: int = BASE_SLOT
+    needs_factored: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Sample:
     """One picture being denoised.
 
-    `latents` and `prev` (the last step's data estimate) are [C, h, w] fp32; `context` is [2, tokens, width], the
-    negative prompt first, when `guidance` is above 1, else [1, tokens, width]. `step` counts the finished steps of
-    `table`. `slot` is the engine slot of its adapter mix. `generator` lives on the CPU and gives the sample's own
-    noise, so what it draws never depends on its neighbours.
+    `latents` and `prev` (the last step's data estimate) are [C, h, w] fp32; `cross` has two rows, the negative prompt's
+    first, when `guidance` is above 1, else one. `step` counts the finished steps of `table`. `slot` is the engine slot
+    of its adapter mix. `generator` lives on the CPU and gives the sample's own noise, so what it draws never depends
+    on its neighbours.
+
+    `lag` [tokens] fp32 is 1 at the tokens that confine its low-rank branch (LAG sampling), and `lag_mask` [h, w] sums
+    where that acted over the steps. `reference` is the picture whose self-attention it shares; both must be in every
+    batch together, at the same step. `regions` are denoised beside the picture and blended by their masks at every
+    step, as OMG does (Kong et al. 2024, section 3.3).
     """
 
     latents: Tensor
     prev: Tensor
-    context: Tensor
+    cross: CrossInputs
     guidance: float
     table: SamplerTable
     generator: torch.Generator
     slot: int = BASE_SLOT
     needs_factored: bool = False
     step: int = 0
+    lag: Tensor | None = None
+    lag_mask: Tensor | None = None
+    reference: "Sample | None" = None
+    regions: tuple[Region, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -38,35 +62,56 @@ class Sample:
     @property
     def rows(self) -> int:
         """UNet rows it takes in a batch."""
-        return 2 if self.guidance > 1 else 1
+        return (2 if self.guidance > 1 else 1) * (1 + len(self.regions))
 
     @property
     def done(self) -> bool:
         """True once every step was taken."""
         return self.step >= self.table.steps
 
+    @property
+    def parts(self) -> "tuple[Sample | Region, ...]":
+        """What is denoised for it: itself, then its regions."""
+        return (self, *self.regions)
+
 
 def start_sample(
     seed: int,
     shape: tuple[int, int, int],
     *,
-    context: Tensor,
+    cross: CrossInputs,
     guidance: float,
     table: SamplerTable,
     slot: int = BASE_SLOT,
     needs_factored: bool = False,
+    lag: Tensor | None = None,
+    reference: Sample | None = None,
+    regions: tuple[Region, ...] = (),
 ) -> Sample:
     """Draw the first latents of `shape` (C, h, w) from `seed`, on the CPU whatever the device, and place them."""
     generator = torch.Generator().manual_seed(seed)
-    latents = (torch.randn(shape, generator=generator) * table.init_scale).to(context.device)
-    return Sample(latents, torch.zeros_like(latents), context, guidance, table, generator, slot, needs_factored)
+    latents = (torch.randn(shape, generator=generator) * table.init_scale).to(cross.device)
+    prev = torch.zeros_like(latents)
+    sample = Sample(latents, prev, cross, guidance, table, generator, slot, needs_factored)
+    sample.lag, sample.reference, sample.regions = lag, reference, regions
+    return sample
 
 
 def choose_plan(engine: UNetEngine, samples: Sequence[Sample]) -> Plan:
-    """The cheapest plan of the engine that can run all samples together."""
-    if Plan.DENSE not in engine.plans or any(sample.needs_factored for sample in samples):
-        return Plan.FACTORED
-    return Plan.DENSE
+    """The cheapest plan of the engine that can run all samples together.
+
+    Raises FailedPrecondition (PLAN_UNAVAILABLE) if a sample needs the full plan and the engine has none.
+    """
+    if any(sample.lag is not None or sample.reference is not None for sample in samples):
+        if Plan.FULL not in engine.plans:
+            raise FailedPrecondition(
+                Reason.PLAN_UNAVAILABLE,
+                f"the {engine.name} engine has no full plan, which LAG sampling and shared attention need; leave them "
+                "out, or set engine.kind to torch or onnxruntime",
+            )
+        return Plan.FULL
+    factored = any(part.needs_factored for sample in samples for part in sample.parts)
+    return Plan.FACTORED if factored or Plan.DENSE not in engine.plans else Plan.DENSE
 
 
 @torch.inference_mode()
@@ -75,28 +120,16 @@ def advance(engine: UNetEngine, samples: Sequence[Sample], plan: Plan | None = N
 
     Samples may differ in everything but the shape of their latents: step, sampler, prompt, guidance, adapters. Guided
     samples are two UNet rows, eps = negative + guidance (prompt - negative) (Ho and Salimans 2022). What the engine
-    raises passes through, and then no sample has changed (but for the noise it would draw next).
+    raises passes through, and then no sample has changed.
     """
     plan = plan or choose_plan(engine, samples)
     # Guided samples first, so that slices do: gathers over a batch cost more than all the rest of this function.
     samples = sorted(samples, key=_unguided)
     count, device = len(samples), samples[0].latents.device
-    guided = [sample for sample in samples if sample.guided]
-    rows = [*samples, *guided]
-    latents = torch.stack([sample.latents for sample in rows])
-    timesteps = torch.stack([sample.table.timesteps[sample.step] for sample in rows]).to(device)
-    context = torch.stack([s.context[-1] for s in samples] + [s.context[0] for s in guided])
-    slots = torch.tensor([sample.slot for sample in rows], device=device)
-    out = engine.denoise(plan, latents, timesteps, context, slots)
-    if guided:
-        scale = torch.tensor([sample.guidance for sample in guided], device=device).view(-1, 1, 1, 1)
-        negative = out[count:]
-        toward = negative + scale * (out[: len(guided)] - negative)
-        out = torch.cat([toward, out[len(guided) : count]]) if len(guided) < count else toward
-
+    out = _guided_output(engine, samples, plan)
     table = torch.stack([sample.table.coefficients[sample.step] for sample in samples]).to(device)
     a, b, c, d, e, f = table.t().reshape(6, count, 1, 1, 1).unbind()
-    x, prev = latents[:count], torch.stack([sample.prev for sample in samples])
+    x, prev = torch.stack([sample.latents for sample in samples]), torch.stack([sample.prev for sample in samples])
     after, estimate = a * x + b * out + c * prev, e * x + f * out
     if any(sample.table.noisy[sample.step] for sample in samples):
         after += d * torch.stack([_noise(sample) for sample in samples]).to(device)
@@ -104,6 +137,70 @@ def advance(engine: UNetEngine, samples: Sequence[Sample], plan: Plan | None = N
         sample.latents, sample.prev = after[i], estimate[i]
         sample.step += 1
     return plan
+
+
+def _guided_output(engine: UNetEngine, samples: Sequence[Sample], plan: Plan) -> Tensor:
+    """One UNet call, guidance, and the blending of regions: the output for each sample [n, C, h, w]."""
+    parts = [(sample, part) for sample in samples for part in sample.parts]
+    count, guided = len(parts), sum(sample.guided for sample, _ in parts)
+    rows = [*parts, *parts[:guided]]
+    device = samples[0].latents.device
+    latents = torch.stack([sample.latents for sample, _ in rows])
+    timesteps = torch.stack([sample.table.timesteps[sample.step] for sample, _ in rows]).to(device)
+    crosses = [part.cross.at(sample.step) for sample, part in parts]
+    cross = torch.stack([rows[-1] for rows in crosses] + [rows[0] for rows in crosses[:guided]])
+    slots = torch.tensor([part.slot for _, part in rows], device=device)
+    if plan is Plan.FULL:
+        guides = _make_guides(parts, guided, cross.shape[1])
+        out, masks = engine.denoise_guided(latents, timesteps, cross, slots, guides)
+        _note_masks(parts, masks)
+    else:
+        out = engine.denoise(plan, latents, timesteps, cross, slots)
+    if guided:
+        scale = torch.tensor([sample.guidance for sample, _ in parts[:guided]], device=device).view(-1, 1, 1, 1)
+        negative = out[count:]
+        toward = negative + scale * (out[:guided] - negative)
+        out = torch.cat([toward, out[guided:count]]) if guided < count else toward
+    return out if count == len(samples) else _blend_regions(samples, out)
+
+
+def _make_guides(parts: Sequence[tuple[Sample, Sample | Region]], guided: int, tokens: int) -> Guides:
+    """Guides of the rows of `parts`, and of the negative rows of the first `guided` of them behind those."""
+    count, device = len(parts), parts[0][0].latents.device
+    none = torch.zeros(tokens, device=device)
+    confined = [sample.lag if part is sample and sample.lag is not None else none for sample, part in parts]
+    first = {id(sample): number for number, (sample, part) in reversed(list(enumerate(parts))) if part is sample}
+    own = list(range(count))
+    shared = [
+        # A region shares with the same region of the reference.
+        number if sample.reference is None else first[id(sample.reference)] + number - first[id(sample)]
+        for number, (sample, _) in enumerate(parts)
+    ]
+    return Guides(
+        lag=torch.stack([*confined, *[none] * guided]),
+        lag_source=torch.tensor(own + own[:guided], device=device),
+        reference=torch.tensor(shared + [count + number for number in shared[:guided]], device=device),
+    )
+
+
+def _note_masks(parts: Sequence[tuple[Sample, Sample | Region]], masks: Tensor) -> None:
+    for number, (sample, part) in enumerate(parts):
+        if part is sample and sample.lag is not None:
+            sample.lag_mask = masks[number] if sample.lag_mask is None else sample.lag_mask + masks[number]
+
+
+def _blend_regions(samples: Sequence[Sample], out: Tensor) -> Tensor:
+    """Outputs of parts to outputs of samples: each region's where its mask is, the picture's own elsewhere."""
+    blended: list[Tensor] = []
+    number = 0
+    for sample in samples:
+        total = out[number]
+        for offset, region in enumerate(sample.regions, 1):
+            # Written as a change of the picture's own output, so that a mask of zeros leaves its bits alone.
+            total = total + region.mask * (out[number + offset] - out[number])
+        blended.append(total)
+        number += len(sample.parts)
+    return torch.stack(blended)
 
 
 def _unguided(sample: Sample) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import structlog
 from torch import Tensor
 
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan, UNetEngine
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan, UNetEngine
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.tensorrt_engine import TensorRtEngine
@@ -55,15 +55,21 @@ class FallbackEngine:
         """Copy a row into a slot; see UNetEngine."""
         self._engine.load_row(slot, row)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
         """Run the UNet once; see UNetEngine."""
         try:
-            return self._engine.denoise(plan, latents, timesteps, context, adapter_index)
+            return self._engine.denoise(plan, latents, timesteps, cross, adapter_index)
         except TensorRtError as error:
             if self._tensorrt is None:
                 raise
             self._replace(self._tensorrt, error)
-        return self._engine.denoise(plan, latents, timesteps, context, adapter_index)
+        return self._engine.denoise(plan, latents, timesteps, cross, adapter_index)
+
+    def denoise_guided(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+    ) -> tuple[Tensor, Tensor]:
+        """Run the full plan once; see UNetEngine."""
+        return self._engine.denoise_guided(latents, timesteps, cross, adapter_index, guides)
 
     def warm(self) -> None:
         """Run every plan once."""

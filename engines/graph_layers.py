@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hueshift.engines.adapted_layers import transformer_of
 from hueshift.engines.graph_writer import GraphWriter
 from hueshift.engines.interface import Plan
 from hueshift.engines.rows import RowLayout
@@ -18,7 +19,8 @@ from hueshift.engines.svd_cache import SpectralFactors
 class GraphLayers:
     """Writes linear, convolution and norm layers of one UNet under one plan; `names` are the modules' own.
 
-    `written` collects the names, so that the caller can tell that none was forgotten.
+    `written` collects the names, so that the caller can tell that none was forgotten. `masks` holds the LAG mask
+    [batch, positions] of each transformer, as far as the graph is written; branches to come in it are confined to it.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class GraphLayers:
     ) -> None:
         self.graph = graph
         self.written: set[str] = set()
+        self.masks: dict[str, str] = {}
         self._factors = factors
         self._plan = plan
         self._dtype = dtype
@@ -49,7 +52,7 @@ class GraphLayers:
             return out
         tokens = x if dims == 3 else graph.op("Unsqueeze", x, graph.integers(1))
         a, b = (graph.op("Transpose", part, perm=[0, 2, 1]) for part in branch)
-        product = graph.op("MatMul", graph.op("MatMul", tokens, a), b)
+        product = self._confined(name, graph.op("MatMul", graph.op("MatMul", tokens, a), b), axis=2)
         product = product if dims == 3 else graph.op("Squeeze", product, graph.integers(1))
         return graph.op("Add", out, product)
 
@@ -76,6 +79,7 @@ class GraphLayers:
             return out
         pixels = graph.reshape(x, 0, layer.in_channels, -1)
         product = graph.op("MatMul", branch[1], graph.op("MatMul", branch[0], pixels))
+        product = self._confined(name, product, axis=1)
         return graph.op("Add", out, graph.op("Reshape", product, graph.op("Shape", out)))
 
     def group_norm(self, name: str, layer: nn.GroupNorm, x: str) -> str:
@@ -112,7 +116,7 @@ class GraphLayers:
             # No row reaches this graph: runtimes complain of an input that nothing reads.
             return
         index = graph.input("adapter_index", torch.int64, ["batch"])
-        if self._plan is Plan.FACTORED:
+        if self._plan is not Plan.DENSE:
             slab = graph.input("spectral_slab", torch.float32, ["slots", rows.spectral_size])
             spans = list(rows.layout.spans())
             gathered = graph.op("Gather", slab, index, axis=0)
@@ -131,6 +135,12 @@ class GraphLayers:
                 )
                 for target in rows.targets
             }
+
+    def _confined(self, name: str, product: str, axis: int) -> str:
+        mask = self.masks.get(transformer_of(name))
+        if mask is None:
+            return product
+        return self.graph.op("Mul", product, self._own(self.graph.op("Unsqueeze", mask, self.graph.integers(axis))))
 
     def _scale(self, value: str, name: str, axes: list[int]) -> str:
         """Multiply by the layer's row values in fp32, whatever the dtype of the weights."""

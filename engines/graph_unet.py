@@ -7,13 +7,15 @@ diffusers' modules; a configuration that has other operations is refused.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cross_attention import CrossLayout
+from hueshift.engines.graph_guides import MASK, GraphGuides
 from hueshift.engines.graph_layers import GraphLayers
 from hueshift.engines.graph_writer import GraphWriter
 from hueshift.engines.interface import Plan
@@ -61,10 +63,15 @@ def write_unet(
     size: list[int | str] = ["batch", base.latent_channels, "height", "width"]
     sample = graph.input("sample", dtype, size)
     timestep = graph.input("timestep", torch.float32, ["batch"])
-    context = graph.input("context", dtype, ["batch", base.max_tokens, base.layout.token_width])
+    layout = CrossLayout(rows.layout)
+    cross = graph.input("cross", dtype, ["batch", base.max_tokens, layout.width])
     network = _Network(graph, GraphLayers(graph, rows, factors, plan, dtype), unet, dtype)
-    graph.output(OUTPUT, network.run(sample, timestep, context), dtype, size)
-    expected = {name for name, _, _ in rows.layout.spans()}
+    if plan is Plan.FULL:
+        network.guides = GraphGuides(graph, network.layers, base.max_tokens, dtype)
+    graph.output(OUTPUT, network.run(sample, timestep, network.cut(cross, layout)), dtype, size)
+    if network.guides is not None:
+        graph.output(MASK, network.guides.picture(sample), torch.float32, ["batch", "height", "width"])
+    expected = {name for name, _, _ in rows.layout.spans() if name not in layout.spans}
     if network.layers.written != expected:
         odd = sorted(network.layers.written ^ expected)
         raise _refusal(base, f"its layers {', '.join(odd[:4])} have no place in the architecture")
@@ -79,12 +86,20 @@ class _Network:
         self.layers = layers
         self.unet = unet
         self.dtype = dtype
-        self.context = ""
+        self.guides: GraphGuides | None = None
+        self.cross: Mapping[str, str] = {}
         self.time = ""
 
-    def run(self, sample: str, timestep: str, context: str) -> str:
+    def cut(self, cross: str, layout: CrossLayout) -> dict[str, str]:
+        """Cut the input into the keys and values [batch, tokens, width] of each cross-attention."""
+        self.graph.scope = "cross"
+        sizes = self.graph.integers(*(end - begin for begin, end in layout.spans.values()))
+        parts = self.graph.ops("Split", len(layout.spans), cross, sizes, axis=2)
+        return dict(zip(layout.spans, parts, strict=True))
+
+    def run(self, sample: str, timestep: str, cross: Mapping[str, str]) -> str:
         unet, layers = self.unet, self.layers
-        self.context = context
+        self.cross = cross
         self.time = self.silu(self.time_embedding(timestep))
         x = layers.conv("conv_in", unet.conv_in, sample)
         skips = [x]
@@ -147,6 +162,8 @@ class _Network:
 
     def transformer(self, at: str, module: Any, x: str) -> str:
         layers, residual = self.layers, x
+        if self.guides is not None:
+            self.guides.enter(at, residual)
         x = layers.group_norm(f"{at}.norm", module.norm, x)
         if module.use_linear_projection:
             x = layers.linear(f"{at}.proj_in", module.proj_in, self.to_tokens(x, module.in_channels))
@@ -165,9 +182,9 @@ class _Network:
         """Self-attention, cross-attention and feed-forward, each after a norm and with a residual."""
         graph, layers = self.graph, self.layers
         normal = layers.layer_norm(f"{at}.norm1", module.norm1, x)
-        x = graph.op("Add", self.attention(f"{at}.attn1", module.attn1, normal, normal), x)
+        x = graph.op("Add", self.attention(f"{at}.attn1", module.attn1, normal), x)
         normal = layers.layer_norm(f"{at}.norm2", module.norm2, x)
-        x = graph.op("Add", self.attention(f"{at}.attn2", module.attn2, normal, self.context), x)
+        x = graph.op("Add", self.attention(f"{at}.attn2", module.attn2, normal), x)
         normal = layers.layer_norm(f"{at}.norm3", module.norm3, x)
         gated = layers.linear(f"{at}.ff.net.0.proj", module.ff.net[0].proj, normal)
         half = module.ff.net[0].proj.out_features // 2
@@ -175,18 +192,26 @@ class _Network:
         hidden = graph.op("Mul", value, self.gelu(gate))
         return graph.op("Add", layers.linear(f"{at}.ff.net.2", module.ff.net[2], hidden), x)
 
-    def attention(self, at: str, module: Any, x: str, context: str) -> str:
+    def attention(self, at: str, module: Any, x: str) -> str:
+        """Attention of positions [batch, positions, width] to themselves, or to the keys and values given for `at`."""
         graph, layers, heads = self.graph, self.layers, module.heads
+        crossed = f"{at}.to_k" in self.cross
         query = layers.linear(f"{at}.to_q", module.to_q, x)
-        key = layers.linear(f"{at}.to_k", module.to_k, context)
-        value = layers.linear(f"{at}.to_v", module.to_v, context)
+        key = self.cross[f"{at}.to_k"] if crossed else layers.linear(f"{at}.to_k", module.to_k, x)
+        value = self.cross[f"{at}.to_v"] if crossed else layers.linear(f"{at}.to_v", module.to_v, x)
         width = module.to_q.out_features // heads
         graph.scope = at
-        query = graph.op("Transpose", graph.reshape(query, 0, 0, heads, width), perm=[0, 2, 1, 3])
-        key = graph.op("Transpose", graph.reshape(key, 0, 0, heads, width), perm=[0, 2, 3, 1])
-        value = graph.op("Transpose", graph.reshape(value, 0, 0, heads, width), perm=[0, 2, 1, 3])
+        query, key, value = (
+            graph.op("Transpose", graph.reshape(part, 0, 0, heads, width), perm=[0, 2, 1, 3])
+            for part in (query, key, value)
+        )
+        if self.guides is not None and not crossed:
+            query, key, value = self.guides.share(query, key, value)
+        key = graph.op("Transpose", key, perm=[0, 1, 3, 2])
         # Scaling the query, not the larger scores, and before the product, keeps fp16 in range.
         scores = graph.op("Softmax", graph.op("MatMul", self.times(query, width**-0.5), key), axis=-1)
+        if self.guides is not None and crossed:
+            self.guides.confine(at, scores)
         mixed = graph.op("Transpose", graph.op("MatMul", scores, value), perm=[0, 2, 1, 3])
         return layers.linear(f"{at}.to_out.0", module.to_out[0], graph.reshape(mixed, 0, 0, heads * width))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 BASE_SLOT = 0
@@ -22,6 +23,24 @@ class Plan(StrEnum):
 
     FACTORED = "factored"
     """Weights as their SVD with per-sample singular values, plus that branch: y = U(s_i * V^T x) + B_i(A_i x)."""
+
+    FULL = "full"
+    """The factored plan with what single samples may ask of attention: see Guides."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guides:
+    """What Plan.FULL does beside the factored plan, by UNet row; rows that ask for nothing are not changed by it.
+
+    `lag` [N, tokens] fp32 is 1 at the tokens whose attention confines a row's low-rank branch (LAG sampling, Ham et
+    al. 2024), and `lag_source` [N] int64 the row whose tokens and attention decide: a row without guidance, and the
+    negative row of a picture, name the row of its prompt. A row of zeros confines nothing.
+    `reference` [N] int64 is the row whose self-attention a row shares (StyleAligned, Hertz et al. 2023); itself: none.
+    """
+
+    lag: Tensor
+    lag_source: Tensor
+    reference: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +64,12 @@ class EngineRow:
     def nbytes(self) -> int:
         """Bytes of both vectors."""
         return sum(t.numel() * t.element_size() for t in (self.spectral, self.lowrank) if t is not None)
+
+
+def no_guides(cross: Tensor) -> Guides:
+    """Guides that ask for nothing, for the rows of `cross` [N, tokens, width]."""
+    own = torch.arange(cross.shape[0], device=cross.device)
+    return Guides(torch.zeros(cross.shape[:2], device=cross.device), own, own)
 
 
 class UNetEngine(Protocol):
@@ -77,12 +102,24 @@ class UNetEngine(Protocol):
         """
         ...
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
         """Run the UNet once.
 
-        latents [N, 4, h, w] fp32, timesteps [N] fp32, context [N, tokens, width] fp32, adapter_index [N] int64 (slots).
+        latents [N, 4, h, w] fp32, timesteps [N] fp32, cross [N, tokens, width] fp32 (keys and values of every
+        cross-attention, as engines.cross_attention.CrossStage makes them), adapter_index [N] int64 (slots).
         Returns the model's output [N, 4, h, w] fp32 (epsilon or v, as the base was trained). Under Plan.DENSE only the
-        low-rank part of a row counts: the caller must not send rows that need the factored plan.
+        low-rank part of a row counts: the caller must not send rows that need the factored plan. Plan.FULL runs with
+        guides that ask for nothing.
+        """
+        ...
+
+    def denoise_guided(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+    ) -> tuple[Tensor, Tensor]:
+        """Run Plan.FULL once, which must be one of `plans`.
+
+        Also returns the share of transformers whose branches acted at each position, [N, h, w] fp32: the LAG masks,
+        averaged over the UNet at the latents' resolution; ones for a row that is not confined.
         """
         ...
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.graph_guides import MASK
 from hueshift.engines.graph_unet import OUTPUT
-from hueshift.engines.interface import EngineRow, Plan
+from hueshift.engines.interface import EngineRow, Guides, Plan, no_guides
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
@@ -28,7 +29,7 @@ class OnnxEngine:
     """
 
     name = "onnxruntime"
-    plans = (Plan.DENSE, Plan.FACTORED)
+    plans = (Plan.DENSE, Plan.FACTORED, Plan.FULL)
 
     def __init__(
         self,
@@ -60,33 +61,50 @@ class OnnxEngine:
         """Copy a row into a slot; see UNetEngine."""
         self._slabs.load(slot, row)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
         """Run the UNet once; see UNetEngine."""
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         slabs = self._slabs
-        return self.run_graph(plan, latents, timesteps, context, adapter_index, slabs.spectral, slabs.lowrank)
+        return self.run_graph(plan, latents, timesteps, cross, adapter_index, slabs.spectral, slabs.lowrank)[0]
+
+    def denoise_guided(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+    ) -> tuple[Tensor, Tensor]:
+        """Run the full plan once; see UNetEngine."""
+        self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
+        inputs = (latents, timesteps, cross, adapter_index, self._slabs.spectral, self._slabs.lowrank)
+        out, mask = self.run_graph(Plan.FULL, *inputs, guides)
+        return out, mask
 
     def run_graph(
         self,
         plan: Plan,
         sample: Tensor,
         timestep: Tensor,
-        context: Tensor,
+        cross: Tensor,
         adapter_index: Tensor,
         spectral_slab: Tensor,
         lowrank_slab: Tensor,
-    ) -> Tensor:
-        """Run the graph of `plan` on any slabs; shapes and dtypes as in onnx_export. The dense one ignores spectral."""
+        guides: Guides | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Run the graph of `plan` on any slabs; shapes and dtypes as in onnx_export. The dense one ignores spectral.
+
+        Returns the output, and under Plan.FULL the masks.
+        """
         given = {
             "sample": sample,
             "timestep": timestep,
-            "context": context,
+            "cross": cross,
             "adapter_index": adapter_index,
             "spectral_slab": spectral_slab,
             "lowrank_slab": lowrank_slab,
         }
+        if plan is Plan.FULL:
+            guides = guides or no_guides(cross)
+            given |= {"lag": guides.lag, "lag_source": guides.lag_source, "reference": guides.reference}
         feeds = {name: _view(tensor) for name, tensor in given.items() if name in self._inputs[plan]}
-        return torch.from_numpy(self._sessions[plan].run([OUTPUT], feeds)[0])
+        outputs = [OUTPUT, MASK] if plan is Plan.FULL else [OUTPUT]
+        return tuple(torch.from_numpy(array) for array in self._sessions[plan].run(outputs, feeds))
 
     def warm(self) -> None:
         """Run every plan once."""

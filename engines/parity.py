@@ -9,7 +9,7 @@ from torch import Tensor
 from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import Plan
+from hueshift.engines.interface import Guides, Plan
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.torch_engine import example_inputs
@@ -18,7 +18,10 @@ _ROWS = 3
 _SEED = 20_260
 _log = structlog.get_logger()
 
-RunGraph = Callable[[Plan, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+RunGraph = Callable[[Plan, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Guides | None], tuple[Tensor, ...]]
+"""run(plan, sample, timestep, cross, adapter_index, spectral_slab, lowrank_slab, guides) returns the output, and under
+Plan.FULL the masks too."""
+
 OnParity = Callable[[str, float], None]
 """on_parity(plan, error); `merged` is a plan too."""
 
@@ -65,18 +68,30 @@ def parity_error(
     """Largest absolute difference of the graph from torch, over the largest output or 1.
 
     Three samples, each with an adapter of its own: the base's row, and two with every singular value, norm weight and
-    low-rank factor shifted at random.
+    low-rank factor shifted at random. Under Plan.FULL the first confines itself and the third, and the second shares
+    its attention.
     """
-    latents, timesteps, context, _ = example_inputs(base, _ROWS)
+    latents, timesteps, cross, _ = example_inputs(base, _ROWS)
     index = torch.arange(_ROWS)
     spectral, lowrank = random_slabs(rows, factors, norms)
     unet = AdaptedUNet(base, factors, rows, plan, channels_last=False)
+    guides = _example_guides(base) if plan is Plan.FULL else None
+    inputs = (latents, timesteps, cross, index)
     with torch.no_grad():
-        slab = spectral if plan is Plan.FACTORED else None
-        expected = unet(latents, timesteps, context, index, slab, lowrank)
-    found = run_graph(plan, latents, timesteps, context, index, spectral, lowrank)
-    scale = max(1.0, float(expected.abs().max()))
-    return float((found - expected).abs().max()) / scale
+        expected: tuple[Tensor, ...]
+        if guides is not None:
+            expected = unet.forward_guided(*inputs, guides, spectral, lowrank)
+        else:
+            expected = (unet(*inputs, None if plan is Plan.DENSE else spectral, lowrank),)
+    found = run_graph(plan, *inputs, spectral, lowrank, guides)
+    scale = max(1.0, float(expected[0].abs().max()))
+    return max(float((one - other).abs().max()) / scale for one, other in zip(found, expected, strict=True))
+
+
+def _example_guides(base: BaseModel) -> Guides:
+    lag = torch.zeros(_ROWS, base.max_tokens)
+    lag[0, 1:3] = 1
+    return Guides(lag, torch.tensor([0, 1, 0]), torch.tensor([0, 0, 2]))
 
 
 def random_slabs(rows: RowLayout, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,21 +7,24 @@ one copy of a finished row into a slot.
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import itemgetter
 from typing import Protocol
 
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
-from hueshift.adapters.errors import InvalidArgument, Reason, ResourceExhausted
+from hueshift.adapters.blocks import Weight, add_weights
+from hueshift.adapters.errors import Reason, ResourceExhausted
 from hueshift.engines.interface import BASE_SLOT, EngineRow, UNetEngine
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text_side import TextSide, compose_text_side
 
-Mix = tuple[tuple[str, float], ...]
+Mix = tuple[tuple[str, Weight], ...]
 """Content hashes of adapters with their weights, sorted, each hash once. The empty mix is the base model."""
 
 
@@ -48,12 +51,15 @@ class ResidencyObserver(Protocol):
         """The tier's contents changed."""
 
 
-def make_mix(adapters: Iterable[tuple[str, float]]) -> Mix:
-    """Return the canonical mix of (content hash, weight): sorted, equal hashes added up, zero weights left out."""
-    weights: dict[str, float] = {}
+def make_mix(adapters: Iterable[tuple[str, Weight]]) -> Mix:
+    """Return the canonical mix of (content hash, weight): sorted, equal hashes added up, zero weights left out.
+
+    Weights by block are canonical when they come from `resolve_blocks`, so that equal mixes share a slot.
+    """
+    weights: dict[str, Weight] = {}
     for content_hash, weight in adapters:
-        weights[content_hash] = weights.get(content_hash, 0.0) + weight
-    return tuple(sorted((key, weight) for key, weight in weights.items() if weight != 0))
+        weights[content_hash] = add_weights(weights.get(content_hash, 0.0), weight)
+    return tuple((key, weight) for key, weight in sorted(weights.items(), key=itemgetter(0)) if weight != 0)
 
 
 class HostCache:
@@ -146,13 +152,13 @@ class HostCache:
 class PreparedMix:
     """A mix ready to enter a slot. `row` is None for the base, and for a mix that was in a slot already.
 
-    `tokens` are the learned words of its adapters. `seconds` is what loading and composing took.
+    `text` is what its adapters teach the text side. `seconds` is what loading and composing took.
     """
 
     mix: Mix
     row: EngineRow | None = None
     needs_factored: bool = False
-    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    text: TextSide = field(default_factory=TextSide)
     seconds: float = 0.0
 
 
@@ -161,7 +167,7 @@ class _Resident:
     slot: int
     nbytes: int
     needs_factored: bool
-    tokens: Mapping[str, Tensor]
+    text: TextSide
     uses: int = 0
     pinned: bool = False
     doomed: bool = False
@@ -207,12 +213,12 @@ class SlotCache:
             held = self._held.get(mix)
         self._observer.looked_up(Tier.SLOT, hit=held is not None)
         if held is not None:
-            return PreparedMix(mix, None, held.needs_factored, held.tokens)
+            return PreparedMix(mix, None, held.needs_factored, held.text)
         begin = time.perf_counter()
         weighted = [(self._host.get(content_hash), weight) for content_hash, weight in mix]
         row = self._rows.compose(weighted, self._factors, self._norms)
-        tokens = merge_tokens([adapter for adapter, _ in weighted])
-        return PreparedMix(mix, row, row.needs_factored, tokens, time.perf_counter() - begin)
+        text = compose_text_side(weighted, self._factors)
+        return PreparedMix(mix, row, row.needs_factored, text, time.perf_counter() - begin)
 
     def fits(self, prepared: PreparedMix) -> bool:
         """False if the mix was in a slot when it was prepared, but has been evicted since: prepare it again."""
@@ -304,7 +310,7 @@ class SlotCache:
         # The slot stays on the free list until the copy is made, so that a row the engine refuses costs no slot.
         self._engine.load_row(slot, row)
         self._observer.loaded(Tier.SLOT, time.perf_counter() - begin)
-        held = _Resident(slot, row.nbytes, prepared.needs_factored, prepared.tokens)
+        held = _Resident(slot, row.nbytes + prepared.text.nbytes, prepared.needs_factored, prepared.text)
         with self._lock:
             self._free.pop()
             self._held[prepared.mix] = held
@@ -321,22 +327,3 @@ class SlotCache:
 
     def _tell(self) -> None:
         self._observer.holds(Tier.SLOT, len(self._held), sum(r.nbytes for r in self._held.values()))
-
-
-def merge_tokens(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Gather the learned words of several adapters.
-
-    A learned embedding is used as it is, whatever the adapter's weight: it says what the word means, not how strongly.
-    Raises InvalidArgument (ADAPTERS_INCOMPATIBLE) when two adapters learned the same word differently.
-    """
-    merged: dict[str, Tensor] = {}
-    for adapter in adapters:
-        for word, vector in adapter.tokens.items():
-            if word in merged and not merged[word].equal(vector):
-                raise InvalidArgument(
-                    Reason.ADAPTERS_INCOMPATIBLE,
-                    f"two of the adapters learned the word {word[:80]!r} differently; use one of them, or fine-tune "
-                    "one again with another identifier",
-                )
-            merged[word] = vector
-    return merged

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, LowRankFactors
+from hueshift.adapters.blocks import BlockWeights, Weight, layer_weight
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
 from hueshift.engines.interface import EngineRow
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text_side import is_text_side
 
-Mix = Sequence[tuple[Adapter, float]]
+Mix = Sequence[tuple[Adapter, Weight]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,15 @@ class RowLayout:
     only, because the branch acts on each position alone. The rank of a branch is at most
     min(lowrank_rank, rows, cols). Raises InvalidArgument (SETTINGS_INVALID) on a target that fits nothing or something
     else, or a rank below 1.
+
+    Without `text_side` the layers that make cross-attention keys and values have no branch and do not count: engines
+    read those as an input (engines/cross_attention.py), where an adapter's rank is not limited either.
     """
 
     layout: BaseLayout
     lowrank_targets: tuple[str, ...]
     lowrank_rank: int
+    text_side: bool = True
     targets: tuple[LowRankTarget, ...] = field(init=False)
     lowrank_size: int = field(init=False)
 
@@ -67,7 +73,7 @@ class RowLayout:
         targets: list[LowRankTarget] = []
         position = 0
         for layer in self.layout.matrices:
-            if layer.name in wanted:
+            if layer.name in wanted and (self.text_side or not is_text_side(layer.name)):
                 rank = min(self.lowrank_rank, layer.rank)
                 targets.append(LowRankTarget(layer.name, layer.rows, layer.cols, rank, position))
                 position = targets[-1].end
@@ -78,6 +84,12 @@ class RowLayout:
     def spectral_size(self) -> int:
         """Values of a spectral row."""
         return self.layout.spectral_size
+
+    @property
+    def served_ranks(self) -> dict[str, int]:
+        """The largest rank that an engine serves, by layer: that of a branch, or any rank on the text side."""
+        ranks = {layer.name: layer.rank for layer in self.layout.matrices if is_text_side(layer.name)}
+        return ranks | {target.name: target.rank for target in self.targets}
 
     def base_spectral(self, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> Tensor:
         """The base model's own spectral row [spectral_size]: sigma of each matrix, then the weights of each norm."""
@@ -107,8 +119,9 @@ class RowLayout:
         """Make one engine row of several weighted adapters of the same base model.
 
         Spectral: relu(sigma + sum_k w_k delta_k), and w + sum_k w_k shift_k for norms (Han et al. 2023, sections 3.2
-        and 3.4). Low rank: ranks are concatenated, and w_k times the adapter's scale is folded into B. A part that no
-        adapter touches is None, so that such a row also runs under the dense plan. `norms` are the base's norm weights.
+        and 3.4), where w_k may differ by block. Low rank: ranks are concatenated, and w_k times the adapter's scale is
+        folded into B. A part that no adapter touches is None, so that such a row also runs under the dense plan.
+        `norms` are the base's norm weights.
 
         Raises FailedPrecondition (ADAPTER_BASE_MISMATCH), or InvalidArgument (ADAPTER_TENSOR_UNKNOWN,
         ADAPTER_SHAPE_MISMATCH, ADAPTER_TARGET_UNSUPPORTED, ADAPTER_RANK_TOO_LARGE, INVALID_FIELD for a weight that is
@@ -116,22 +129,23 @@ class RowLayout:
         """
         for adapter, weight in mix:
             self._check(adapter, weight)
-        spectral = any(adapter.spectral or adapter.norm for adapter, _ in mix)
-        lowrank = any(adapter.lowrank for adapter, _ in mix)
+        spectral = any(adapter.norm or any(map(self._counts, adapter.spectral)) for adapter, _ in mix)
+        lowrank = any(any(map(self._counts, adapter.lowrank)) for adapter, _ in mix)
         return EngineRow(
             spectral=self._compose_spectral(mix, factors, norms) if spectral else None,
             lowrank=self._compose_lowrank(mix) if lowrank else None,
         )
 
-    def _check(self, adapter: Adapter, weight: float) -> None:
+    def _check(self, adapter: Adapter, weight: Weight) -> None:
         if adapter.base_hash != self.layout.base_hash:
             raise FailedPrecondition(
                 Reason.ADAPTER_BASE_MISMATCH,
                 f"the adapter belongs to base model {adapter.base_hash[:12]}, but this engine runs "
                 f"{self.layout.base_hash[:12]}; fine-tune it again on this base",
             )
-        if not math.isfinite(weight):
-            raise InvalidArgument.for_field("weight", f"{weight} is not finite; give a finite number")
+        for value in [value for _, value in weight.entries] if isinstance(weight, BlockWeights) else [weight]:
+            if not math.isfinite(value):
+                raise InvalidArgument.for_field("weight", f"{value} is not finite; give a finite number")
 
     def _compose_spectral(self, mix: Mix, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> Tensor:
         row = self.base_spectral(factors, norms)
@@ -145,17 +159,24 @@ class RowLayout:
                 for name, shift in shifts.items():
                     _check_shift(name, shift, sizes if name in offsets else {})
                     begin = offsets[name]
-                    row[begin : begin + sizes[name]] += weight * shift.float()
+                    row[begin : begin + sizes[name]] += layer_weight(weight, name) * shift.float()
         row[: layout.sigma_size].clamp_(min=0)
         return row
+
+    def _counts(self, layer: str) -> bool:
+        return self.text_side or not is_text_side(layer)
 
     def _compose_lowrank(self, mix: Mix) -> Tensor:
         stacked: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         for adapter, weight in mix:
             for name, parts in adapter.lowrank.items():
+                strength = layer_weight(weight, name)
+                # What has no strength takes no rank: two adapters of full rank can share a row, block by block.
+                if strength == 0 or not self._counts(name):
+                    continue
                 a, b = stacked.setdefault(name, ([], []))
                 a.append(parts.a.float())
-                b.append(_folded(parts, weight))
+                b.append(_folded(parts, strength))
         return self.pack_lowrank({name: (torch.cat(a, 0), torch.cat(b, 1)) for name, (a, b) in stacked.items()})
 
 

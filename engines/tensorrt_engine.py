@@ -12,8 +12,9 @@ import structlog
 import torch
 from torch import Tensor
 
+from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
@@ -101,14 +102,14 @@ class TensorRtEngine:
         """Views of what a slot holds."""
         return EngineRow(self._slabs.spectral[slot], self._slabs.lowrank[slot])
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
         """Run the UNet once; see UNetEngine. Inputs may be on another device; the output is where the latents are.
 
         Raises TensorRtError (run) too.
         """
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         role = MERGED if self._should_run_merged(adapter_index) else plan.value
-        out = self._runners[role].run(latents, timesteps, context, adapter_index)
+        out = self._runners[role].run(latents, timesteps, cross, adapter_index)
         return out.to(latents.device)
 
     def merge(self, slot: int) -> None:
@@ -126,10 +127,19 @@ class TensorRtEngine:
             raise
         self.merged_slot = slot
 
-    def denoise_merged(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def denoise_guided(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+    ) -> tuple[Tensor, Tensor]:
+        """Refuse: there is no TensorRT plan for it (see `plans`). Raises FailedPrecondition (PLAN_UNAVAILABLE)."""
+        raise FailedPrecondition(
+            Reason.PLAN_UNAVAILABLE,
+            "the TensorRT engine has no full plan; set engine.kind to torch for guided sampling",
+        )
+
+    def denoise_merged(self, latents: Tensor, timesteps: Tensor, cross: Tensor) -> Tensor:
         """Run the merged plan once, on whatever it holds; shapes as in `denoise`."""
         index = torch.full((latents.shape[0],), BASE_SLOT)
-        return self._runners[MERGED].run(latents, timesteps, context, index).to(latents.device)
+        return self._runners[MERGED].run(latents, timesteps, cross, index).to(latents.device)
 
     def warm(self) -> None:
         """Run every plan twice, so that the calls of the smallest batches are captured too."""

@@ -90,10 +90,10 @@ class PlanRunner:
             for name, dtype in dtypes.items()
             if name not in self._slabs
         }
-        self._context_shape = shapes["context"][1:]
+        self._cross_shape = shapes["cross"][1:]
         self._channels = shapes["sample"][1]
 
-    def run(self, sample: Tensor, timestep: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+    def run(self, sample: Tensor, timestep: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
         """Run the plan on N rows; shapes as in onnx_export. Returns out [N, 4, h, w] fp32 on the lane's device.
 
         The batch is filled up to a bucket with rows of the base: a few shapes serve every batch. Raises InvalidArgument
@@ -101,7 +101,7 @@ class PlanRunner:
         """
         rows, _, height, width = sample.shape
         self._check_sides(height, width)
-        given = {"sample": sample, "timestep": timestep, "context": context, "adapter_index": adapter_index}
+        given = {"sample": sample, "timestep": timestep, "cross": cross, "adapter_index": adapter_index}
         with self._lane.running():
             shape = self._shape(bucket_of(rows, self._ranges.max_batch), height, width)
             for name, values in given.items():
@@ -157,7 +157,7 @@ class PlanRunner:
         shapes = {
             "sample": picture,
             "timestep": (batch,),
-            "context": (batch, *self._context_shape),
+            "cross": (batch, *self._cross_shape),
             "adapter_index": (batch,),
             OUTPUT: picture,
         }
@@ -178,9 +178,9 @@ class PlanRunner:
         engine, mode = self._engine, self._trt.module.TensorIOMode
         ours = {theirs: dtype for dtype, theirs in self._trt.dtypes.items()}
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
-        known = {"sample", "timestep", "context", "adapter_index", "spectral_slab", "lowrank_slab", OUTPUT}
+        known = {"sample", "timestep", "cross", "adapter_index", "spectral_slab", "lowrank_slab", OUTPUT}
         odd = [name for name in names if name not in known or engine.get_tensor_dtype(name) not in ours]
-        if odd or not {"sample", "timestep", "context", OUTPUT} <= set(names):
+        if odd or not {"sample", "timestep", "cross", OUTPUT} <= set(names):
             raise TensorRtError(Fallback.PLAN, f"the plan has other tensors than its graph: {', '.join(names)}")
         inputs = {name for name in names if engine.get_tensor_mode(name) == mode.INPUT}
         return inputs, {name: ours[engine.get_tensor_dtype(name)] for name in names}

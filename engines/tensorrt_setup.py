@@ -123,7 +123,7 @@ def _prepare(
 
 def _export(model: Model, cache_dir: Path, role: str, report: BuildProgress) -> Path:
     """Write the fp16 graph. The merged one is dense without branches: its adapter is in the weights."""
-    rows = RowLayout(model.rows.layout, (), model.rows.lowrank_rank) if role == MERGED else model.rows
+    rows = RowLayout(model.rows.layout, (), model.rows.lowrank_rank, text_side=False) if role == MERGED else model.rows
     plan = Plan.FACTORED if role == Plan.FACTORED else Plan.DENSE
     try:
         return export_graph(

@@ -91,9 +91,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def _sample(engine: TensorRtEngine, base: BaseModel, count: int) -> tuple[tuple[Tensor, Tensor], Inputs, Tensor]:
-    latents, timesteps, context, _ = example_inputs(base, count)
+    latents, timesteps, cross, _ = example_inputs(base, count)
     spectral, lowrank = random_slabs(engine.rows, engine.factors, engine.norms)
-    return (spectral, lowrank), (latents, timesteps, context), torch.arange(count)
+    return (spectral, lowrank), (latents, timesteps, cross), torch.arange(count)
 
 
 def _reference(

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from hueshift.adapters.layout import BaseLayout
+from hueshift.engines.text_side import is_text_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,9 @@ class RefitWeight:
 
 
 def refit_weights(layout: BaseLayout) -> tuple[RefitWeight, ...]:
-    """Every weight that spectral, norm or low-rank adapters change: the union, so that no adapter leaves a trace."""
+    """Every weight of the graph that spectral, norm or low-rank adapters change: the union, so that no adapter leaves
+    a trace. Keys and values of cross-attention are the graph's input, so their weights are not in it.
+    """
     matrices = [
         RefitWeight(
             name=f"{layer.name}.weight" if layer.is_conv else f"{layer.name}.weight.transposed",
@@ -30,6 +33,7 @@ def refit_weights(layout: BaseLayout) -> tuple[RefitWeight, ...]:
             is_transposed=not layer.is_conv,
         )
         for layer in layout.matrices
+        if not is_text_side(layer.name)
     ]
     norms = [RefitWeight(f"{layer.name}.weight", layer.name, layer.size, is_norm=True) for layer in layout.norms]
     return (*matrices, *norms)

@@ -1,6 +1,7 @@
 """Prompts to contexts, with learned words. One encoding per request; nothing of a request outlives it here."""
 
 import copy
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
@@ -20,6 +22,23 @@ class TextResult:
 
     context: Tensor
     truncated: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """Token ids [max_tokens], padded; where each learned word occurs, one group of positions for each occurrence; and
+    how many tokens were cut off. An occurrence that was cut off, even in part, is not there."""
+
+    ids: tuple[int, ...]
+    places: Mapping[str, tuple[tuple[int, ...], ...]]
+    truncated: int
+
+
+Vectors = Mapping[str, Tensor]
+"""Embeddings [vectors, width] of learned words."""
+
+Bypasses = Mapping[str, tuple[Tensor, float]]
+"""Textual bypasses v [width] of learned words, with their share."""
 
 
 class TextStage:
@@ -36,9 +55,12 @@ class TextStage:
         self._tokenizer = base.tokenizer
         self._max_tokens = base.max_tokens
         self._width = base.layout.token_width
-        self._lock = threading.Lock()
-        self._learned: dict[int, Tensor] = {}
+        self._lock = threading.RLock()
+        self._learned: tuple[Tensor, Tensor, Tensor] | None = None
         self._encoder.get_input_embeddings().register_forward_hook(self._replace)
+        self._last_norm: Any = next(m for n, m in self._encoder.named_modules() if n.endswith("final_layer_norm"))
+        self._hidden: list[Tensor] | None = None
+        self._last_norm.register_forward_pre_hook(self._keep)
         self._empty = self.encode([""], {}).context[0]
 
     @property
@@ -49,25 +71,89 @@ class TextStage:
     def encode(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> TextResult:
         """Encode prompts in one pass.
 
-        `tokens` maps words to their learned embeddings, [width] or [1, width], which stand in for the word's own
-        embedding wherever its token occurs. Raises InvalidArgument if a word is not exactly one token of the base's
-        vocabulary, or an embedding has another shape.
+        `tokens` maps words to their learned embeddings, [width] or [vectors, width], which stand in for the word
+        wherever it occurs as a whole word, in any case of letters; a word of several vectors takes as many places.
+        Raises InvalidArgument if an embedding has another shape.
         """
         with torch.no_grad():
             return self.encode_differentiably(prompts, tokens)
 
     def encode_differentiably(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> TextResult:
         """Encode as `encode` does, keeping the gradient with respect to the embeddings: training learns them so."""
-        learned = {self.token_id(word): self._checked(word, vector) for word, vector in tokens.items()}
+        learned = {word: self._checked(word, vectors) for word, vectors in tokens.items()}
+        counts = {word: len(vectors) for word, vectors in learned.items()}
+        rows = [self.tokenize(prompt, counts) for prompt in prompts]
+        context = self.encode_rows(rows, [learned] * len(rows))
+        return TextResult(context, [row.truncated for row in rows])
+
+    def encode_rows(self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors]) -> Tensor:
+        """Encode tokenised prompts, each with its own embeddings of its words, as contexts [n, tokens, width] fp32.
+
+        A row's `learned` must have every word of its `places`, with as many vectors. Keeps gradients.
+        """
+        device = self._encoder.device
+        ids = torch.tensor([row.ids for row in rows], device=device)
+        places: list[tuple[int, int]] = []
+        vectors: list[Tensor] = []
+        for number, (row, words) in enumerate(zip(rows, learned, strict=True)):
+            for word, groups in row.places.items():
+                for group in groups:
+                    places.extend((number, position) for position in group)
+                    vectors.append(words[word])
         with self._lock:
-            rows = [self._tokenize(prompt) for prompt in prompts]
-            ids = torch.tensor([row for row, _ in rows], device=self._encoder.device)
-            self._learned = learned
+            if places:
+                where = torch.tensor(places, device=device)
+                self._learned = (where[:, 0], where[:, 1], torch.cat(vectors))
             try:
-                context = self._encoder(input_ids=ids)[0]
+                context: Tensor = self._encoder(input_ids=ids)[0]
             finally:
-                self._learned = {}
-        return TextResult(context.float(), [cut for _, cut in rows])
+                self._learned = None
+        return context.float()
+
+    @torch.no_grad()
+    def encode_bypassed(
+        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], bypasses: Sequence[Bypasses]
+    ) -> tuple[Tensor, Tensor]:
+        """Encode as `encode_rows` does; also return the contexts that values see.
+
+        There the last hidden state e at a word's places became e + share |e| v / |v| before the final layer norm
+        (Alaluf et al. 2023, section 4.2).
+        """
+        with self._lock:
+            self._hidden = []
+            try:
+                context = self.encode_rows(rows, learned)
+                hidden = self._hidden[-1].clone()
+            finally:
+                self._hidden = None
+            for number, (row, words) in enumerate(zip(rows, bypasses, strict=True)):
+                for word, (vector, share) in words.items():
+                    for position in chain.from_iterable(row.places.get(word, ())):
+                        encoded = hidden[number, position]
+                        change = functional.normalize(vector.to(encoded), dim=0)
+                        hidden[number, position] = encoded + share * encoded.norm() * change
+            return context, self._last_norm(hidden).float()
+
+    def tokenize(self, prompt: str, words: Mapping[str, int]) -> TokenizedPrompt:
+        """Tokenise a prompt in which each word of `words` takes the given number of places."""
+        tokenizer = self._tokenizer
+        body: list[int] = []
+        places: dict[str, list[tuple[int, ...]]] = {}
+        room = self._max_tokens - 2
+        for piece, word in _split(prompt, words):
+            if word is None:
+                # verbose=False: transformers would log a warning for every long prompt.
+                body += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+                continue
+            group = tuple(range(len(body), len(body) + words[word]))
+            if group[-1] < room:
+                # Places count the start mark.
+                places.setdefault(word, []).append(tuple(place + 1 for place in group))
+            body += [self._stand_in(word)] * words[word]
+        cut = max(0, len(body) - room)
+        ids = [tokenizer.bos_token_id, *body[:room], tokenizer.eos_token_id]
+        ids += [tokenizer.pad_token_id] * (self._max_tokens - len(ids))
+        return TokenizedPrompt(tuple(ids), {word: tuple(groups) for word, groups in places.items()}, cut)
 
     def token_id(self, word: str) -> int:
         """Return the id of a word that is a single token. Raises InvalidArgument when it is not."""
@@ -80,25 +166,49 @@ class TextStage:
             )
         return int(ids[0])
 
-    def _tokenize(self, prompt: str) -> tuple[list[int], int]:
-        # verbose=False: transformers would log a warning for every long prompt.
-        ids: list[int] = self._tokenizer(prompt, verbose=False).input_ids
-        cut = max(0, len(ids) - self._max_tokens)
-        if cut:
-            ids = [*ids[: self._max_tokens - 1], ids[-1]]
-        return ids + [self._tokenizer.pad_token_id] * (self._max_tokens - len(ids)), cut
+    def _stand_in(self, word: str) -> int:
+        """An ordinary token to keep a learned word's place: its own first one, if it has an ordinary one."""
+        ids: list[int] = self._tokenizer(word, add_special_tokens=False, verbose=False).input_ids
+        return next((token for token in ids if token not in self._tokenizer.all_special_ids), 0)
 
-    def _checked(self, word: str, vector: Tensor) -> Tensor:
-        if vector.numel() != self._width or vector.shape[-1] != self._width:
+    def _checked(self, word: str, vectors: Tensor) -> Tensor:
+        if vectors.dim() not in (1, 2) or vectors.numel() == 0 or vectors.shape[-1] != self._width:
             raise InvalidArgument.for_field(
                 f"tokens[{word[:80]!r}]",
-                f"shape {list(vector.shape)}; served are [{self._width}] or [1, {self._width}], one vector per word",
+                f"shape {list(vectors.shape)}; allowed are [{self._width}] and [vectors, {self._width}]",
             )
-        return vector.reshape(-1)
+        return vectors.reshape(-1, self._width)
 
-    def _replace(self, _module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not self._learned:
+    def _keep(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if self._hidden is not None:
+            self._hidden.append(args[0])
+
+    def _replace(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self._learned is None:
             return None
-        for token, vector in self._learned.items():
-            output = torch.where((args[0] == token)[..., None], vector.to(output), output)
-        return output
+        rows, positions, vectors = self._learned
+        return output.index_put((rows, positions), vectors.to(output))
+
+
+def _split(prompt: str, words: Mapping[str, int]) -> list[tuple[str, str | None]]:
+    """Cut a prompt at its learned words: (text, None) or (text, word). Longer words win over those they begin with."""
+    if not words:
+        return [(prompt, None)]
+    known = {word.lower(): word for word in words}
+    found = re.compile("|".join(_whole(word) for word in sorted(known, key=len, reverse=True)), re.IGNORECASE)
+    pieces: list[tuple[str, str | None]] = []
+    end = 0
+    for match in found.finditer(prompt):
+        if prompt[end : match.start()].strip():
+            pieces.append((prompt[end : match.start()], None))
+        pieces.append((match.group(), known[match.group().lower()]))
+        end = match.end()
+    if prompt[end:].strip():
+        pieces.append((prompt[end:], None))
+    return pieces
+
+
+def _whole(word: str) -> str:
+    """A pattern that fits the word, but not inside of a longer one."""
+    before, after = (r"(?<!\w)" if word[:1].isalnum() else ""), (r"(?!\w)" if word[-1:].isalnum() else "")
+    return f"{before}{re.escape(word)}{after}"

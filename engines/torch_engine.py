@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
+from hueshift.engines.cross_attention import CrossLayout
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan, no_guides
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
@@ -20,7 +21,7 @@ class TorchEngine:
     """
 
     name = "torch"
-    plans = (Plan.DENSE, Plan.FACTORED)
+    plans = (Plan.DENSE, Plan.FACTORED, Plan.FULL)
 
     def __init__(
         self,
@@ -54,20 +55,35 @@ class TorchEngine:
         """Copy a row into a slot; see UNetEngine."""
         self._slabs.load(slot, row)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
         """Run the UNet once; see UNetEngine. Inputs may be on another device; the output is where the latents are."""
+        if plan is Plan.FULL:
+            guides = no_guides(cross)
+            return self.denoise_guided(latents, timesteps, cross, adapter_index, guides)[0]
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         spectral = self._slabs.spectral if plan is Plan.FACTORED else None
+        inputs = self._placed(latents, timesteps, cross, adapter_index)
         with torch.no_grad():
-            out: Tensor = self._unets[plan](
-                latents.to(self._device, self._dtype),
-                timesteps.to(self._device),
-                context.to(self._device, self._dtype),
-                adapter_index.to(self._device),
-                spectral,
-                self._slabs.lowrank,
-            )
+            out: Tensor = self._unets[plan](*inputs, spectral, self._slabs.lowrank)
         return out.to(latents.device, torch.float32)
+
+    def denoise_guided(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+    ) -> tuple[Tensor, Tensor]:
+        """Run the full plan once; see UNetEngine."""
+        self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
+        inputs = self._placed(latents, timesteps, cross, adapter_index)
+        placed = Guides(*(part.to(self._device) for part in (guides.lag, guides.lag_source, guides.reference)))
+        with torch.no_grad():
+            unet = self._unets[Plan.FULL]
+            out, mask = unet.forward_guided(*inputs, placed, self._slabs.spectral, self._slabs.lowrank)
+        return out.to(latents.device, torch.float32), mask.to(latents.device)
+
+    def _placed(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        device, dtype = self._device, self._dtype
+        return latents.to(device, dtype), timesteps.to(device), cross.to(device, dtype), index.to(device)
 
     def warm(self) -> None:
         """Run every plan once."""
@@ -77,10 +93,10 @@ class TorchEngine:
 
 
 def example_inputs(base: BaseModel, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, timesteps, context and adapter indices (all BASE_SLOT) of the base's native size, from a fixed seed."""
+    """Latents, timesteps, cross and adapter indices (all BASE_SLOT) of the base's native size, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     side = base.sample_size
     latents = torch.randn(rows, base.latent_channels, side, side, generator=generator)
     timesteps = torch.rand(rows, generator=generator) * (base.schedule.train_steps - 1)
-    context = torch.randn(rows, base.max_tokens, base.layout.token_width, generator=generator)
-    return latents, timesteps, context, torch.full((rows,), BASE_SLOT)
+    cross = torch.randn(rows, base.max_tokens, CrossLayout(base.layout).width, generator=generator)
+    return latents, timesteps, cross, torch.full((rows,), BASE_SLOT)

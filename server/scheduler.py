@@ -18,9 +18,9 @@ import structlog
 
 from hueshift.adapters.errors import Cancelled, Reason, Unavailable
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.conditioning import Conditioner
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import PreparedMix, SlotCache, make_mix
-from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.server.admission import Admission, QueueLimits
 from hueshift.server.clock import Clock
@@ -65,7 +65,7 @@ class Scheduler:
         self,
         engine: UNetEngine,
         base: BaseModel,
-        text: TextStage,
+        conditioner: Conditioner,
         vae: VaeStage,
         slots: SlotCache,
         metrics: Metrics,
@@ -87,7 +87,7 @@ class Scheduler:
             engine,
             base,
             slots,
-            Preparation(text, slots, base.schedule, clock),
+            Preparation(conditioner, slots, base.schedule, clock),
             self._preparers,
             self._decoder,
             self._admission,

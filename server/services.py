@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hueshift.adapters.formats.draft import ImportBase
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import HostCache, SlotCache
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
@@ -58,11 +58,12 @@ class ServiceSet:
         observer = ResidencyMetrics(metrics)
         host = HostCache(lambda key: stores.adapters.load(key, base.layout), limits.host_cache_bytes, observer)
         slots = SlotCache(engine, host, parts.rows, parts.factors, parts.norms, observer)
-        self.scheduler = Scheduler(engine, base, TextStage(base), VaeStage(base), slots, metrics, clock, limits)
+        conditioner = make_conditioner(base, parts.factors)
+        self.scheduler = Scheduler(engine, base, conditioner, VaeStage(base), slots, metrics, clock, limits)
         self._generation = GenerationService(self.scheduler, stores.adapters, base, limits, settings.server, clock)
         formats = AdapterFormats(
             ImportBase(base.layout, dict(base.unet.named_parameters())),
-            {target.name: target.rank for target in parts.rows.targets},
+            parts.rows.served_ranks,
         )
         self._adapters = AdapterService(stores.adapters, base.layout, limits, self.scheduler, clock, formats)
         self._fine_tunes = FineTuneService(

@@ -199,7 +199,7 @@ class StepLoop:
             sample = start_sample(
                 request.seeds[index],
                 (self._base.latent_channels, *ticket.size),
-                context=prepared.context,
+                cross=prepared.cross,
                 guidance=request.guidance_scale,
                 table=prepared.table,
                 slot=slot,

@@ -7,13 +7,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.denoise import Sample, advance, start_sample
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan
 from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.engines.vae import VaeStage
-from hueshift.training.parameters import Rows
+from hueshift.training.methods.learnable import Rows
+from hueshift.training.unet import TrainingUNet
 
 # Few steps do for DPM-Solver++ 2M. Guidance 3 suits learned styles better than 5 (docs/training.md).
 SAMPLE_STEPS = 15
@@ -24,7 +26,7 @@ SAMPLE_GUIDANCE = 3.0
 class RowsEngine:
     """A UNetEngine (engines.interface) of one slot, which holds `rows`: what the step loop needs, and no more."""
 
-    unet: AdaptedUNet
+    unet: TrainingUNet
     rows: Rows
     max_batch: int = 16
     slots: int = 1
@@ -38,9 +40,15 @@ class RowsEngine:
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Do nothing: the one slot's rows are given when the engine is made."""
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
-        """Run the UNet with the rows, whatever the index."""
-        return self.unet.forward_rows(latents, timesteps, context, *self.rows).float()
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+        """Run the UNet with the rows, whatever the index. `cross` is a context: this UNet projects it itself."""
+        return self.unet(latents, timesteps, cross, self.rows).float()
+
+    def denoise_guided(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+    ) -> tuple[Tensor, Tensor]:
+        """Refuse: sample pictures ask for no guides. Raises FailedPrecondition (PLAN_UNAVAILABLE)."""
+        raise FailedPrecondition(Reason.PLAN_UNAVAILABLE, "pictures drawn while training have no full plan")
 
     def warm(self) -> None:
         """Do nothing: training has warmed it."""
@@ -51,7 +59,7 @@ class Sampler:
     """Draws pictures at the base's native size. `check` is called before every step and may raise to stop."""
 
     base: BaseModel
-    unet: AdaptedUNet
+    unet: TrainingUNet
     vae: VaeStage
     empty: Tensor
     check: Callable[[], None]
@@ -61,13 +69,15 @@ class Sampler:
     def latents(self, contexts: Tensor, seeds: Sequence[int], rows: Rows) -> Tensor:
         """Latents [n, 4, h, w] of contexts [n, tokens, width], one seed each, in batches the UNet is given anyway."""
         engine = RowsEngine(self.unet, rows)
+        # Contexts may have one part for each layer; the empty prompt is the same for all.
+        empty = self.empty.repeat(1, contexts.shape[-1] // self.empty.shape[-1])
         table = make_table(self.base.schedule, SamplerKind.DPMPP_2M, self.steps)
         shape = (self.base.latent_channels, self.base.sample_size, self.base.sample_size)
         samples: list[Sample] = [
             start_sample(
                 seed,
                 shape,
-                context=torch.stack([self.empty, context]),
+                cross=CrossInputs((torch.stack([empty, context]),)),
                 guidance=self.guidance,
                 table=table,
                 slot=BASE_SLOT,

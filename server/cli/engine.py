@@ -156,7 +156,7 @@ def _load(settings: Settings, find_parts: Any, report: Any) -> "tuple[TensorRtPa
     base = load_base_model(settings.model.path, device=place)
     choose_device(options.device, base)
     factors = load_factors(base, options.cache_dir, lambda done, total: report("decompose", done, total))
-    rows = RowLayout(base.layout, options.lowrank_targets, options.lowrank_rank)
+    rows = RowLayout(base.layout, options.lowrank_targets, options.lowrank_rank, text_side=False)
     norms = read_norms(base.layout, lambda name: base.unet.get_parameter(f"{name}.weight"))
     return parts, Model(base, factors, rows, norms)
 

@@ -36,7 +36,7 @@ def row_batch(parts: TinyParts, *rows: EngineRow) -> tuple[Tensor, Tensor]:
 def test_base_rows_give_the_base(any_tiny: TinyParts, plan: Plan, channels_last: bool) -> None:
     inputs = any_tiny.inputs(3)
     spectral, lowrank = row_batch(any_tiny, *[EngineRow()] * 3)
-    slab = spectral if plan is Plan.FACTORED else None
+    slab = None if plan is Plan.DENSE else spectral
     with torch.no_grad():
         out = unet_of(any_tiny, plan, channels_last)(*inputs, torch.arange(3), slab, lowrank)
     assert torch.allclose(out, run(any_tiny.base.unet, *inputs), atol=TOLERANCE)
@@ -64,7 +64,7 @@ def test_lowrank_rows_equal_merged_weights(any_tiny: TinyParts, plan: Plan, chan
     row = any_tiny.row((any_tiny.random_adapter(1, AdapterKind.LOWRANK), 0.8))
     expected = any_tiny.merged_output(row, *inputs)
     spectral, lowrank = row_batch(any_tiny, row)
-    given = spectral if plan is Plan.FACTORED else None
+    given = None if plan is Plan.DENSE else spectral
     unet = unet_of(any_tiny, plan, channels_last)
     with torch.no_grad():
         shared = unet.forward_rows(*inputs, given, lowrank)
@@ -76,7 +76,7 @@ def test_lowrank_rows_equal_merged_weights(any_tiny: TinyParts, plan: Plan, chan
 
 def test_every_layer_with_a_branch_equals_merged_weights() -> None:
     pointwise = ("linear_1", "linear_2", "time_emb_proj", "conv_shortcut", "proj_in", "proj_out", "to_q", "to_k")
-    parts = tiny_parts(SD1_LIKE, (*pointwise, "to_v", "to_out.0", "net.0.proj", "net.2"), 3)
+    parts = tiny_parts(SD1_LIKE, (*pointwise, "to_v", "to_out.0", "net.0.proj", "net.2"), 3, text_side=True)
     assert {t.name for t in parts.rows.targets} == {m.name for m in parts.base.layout.matrices if m.is_pointwise}
     inputs = parts.inputs(2)
     row = parts.row((parts.random_adapter(1, AdapterKind.LOWRANK), 0.5), (parts.random_adapter(2), 0.5))

@@ -9,10 +9,11 @@ from embedded_adapters import random_lowrank, random_spectral
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.build import AdapterEngine, EngineKind, EngineOptions, build_engine
+from hueshift.engines.conditioning import Conditioner, CrossInputs, make_conditioner
 from hueshift.engines.denoise import Sample, advance, start_sample
 from hueshift.engines.interface import Plan
 from hueshift.engines.samplers import SamplerKind, make_table
-from hueshift.engines.text import TextStage
+from hueshift.engines.text_side import TextSide
 from hueshift.engines.vae import VaeStage
 
 # Sums over a batch of another size run in another order. Measured here on a 2-core x86 CPU, 2026-11-20: latents (of
@@ -33,19 +34,19 @@ def engine(request: pytest.FixtureRequest, base_model: BaseModel, cache_dir: Pat
     return built
 
 
-def mixed_samples(base: BaseModel, text: TextStage, slots: tuple[int, ...], count: int = 5) -> list[Sample]:
+def mixed_samples(base: BaseModel, text: Conditioner, slots: tuple[int, ...], count: int = 5) -> list[Sample]:
     """`count` samples that differ in seed, prompt, guidance, sampler, steps and adapter."""
     runs = [("dpmpp_2m", 3, 0.0), ("ddim", 3, 0.7), ("euler", 2, 0.0), ("ddim", 4, 0.0), ("lcm", 2, 0.0)]
     prompts = ("a red fox", "a blue house", "a smiling face")
     samples = []
     for i, (kind, steps, eta) in enumerate(runs[:count]):
         guidance, slot = 1.0 if i == 2 else 3.0 + i, slots[i % len(slots)]
-        context = text.encode(["", prompts[i % 3]], {}).context
+        cross = text.condition(["", prompts[i % 3]], TextSide(), [0.0]).cross.at(0)
         samples.append(
             start_sample(
                 40 + i,
                 (base.latent_channels, base.sample_size, base.sample_size),
-                context=context if guidance > 1 else context[1:],
+                cross=CrossInputs((cross if guidance > 1 else cross[1:],)),
                 guidance=guidance,
                 table=make_table(base.schedule, SamplerKind(kind), steps, eta),
                 slot=slot,
@@ -57,7 +58,7 @@ def mixed_samples(base: BaseModel, text: TextStage, slots: tuple[int, ...], coun
 
 @pytest.mark.parametrize("plan", list(Plan))
 def test_alone_or_in_a_batch(engine: AdapterEngine, base_model: BaseModel, plan: Plan) -> None:
-    text, slots = TextStage(base_model), (0, 1, 2) if plan is Plan.FACTORED else (0, 2)
+    text, slots = make_conditioner(base_model, engine.factors), (0, 2) if plan is Plan.DENSE else (0, 1, 2)
     # torch is several times slower on a CPU, and busy-waits when others use the cores.
     count = 5 if engine.name == "onnxruntime" else 2
     alone = mixed_samples(base_model, text, slots, count)
@@ -67,7 +68,7 @@ def test_alone_or_in_a_batch(engine: AdapterEngine, base_model: BaseModel, plan:
     together = mixed_samples(base_model, text, slots, count)
     active, waiting = together[:1], together[1:]
     while active:
-        assert advance(engine, active) is plan or not any(sample.needs_factored for sample in active)
+        advance(engine, active, plan)
         active = [sample for sample in active if not sample.done] + waiting[:1]
         del waiting[:1]
     difference = max(float((a.latents - b.latents).abs().max()) for a, b in zip(alone, together, strict=True))
@@ -80,7 +81,7 @@ def test_alone_or_in_a_batch(engine: AdapterEngine, base_model: BaseModel, plan:
 
 
 def test_adapters_change_the_picture_far_beyond_the_tolerance(engine: AdapterEngine, base_model: BaseModel) -> None:
-    text = TextStage(base_model)
+    text = make_conditioner(base_model, engine.factors)
     ends = []
     for slot in (0, 1, 2):
         sample = mixed_samples(base_model, text, (slot,))[2]
@@ -91,7 +92,7 @@ def test_adapters_change_the_picture_far_beyond_the_tolerance(engine: AdapterEng
 
 
 def test_the_base_is_the_same_bits_after_any_swaps(engine: AdapterEngine, base_model: BaseModel) -> None:
-    text = TextStage(base_model)
+    text = make_conditioner(base_model, engine.factors)
 
     def base_run() -> torch.Tensor:
         sample = mixed_samples(base_model, text, (0,))[2]

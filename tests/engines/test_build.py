@@ -104,7 +104,7 @@ def test_progress_names_its_stages(tiny: TinyParts, tmp_path: Path) -> None:
         EngineOptions(cache_dir=tmp_path, kind="onnxruntime", threads=1),
         progress=lambda stage, done, total: stages.__setitem__(stage, (done, total)),
     )
-    assert list(stages) == ["decompose", "export dense", "export factored", "check"]
+    assert list(stages) == ["decompose", "export dense", "export factored", "export full", "check"]
     assert all(done == total for done, total in stages.values())
 
 

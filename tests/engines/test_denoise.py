@@ -10,6 +10,7 @@ from fake_engine import FakeEngine
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.denoise import Sample, advance, start_sample
 from hueshift.engines.interface import EngineRow, Plan
 from hueshift.engines.noise_schedule import NoiseSchedule
@@ -34,7 +35,7 @@ def mixed_samples(slots: int = 3) -> list[Sample]:
             start_sample(
                 100 + i,
                 SHAPE,
-                context=context_of(i, guidance > 1),
+                cross=CrossInputs((context_of(i, guidance > 1),)),
                 guidance=guidance,
                 table=make_table(SCHEDULE, SamplerKind(kind), steps, eta),
                 slot=i % slots,
@@ -108,7 +109,9 @@ def test_equals_a_plain_diffusers_loop(guidance: float) -> None:
         out = negative + guidance * (positive - negative)
         x = scheduler.step(out, timestep, x, eta=0.5, generator=generator, return_dict=False)[0]
     table = make_table(SCHEDULE, SamplerKind.DDIM, 8, 0.5)
-    sample = start_sample(11, SHAPE, context=context if guidance > 1 else context[1:], guidance=guidance, table=table)
+    sample = start_sample(
+        11, SHAPE, cross=CrossInputs((context if guidance > 1 else context[1:],)), guidance=guidance, table=table
+    )
     assert torch.allclose(run_alone(engine, sample), x[0], atol=1e-4)
 
 
@@ -140,7 +143,7 @@ def test_a_failing_engine_leaves_the_samples_as_they_were() -> None:
 class _FreeEngine(FakeEngine):
     """Costs next to nothing, so that what is measured is the loop."""
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
         return latents
 
 
@@ -155,7 +158,7 @@ def test_the_loop_itself_costs_less_than_a_millisecond(base_model: BaseModel) ->
             start_sample(
                 i,
                 shape,
-                context=torch.randn(2, tokens, width),
+                cross=CrossInputs((torch.randn(2, tokens, width),)),
                 guidance=5.0,
                 table=make_table(base_model.schedule, SamplerKind.LCM if i % 2 else SamplerKind.DPMPP_2M, 20),
             )

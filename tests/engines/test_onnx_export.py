@@ -13,11 +13,13 @@ from structlog.testing import capture_logs
 from tiny_unet import SD1_LIKE, TinyParts, tiny_parts
 from torch import Tensor
 
+from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.graph_unet import write_unet
 from hueshift.engines.graph_writer import GRAPH_FILE, WEIGHTS_FILE
 from hueshift.engines.interface import Plan
 from hueshift.engines.onnx_export import STEPS, entry_folder, export_graph
 from hueshift.engines.rows import RowLayout
+from hueshift.engines.text_side import is_text_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,15 +41,19 @@ def test_graph_has_the_promised_inputs(any_tiny: TinyParts, tmp_path: Path, plan
     expected: dict[str, list[int | str]] = {
         "sample": ["batch", 4, "height", "width"],
         "timestep": ["batch"],
-        "context": ["batch", 5, 24],
+        "cross": ["batch", 5, CrossLayout(rows.layout).width],
         "adapter_index": ["batch"],
         "spectral_slab": ["slots", rows.spectral_size],
         "lowrank_slab": ["slots", rows.lowrank_size],
     }
     if plan is Plan.DENSE:
         del expected["spectral_slab"]
+    outputs: dict[str, list[int | str]] = {"out": ["batch", 4, "height", "width"]}
+    if plan is Plan.FULL:
+        expected |= {"lag": ["batch", 5], "lag_source": ["batch"], "reference": ["batch"]}
+        outputs["mask"] = ["batch", "height", "width"]
     assert shapes_of(model.graph.input) == expected
-    assert shapes_of(model.graph.output) == {"out": ["batch", 4, "height", "width"]}
+    assert shapes_of(model.graph.output) == outputs
     assert model.opset_import[0].version >= 18
 
 
@@ -57,6 +63,9 @@ def test_every_weight_lies_under_its_own_name(any_tiny: TinyParts, tmp_path: Pat
     weights = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in model.graph.initializer}
     factors = any_tiny.factors
     for layer in any_tiny.base.layout.matrices:
+        if is_text_side(layer.name):
+            assert not any(name.startswith(f"{layer.name}.") for name in weights), "it is an input"
+            continue
         if plan is Plan.DENSE:
             own: dict[str, Tensor] = {"weight": any_tiny.base.unet.get_parameter(f"{layer.name}.weight")}
         else:
@@ -169,7 +178,7 @@ def test_half_precision_graph_is_valid(tmp_path: Path) -> None:
         onnx.checker.check_model(model, full_check=True)
         types = {i.name: i.type.tensor_type.elem_type for i in (*model.graph.input, *model.graph.output)}
         half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-        assert (types["sample"], types["context"], types["out"]) == (half, half, half)
+        assert (types["sample"], types["cross"], types["out"]) == (half, half, half)
         assert (types["timestep"], types["lowrank_slab"]) == (single, single)
 
 

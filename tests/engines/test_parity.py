@@ -15,7 +15,7 @@ from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.build import EngineOptions, build_engine
 from hueshift.engines.graph_writer import WEIGHTS_FILE
-from hueshift.engines.interface import Plan
+from hueshift.engines.interface import Guides, Plan
 from hueshift.engines.onnx_export import entry_folder, write_manifest
 from hueshift.engines.parity import check_parity
 from hueshift.engines.rows import RowLayout
@@ -41,7 +41,7 @@ def test_error_of_each_plan_is_small_logged_and_handed_over(tiny: TinyParts, tmp
 def test_tampered_graph_is_refused(tiny: TinyParts, tmp_path: Path, plan: Plan) -> None:
     """One changed weight, and a manifest that fits it: the digests agree, only the comparison can tell."""
     build_engine(tiny.base, options(tmp_path))
-    folder = entry_folder(tiny.base, RowLayout(tiny.base.layout, ("proj_out",), 4), plan, tmp_path)
+    folder = entry_folder(tiny.base, RowLayout(tiny.base.layout, ("proj_out",), 4, text_side=False), plan, tmp_path)
     weights = np.fromfile(folder / WEIGHTS_FILE, dtype=np.float32)
     weights[np.argmax(np.abs(weights))] += 3.0
     weights.tofile(folder / WEIGHTS_FILE)
@@ -64,8 +64,15 @@ def test_what_the_comparison_must_notice(tiny: TinyParts, wrong: str) -> None:
     unet = AdaptedUNet(tiny.base, tiny.factors, tiny.rows, Plan.FACTORED)
 
     def run_graph(
-        plan: Plan, sample: Tensor, timestep: Tensor, context: Tensor, index: Tensor, spectral: Tensor, lowrank: Tensor
-    ) -> Tensor:
+        plan: Plan,
+        sample: Tensor,
+        timestep: Tensor,
+        cross: Tensor,
+        index: Tensor,
+        spectral: Tensor,
+        lowrank: Tensor,
+        guides: Guides | None,
+    ) -> tuple[Tensor]:
         if wrong == "ignores spectral":
             spectral = spectral[:1].repeat(len(spectral), 1)
         elif wrong == "ignores lowrank":
@@ -73,8 +80,8 @@ def test_what_the_comparison_must_notice(tiny: TinyParts, wrong: str) -> None:
         elif wrong == "mixes samples":
             index = index.flip(0)
         with torch.no_grad():
-            out: Tensor = unet(sample, timestep, context, index, spectral, lowrank)
-        return out * (math.nan if wrong == "nan" else 1)
+            out: Tensor = unet(sample, timestep, cross, index, spectral, lowrank)
+        return (out * (math.nan if wrong == "nan" else 1),)
 
     with pytest.raises(FailedPrecondition):
         check_parity(

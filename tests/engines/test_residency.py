@@ -12,7 +12,8 @@ from tiny_layout import lowrank_adapter, spectral_adapter, tiny_rows
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import InvalidArgument, NotFound, Reason, ResourceExhausted
 from hueshift.engines.interface import BASE_SLOT, EngineRow
-from hueshift.engines.residency import HostCache, SlotCache, Tier, make_mix, merge_tokens
+from hueshift.engines.residency import HostCache, SlotCache, Tier, make_mix
+from hueshift.engines.text_side import merge_words
 
 SIZE = spectral_adapter(1).nbytes
 
@@ -213,12 +214,12 @@ def test_a_row_the_engine_refuses_costs_no_slot() -> None:
 
 def test_two_meanings_of_a_word_are_refused() -> None:
     one, two = torch.ones(1, 4), torch.zeros(1, 4)
-    assert merge_tokens(
+    assert merge_words(
         [spectral_adapter(1, {"sks": one}), lowrank_adapter(1, {"sks": one.clone(), "fox": two})]
     ).keys() == {
         "sks",
         "fox",
     }
     with pytest.raises(InvalidArgument) as refused:
-        merge_tokens([spectral_adapter(1, {"sks": one}), spectral_adapter(1, {"sks": two})])
+        merge_words([spectral_adapter(1, {"sks": one}), spectral_adapter(1, {"sks": two})])
     assert refused.value.reason is Reason.ADAPTERS_INCOMPATIBLE

@@ -11,6 +11,7 @@ from hueshift.adapters.adapter import AdapterKind
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.build import AdapterEngine, EngineKind, EngineOptions, build_engine
+from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
 from hueshift.engines.onnx_engine import OnnxEngine
 from hueshift.engines.torch_engine import TorchEngine
@@ -66,7 +67,7 @@ def rows_of(parts: TinyParts) -> dict[int, EngineRow]:
 def test_kind_gives_the_engine(engine: AdapterEngine, kind: EngineKind) -> None:
     assert isinstance(engine, TorchEngine if kind == "torch" else OnnxEngine)
     assert engine.name == kind
-    assert engine.plans == (Plan.DENSE, Plan.FACTORED)
+    assert engine.plans == tuple(Plan)
     assert (engine.slots, engine.max_batch) == (SLOTS, 8)
     engine.warm()
 
@@ -80,6 +81,8 @@ def test_kind_gives_the_engine(engine: AdapterEngine, kind: EngineKind) -> None:
         (Plan.FACTORED, SPECTRAL),
         (Plan.FACTORED, LOWRANK),
         (Plan.FACTORED, BOTH),
+        (Plan.FULL, BASE_SLOT),
+        (Plan.FULL, BOTH),
     ],
 )
 def test_row_equals_merged_weights(engine: AdapterEngine, parts: TinyParts, plan: Plan, slot: int) -> None:
@@ -216,7 +219,7 @@ def test_engines_agree_on_the_embedded_model(base_model: BaseModel, cache_dir: P
     inputs = (
         torch.randn(3, 4, 32, 32, generator=generator),
         torch.tensor([999.0, 500.0, 1.0]),
-        torch.randn(3, base_model.max_tokens, base_model.layout.token_width, generator=generator),
+        torch.randn(3, base_model.max_tokens, CrossLayout(base_model.layout).width, generator=generator),
     )
     for engine in engines:
         engine.load_row(2, row)

@@ -17,11 +17,11 @@ from prometheus_client import CollectorRegistry
 from hueshift.adapters.adapter import Adapter
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.build import AdapterEngine, EngineOptions, build_engine
+from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.interface import Plan
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.residency import HostCache, SlotCache
 from hueshift.engines.samplers import SamplerKind
-from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import SystemClock
 from hueshift.server.generation import AppliedAdapter, GenerationRequest, ImageEvent
@@ -63,7 +63,14 @@ async def scheduler(
     host = HostCache(adapters.__getitem__, 2**30, observer)
     slots = SlotCache(engine, host, engine.rows, engine.factors, engine.norms, observer)
     scheduler = Scheduler(
-        engine, base_model, TextStage(base_model), VaeStage(base_model), slots, metrics, SystemClock(), Limits()
+        engine,
+        base_model,
+        make_conditioner(base_model, engine.factors),
+        VaeStage(base_model),
+        slots,
+        metrics,
+        SystemClock(),
+        Limits(),
     )
     scheduler.start()
     yield scheduler

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan
 
 
 class FakeEngine:
     """Deterministic and small. `on_call` runs before each call with (plan, slots), and may raise."""
 
     name = "fake"
-    plans = (Plan.DENSE, Plan.FACTORED)
+    plans = (Plan.DENSE, Plan.FACTORED, Plan.FULL)
 
     def __init__(
         self, slots: int = 8, max_batch: int = 8, on_call: Callable[[Plan, Tensor], None] | None = None
@@ -22,6 +22,7 @@ class FakeEngine:
         self.factored = [False] * slots
         self.loads: list[int] = []
         self.calls: list[tuple[Plan, int]] = []
+        self.guides: list[Guides] = []
         self.sizes: list[tuple[int, int]] = []
 
     def load_row(self, slot: int, row: EngineRow) -> None:
@@ -32,19 +33,30 @@ class FakeEngine:
         self.factored[slot] = row.needs_factored
         self.loads.append(slot)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, context: Tensor, adapter_index: Tensor) -> Tensor:
-        """Mix latents, time, context and mark, row by row."""
+    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+        """Mix latents, time, cross and mark, row by row."""
         if self.on_call is not None:
             self.on_call(plan, adapter_index)
         rows = latents.shape[0]
         assert timesteps.shape == adapter_index.shape == (rows,)
-        assert context.shape[0] == rows <= self.max_batch
-        assert plan is Plan.FACTORED or not any(self.factored[int(slot)] for slot in adapter_index)
+        assert cross.shape[0] == rows <= self.max_batch
+        assert plan is not Plan.DENSE or not any(self.factored[int(slot)] for slot in adapter_index)
         self.calls.append((plan, rows))
         self.sizes.append((latents.shape[2], latents.shape[3]))
         marks = torch.tensor([self.marks[int(slot)] for slot in adapter_index])
-        shift = torch.tanh(context.mean(dim=(1, 2)) * 3) + timesteps / 1000 + marks
+        shift = torch.tanh(cross.mean(dim=(1, 2)) * 3) + timesteps / 1000 + marks
         return torch.tanh(0.5 * latents + shift.view(-1, 1, 1, 1))
+
+    def denoise_guided(
+        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+    ) -> tuple[Tensor, Tensor]:
+        """Add what the guides ask for: the reference's latents, and the sum of the tokens that confine."""
+        self.guides.append(guides)
+        out = self.denoise(Plan.FULL, latents, timesteps, cross, adapter_index)
+        shared = latents[guides.reference] - latents
+        lag = guides.lag.sum(1)[guides.lag_source].view(-1, 1, 1, 1)
+        mask = torch.where(lag > 0, 0.5, 1.0).expand(-1, 1, *latents.shape[2:])[:, 0]
+        return out + 0.1 * shared + 0.01 * lag, mask
 
     def warm(self) -> None:
         """Nothing to warm."""

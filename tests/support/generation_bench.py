@@ -19,11 +19,12 @@ from torch import Tensor
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import HueshiftError, NotFound, Reason
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.conditioning import Conditioner, Conditioning, CrossInputs
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.residency import HostCache, SlotCache
 from hueshift.engines.samplers import SamplerKind
-from hueshift.engines.text import TextResult, TextStage
+from hueshift.engines.text_side import TextSide
 from hueshift.engines.vae import Pixels, VaeStage
 from hueshift.server.clock import Clock, SystemClock
 from hueshift.server.generation import (
@@ -42,22 +43,20 @@ T = TypeVar("T")
 WIDTH, TOKENS = 4, 3
 
 
-class FakeText:
-    """A context that depends on the prompt and the learned words."""
+class FakeConditioner:
+    """Keys and values that depend on the prompt and the learned words."""
 
-    empty = torch.zeros(TOKENS, WIDTH)
-
-    def encode(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> TextResult:
-        """Draw a context from the prompt's hash."""
-        learned = sum(float(vector.sum()) for word, vector in sorted(tokens.items()))
-        return TextResult(
-            torch.stack([_context(prompt) + learned for prompt in prompts]), [len(p) // 50 for p in prompts]
-        )
+    def condition(self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float]) -> Conditioning:
+        """Draw them from the prompts' hashes."""
+        learned = sum(float(word.sum()) for _, word in sorted(side.words.items()) if isinstance(word, Tensor))
+        cross = torch.stack([_cross(prompt) + learned for prompt in prompts])
+        return Conditioning(CrossInputs((cross,)), tuple(len(prompt) // 50 for prompt in prompts))
 
 
-def _context(prompt: str) -> Tensor:
+def _cross(prompt: str) -> Tensor:
     seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
-    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)) if prompt else FakeText.empty
+    drawn = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return drawn if prompt else torch.zeros(TOKENS, WIDTH)
 
 
 class FakeVae:
@@ -159,7 +158,7 @@ class Bench:
         self.scheduler = Scheduler(
             self.engine,
             tiny_base(),
-            cast(TextStage, FakeText()),
+            cast(Conditioner, FakeConditioner()),
             cast(VaeStage, self.vae),
             self.slots,
             self.metrics,

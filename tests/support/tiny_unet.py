@@ -1,5 +1,6 @@
 """A Stable Diffusion UNet of two small blocks with random weights, as a base model without text encoder and VAE."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
+from hueshift.engines.adapted_layers import CrossSlice
 from hueshift.engines.base_model import BaseModel, read_layout
+from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.interface import EngineRow
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.rows import RowLayout, read_norms
@@ -33,12 +36,13 @@ class TinyParts:
     norms: dict[str, Tensor]
 
     def inputs(self, count: int, seed: int = 0, side: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, timesteps and context of `count` samples."""
+        """Latents, timesteps, and cross (or context, if the rows count the text side) of `count` samples."""
         generator = torch.Generator().manual_seed(seed)
+        width = WIDTH if self.rows.text_side else CrossLayout(self.rows.layout).width
         return (
             torch.randn(count, 4, *side, generator=generator),
             torch.rand(count, generator=generator) * 999,
-            torch.randn(count, TOKENS, WIDTH, generator=generator),
+            torch.randn(count, TOKENS, width, generator=generator),
         )
 
     def random_adapter(self, seed: int, kind: AdapterKind = AdapterKind.SPECTRAL) -> Adapter:
@@ -98,7 +102,13 @@ def merge_row(unet: nn.Module, parts: TinyParts, row: EngineRow) -> None:
 
 
 def run(unet: nn.Module, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-    """Output of a diffusers UNet."""
+    """Output of a diffusers UNet, which reads its keys and values from `context` if that is a cross input."""
+    layout = CrossLayout(read_layout(unet, "", WIDTH))
+    if context.shape[-1] != WIDTH:
+        unet = copy.deepcopy(unet)
+        for name, span in layout.spans.items():
+            attention, _, part = name.rpartition(".")
+            setattr(unet.get_submodule(attention), part, CrossSlice(*span))
     with torch.no_grad():
         out: Tensor = unet(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
     return out
@@ -115,6 +125,8 @@ def tiny_parts(
     targets: tuple[str, ...] = ("proj_out", "to_q", "to_out.0"),
     rank: int = 4,
     unet: nn.Module | None = None,
+    *,
+    text_side: bool = False,
 ) -> TinyParts:
     """Build the base model of a variant (or of `unet`), its factors, and a row layout."""
     torch.manual_seed(11)
@@ -153,4 +165,4 @@ def tiny_parts(
         size_multiple=16,
     )
     norms = read_norms(base.layout, lambda layer: unet.get_parameter(f"{layer}.weight"))
-    return TinyParts(base, decompose(base), RowLayout(base.layout, targets, rank), norms)
+    return TinyParts(base, decompose(base), RowLayout(base.layout, targets, rank, text_side), norms)

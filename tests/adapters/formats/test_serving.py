@@ -15,7 +15,10 @@ from torch import Tensor
 from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.formats.draft import ImportBase, ImportOptions
 from hueshift.adapters.formats.importing import import_adapter
+from hueshift.engines.cross_attention import CrossStage
 from hueshift.engines.interface import Plan
+from hueshift.engines.rows import RowLayout
+from hueshift.engines.text_side import compose_text_side
 from hueshift.engines.torch_engine import TorchEngine
 
 BOUND = 3e-6
@@ -44,7 +47,7 @@ def kohya_file(parts: TinyParts, *, norms: bool) -> bytes:
 
 def imported(parts: TinyParts, *, norms: bool) -> Adapter:
     base = ImportBase(parts.base.layout, dict(parts.base.unet.named_parameters()))
-    served = {target.name for target in parts.rows.targets}
+    served = set(parts.rows.served_ranks)
     adapter, report = import_adapter(kohya_file(parts, norms=norms), base, ImportOptions(served=served))
     assert report is not None
     assert [left.keys for left in report.left_out] == [("conv_in",)]
@@ -62,9 +65,14 @@ def test_the_engine_draws_what_the_file_defines(parts: TinyParts, norms: bool) -
         parts.base, parts.factors, parts.rows, parts.norms, slots=4, max_batch=4, device=torch.device("cpu")
     )
     engine.load_row(1, row)
-    sample, timestep, context = parts.inputs(2)
-    ours = engine.denoise(plan, sample, timestep, context, torch.tensor([1, 0]))
-    truth = parts.merged_output(row, sample, timestep, context)
+    # The truth has every layer merged, keys and values too; the engine reads those as an input.
+    whole = replace(parts, rows=RowLayout(parts.base.layout, ENDINGS, 4))
+    sample, timestep, context = whole.inputs(2)
+    stage = CrossStage(parts.base, parts.factors)
+    edits = [compose_text_side(mix, parts.factors).edits for mix in ([(adapter, 1.0)], [])]
+    cross = torch.cat([stage.project(context[i : i + 1], context[i : i + 1], edits[i]) for i in (0, 1)])
+    ours = engine.denoise(plan, sample, timestep, cross, torch.tensor([1, 0]))
+    truth = whole.merged_output(whole.row((adapter, 1.0)), sample, timestep, context)
     assert error(ours[:1], truth[:1]) < BOUND
     unet = tiny_unet(parts.base.unet.config)
     unet.load_state_dict(parts.base.unet.state_dict())

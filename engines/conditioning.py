@@ -1,0 +1,158 @@
+"""What a picture's cross-attention reads at each step: prompts with a mix's words, encoded and projected to K and V.
+
+Most mixes need one projection for all steps. A word that changes with the timestep (ProSpect's stages, NeTI's network)
+needs one for each of its values among the steps; a word that changes with the layer is encoded once for each layer.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hueshift.adapters.adapter import TokenMapper
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cross_attention import CrossStage
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text import Bypasses, TextStage, TokenizedPrompt, Vectors
+from hueshift.engines.text_side import TextSide, Word
+
+# Rows that the text encoder takes at a time: SD1.5's at 77 tokens need 0.1 GB each in fp32 while they run.
+_ENCODER_ROWS = 32
+_LEAKY_SLOPE = 0.01
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CrossInputs:
+    """`stages` of [rows, tokens, width], rows as in the request's prompts; `stage_of` has the stage of every step.
+
+    Without `stage_of` the one stage serves all steps.
+    """
+
+    stages: tuple[Tensor, ...]
+    stage_of: tuple[int, ...] = ()
+
+    def at(self, step: int) -> Tensor:
+        """Keys and values at a step, counted from 0."""
+        return self.stages[self.stage_of[step] if self.stage_of else 0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.stages[0].device
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditioning:
+    """`cross` for every step, the tokens of each prompt that were cut off, and where learned words occur in each."""
+
+    cross: CrossInputs
+    truncated: tuple[int, ...]
+    prompts: tuple[TokenizedPrompt, ...] = field(default=())
+
+
+class Conditioner:
+    """Makes conditionings. Safe to call from several threads."""
+
+    def __init__(self, base: BaseModel, text: TextStage, cross: CrossStage) -> None:
+        self._text, self._cross = text, cross
+        self._train_steps = base.schedule.train_steps
+        self._layers = len(cross.layout.attentions)
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float]) -> Conditioning:
+        """Condition on `prompts` (the negative one first, if there is one) for steps at `timesteps`."""
+        counts = {word: _vectors(value) for word, value in side.words.items()}
+        rows = tuple(self._text.tokenize(prompt, counts) for prompt in prompts)
+        used = {word: side.words[word] for row in rows for word in row.places}
+        keys = [self._stage_key(used, timestep) for timestep in timesteps]
+        first: dict[tuple[float, ...], float] = {}
+        for key, timestep in zip(keys, timesteps, strict=True):
+            first.setdefault(key, timestep)
+        order = {key: number for number, key in enumerate(first)}
+        stages = tuple(self._cross.project(*self._contexts(rows, used, t), side.edits) for t in first.values())
+        stage_of = tuple(order[key] for key in keys) if len(stages) > 1 else ()
+        return Conditioning(CrossInputs(stages, stage_of), tuple(row.truncated for row in rows), rows)
+
+    def _stage_key(self, words: Mapping[str, Word], timestep: float) -> tuple[float, ...]:
+        return tuple(
+            timestep if isinstance(word, TokenMapper) else float(self._stage(word.shape[0], timestep))
+            for word in words.values()
+        )
+
+    def _stage(self, stages: int, timestep: float) -> int:
+        """Which of `stages` equal parts of the training timesteps this one is in, the first at high noise."""
+        place = (self._train_steps - 1 - timestep) / self._train_steps
+        return min(stages - 1, max(0, math.floor(place * stages)))
+
+    def _contexts(
+        self, rows: Sequence[TokenizedPrompt], words: Mapping[str, Word], timestep: float
+    ) -> tuple[Tensor, Tensor]:
+        """What keys and values see: [n, tokens, width], or [layers, n, tokens, width] if a word changes with the
+        layer."""
+        layered = any(isinstance(word, TokenMapper) or word.shape[1] > 1 for word in words.values())
+        made = [self._values(words, timestep, layer) for layer in range(self._layers if layered else 1)]
+        every = [row for _ in made for row in rows]
+        learned = [vectors for vectors, _ in made for _ in rows]
+        bypasses = [bypass for _, bypass in made for _ in rows]
+        parts = [
+            self._encode(every[at : at + _ENCODER_ROWS], learned[at : at + _ENCODER_ROWS], bypasses[at:])
+            for at in range(0, len(every), _ENCODER_ROWS)
+        ]
+        shape = (len(made), len(rows)) if layered else (len(rows),)
+        keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        return keys.view(*shape, *keys.shape[1:]), values.view(*shape, *values.shape[1:])
+
+    def _encode(
+        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], bypasses: Sequence[Bypasses]
+    ) -> tuple[Tensor, Tensor]:
+        if any(bypasses):
+            return self._text.encode_bypassed(rows, learned, bypasses[: len(rows)])
+        context = self._text.encode_rows(rows, learned)
+        return context, context
+
+    def _values(self, words: Mapping[str, Word], timestep: float, layer: int) -> tuple[Vectors, Bypasses]:
+        """Embeddings [vectors, width] of words at a timestep and layer, and their bypasses."""
+        vectors: dict[str, Tensor] = {}
+        bypasses: dict[str, tuple[Tensor, float]] = {}
+        for name, word in words.items():
+            if isinstance(word, TokenMapper):
+                place = torch.tensor([timestep / self._train_steps, layer / self._layers])
+                embedding, bypass = map_word(word, place)
+                vectors[name] = embedding[None]
+                if bypass is not None:
+                    bypasses[name] = (bypass, word.bypass)
+            else:
+                stages, layers = word.shape[:2]
+                vectors[name] = word[self._stage(stages, timestep) if stages > 1 else 0, layer if layers > 1 else 0]
+        return vectors, bypasses
+
+
+def make_conditioner(base: BaseModel, factors: SpectralFactors) -> Conditioner:
+    """Make the text encoder and the projection of one base model."""
+    return Conditioner(base, TextStage(base), CrossStage(base, factors))
+
+
+def map_word(word: TokenMapper, place: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embedding [width] of a NeTI word at `place` [2], and its textual bypass [width] if it has one.
+
+    Alaluf et al. 2023, sections 4.1 and 4.2: Fourier features, hidden layers, and an output whose length, bypass
+    included, is `norm`.
+    """
+    angle = 2 * math.pi * (word.frequencies.float() @ place)
+    x = torch.cat([angle.cos(), angle.sin()])
+    for layer in word.layers:
+        x = functional.linear(x, layer.weight.float(), layer.bias.float())
+        x = functional.layer_norm(x, x.shape, layer.norm_weight.float(), layer.norm_bias.float())
+        x = functional.leaky_relu(x, _LEAKY_SLOPE)
+    out = functional.linear(x, word.output_weight.float(), word.output_bias.float())
+    if word.norm:
+        out = functional.normalize(out, dim=0) * word.norm
+    width = len(out) // 2 if word.bypass else len(out)
+    return out[:width], out[width:] if word.bypass else None
+
+
+def _vectors(word: Word) -> int:
+    return 1 if isinstance(word, TokenMapper) else int(word.shape[2])

@@ -1,0 +1,124 @@
+"""Keys and values of cross-attention, computed once per request: the UNet takes them as an input.
+
+They depend on the prompt and the adapters only, not on the picture, so nothing that personalises the text side (words,
+K/V deltas, gated edits, shifts of to_k and to_v) costs anything per step or couples the samples of a batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hueshift.adapters.adapter import GatedEdit
+from hueshift.adapters.layout import BaseLayout
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.svd_cache import SpectralFactors
+
+
+@dataclass(frozen=True)
+class CrossLayout:
+    """Where each layer's keys and values lie in a `cross` row [tokens, width], in the order the UNet runs its layers.
+
+    `spans` maps `<attention>.to_k` and `<attention>.to_v` to (begin, end). It is the same for every adapter.
+    """
+
+    layout: BaseLayout
+    attentions: tuple[str, ...] = field(init=False)
+    spans: Mapping[str, tuple[int, int]] = field(init=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Lay the layers out one after another."""
+        rows = {layer.name: layer.rows for layer in self.layout.matrices}
+        spans: dict[str, tuple[int, int]] = {}
+        position = 0
+        attentions = self.layout.cross_attentions
+        for name in (f"{attention}.{part}" for attention in attentions for part in ("to_k", "to_v")):
+            spans[name] = (position, position + rows[name])
+            position += rows[name]
+        object.__setattr__(self, "attentions", attentions)
+        object.__setattr__(self, "spans", spans)
+        object.__setattr__(self, "width", position)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CrossEdits:
+    """What a mix of adapters changes in to_k and to_v layers; weights are folded in. Absent layers are the base's.
+
+    `shifts` [rank] are relu(sigma + delta) - sigma; `branches` are A [k, cols] and B [rows, k]; `deltas` [rows, cols]
+    are added to the weights; `gated` are Perfusion's edits of a layer with their weights. All fp32.
+    """
+
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    branches: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    deltas: Mapping[str, Tensor] = field(default_factory=dict)
+    gated: Mapping[str, tuple[tuple[GatedEdit, float], ...]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [*self.shifts.values(), *self.deltas.values(), *(t for pair in self.branches.values() for t in pair)]
+        tensors += [edit.outputs[name] for name, edits in self.gated.items() for edit, _ in edits]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class CrossStage:
+    """Projects encoded prompts to keys and values with the base's weights and a mix's edits. Safe for several threads.
+
+    A result depends on its own prompt and mix alone, so a picture's does not change with its batch.
+    """
+
+    def __init__(self, base: BaseModel, factors: SpectralFactors) -> None:
+        self.layout = CrossLayout(base.layout)
+        self._factors = factors
+        parameters = dict(base.unet.named_parameters())
+        # fp32 whatever the base is held in: it is 2 % of a UNet's weights, and runs once per request.
+        self._weights = {name: parameters[f"{name}.weight"].detach().float() for name in self.layout.spans}
+        self._biases = {
+            name: None if (bias := parameters.get(f"{name}.bias")) is None else bias.detach().float()
+            for name in self.layout.spans
+        }
+
+    @torch.no_grad()
+    def project(self, keys: Tensor, values: Tensor, edits: CrossEdits) -> Tensor:
+        """Return `cross` [n, tokens, layout.width] fp32 of the contexts that keys and values see, mostly one and the
+        same.
+
+        A context [n, tokens, width] fp32 serves all layers; [layers, n, tokens, width] has one for each, in the order
+        of `layout.attentions`.
+        """
+        out = keys.new_empty(*keys.shape[-3:-1], self.layout.width)
+        for number, attention in enumerate(self.layout.attentions):
+            for part, context in (("to_k", keys), ("to_v", values)):
+                begin, end = self.layout.spans[f"{attention}.{part}"]
+                x = context[number] if context.dim() == 4 else context
+                out[..., begin:end] = self._project(f"{attention}.{part}", x, edits)
+        return out
+
+    def _project(self, name: str, x: Tensor, edits: CrossEdits) -> Tensor:
+        weight = self._weights[name]
+        out = functional.linear(x, weight, self._biases[name])
+        shift = edits.shifts.get(name)
+        if shift is not None:
+            # W' = W + U diag(shift) V^T, applied to x without being formed.
+            hidden = functional.linear(x, self._factors.vh[name].to(x)) * shift.to(x)
+            out = out + functional.linear(hidden, self._factors.u[name].to(x))
+        branch = edits.branches.get(name)
+        if branch is not None:
+            out = out + functional.linear(functional.linear(x, branch[0].to(x)), branch[1].to(x))
+        delta = edits.deltas.get(name)
+        if delta is not None:
+            out = out + functional.linear(x, delta.to(x))
+        for edit, strength in edits.gated.get(name, ()):
+            out = out + strength * gated_change(edit, name, weight, x)
+        return out
+
+
+def gated_change(edit: GatedEdit, name: str, weight: Tensor, x: Tensor) -> Tensor:
+    """What Perfusion adds to W x for tokens x [..., width]: g(x) o* - s(x) W i* (Tewel et al. 2023, equation 5)."""
+    target, dual = edit.target.to(x), edit.dual.to(x)
+    share = (x @ dual / (dual @ target))[..., None]
+    gate = torch.sigmoid((share - edit.beta) / edit.tau)
+    return gate * edit.outputs[name].to(x) - share * (weight @ target)
