@@ -102,7 +102,8 @@ def header_length(start: bytes, file_size: int, max_header: int) -> int:
 def parse_header(header: bytes, file_size: int, max_tensors: int, *, foreign: bool = False) -> ContainerHeader:
     """Check the JSON header of a file of `file_size` bytes. Raises InvalidArgument naming what does not fit.
 
-    Files that other programs wrote (`foreign`) may also hold single numbers and the types of FOREIGN_DTYPES.
+    Files that other programs wrote (`foreign`) may also hold single numbers, tensors without values and the types of
+    FOREIGN_DTYPES.
     """
     data = parse_json(header, "the header")
     if not isinstance(data, dict):
@@ -213,7 +214,8 @@ def _read_entry(name: str, value: Any, foreign: bool) -> TensorEntry:
             Reason.ADAPTER_DTYPE_UNSUPPORTED,
             f"adapter file refused: tensor {shown} has dtype {show(dtype)}; allowed: {', '.join(dtypes)}",
         )
-    if not _are_sizes(shape, 1, _MAX_DIMENSIONS) and not (foreign and shape == []):
+    # diffusers marks attentions that have no weights by tensors without values.
+    if not _are_sizes(shape, 0 if foreign else 1, _MAX_DIMENSIONS) and not (foreign and shape == []):
         raise invalid(f"tensor {shown} has shape {show(shape)}; allowed: 1 to {_MAX_DIMENSIONS} whole numbers >= 1")
     if not _are_sizes(offsets, 0, 2) or len(offsets) != 2:
         raise invalid(f"tensor {shown} has data_offsets {show(offsets)}; allowed: two whole numbers >= 0")
@@ -234,7 +236,7 @@ def _are_sizes(value: Any, smallest: int, longest: int) -> bool:
 
 def _check_places(entries: list[TensorEntry], data_size: int) -> None:
     position = 0
-    for entry in sorted(entries, key=lambda entry: entry.begin):
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
             raise invalid(
                 f"tensor {entry.name[:120]!r} begins at byte {entry.begin} of the data; expected {position}: tensors "

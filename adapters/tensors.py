@@ -52,6 +52,8 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 def read_tensor(file: io.BufferedIOBase, data_begin: int, entry: TensorEntry) -> Tensor:
     """Read one tensor, which owns its memory. Raises InvalidArgument (ADAPTER_FILE_INVALID, ADAPTER_NOT_FINITE)."""
+    if 0 in entry.shape:
+        return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
     # A buffer of its own: aligned whatever the place in the file, and the file's bytes are not kept alive.
     buffer = bytearray(entry.end - entry.begin)
     file.seek(data_begin + entry.begin)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,20 @@ from torch import Tensor
 from hueshift.adapters.adapter import Adapter, GatedEdit, MapperLayer, TokenMapper
 from hueshift.adapters.container import TensorEntry, invalid
 from hueshift.adapters.errors import InvalidArgument, Reason
-from hueshift.adapters.text_side import GatedNumbers, MapperNumbers, TextSidePlan, gated_layers, mapper_depth
+from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.text_side import (
+    GatedNumbers,
+    MapperNumbers,
+    TextSidePlan,
+    check_text_side,
+    gated_layers,
+    mapper_depth,
+    read_gated_numbers,
+    read_mapper_numbers,
+)
+
+if TYPE_CHECKING:
+    from hueshift.adapters.validate import FileLimits
 
 # s(e) divides by <dual, target>. For a covariance of condition k, the cosine between i* and C^-1 i* is at least about
 # 2 / sqrt(k); fp32 inverts up to k = 1e7 or so.
@@ -103,6 +116,20 @@ def read_gated(plan: TextSidePlan, numbers: Mapping[str, GatedNumbers], read: _R
         )
         check_edit(word, edits[word])
     return edits
+
+
+def check_text_parts(adapter: Adapter, layout: BaseLayout, limits: "FileLimits") -> None:
+    """Check the text-side parts of an adapter as if they were read from a file: shapes, words, numbers.
+
+    Raises InvalidArgument as reading does, with the names that the tensors have in our own files.
+    """
+    plan = TextSidePlan()
+    for name, tensor in text_side_tensors(adapter).items():
+        group, _, rest = name.partition("/")
+        plan.add(TensorEntry(name, str(tensor.dtype), tuple(tensor.shape), 0, 0), group, rest)
+    numbers = text_side_numbers(adapter)
+    mappers, gated = read_mapper_numbers(numbers["mappers"]), read_gated_numbers(numbers["gated"])
+    check_text_side(plan, layout, limits, adapter.tokens, mappers, gated)
 
 
 def check_edit(word: str, edit: GatedEdit) -> None:

@@ -1,6 +1,7 @@
 """How two adapter files differ: by what they do where both are ours, else tensor by tensor."""
 
 import io
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from hueshift.adapters.formats.compress import product_norm
 from hueshift.adapters.formats.detect import Format, detect
 from hueshift.adapters.formats.inspect import read_header
 from hueshift.adapters.tensors import read_tensor
-from hueshift.adapters.validate import read_adapter_header
+from hueshift.adapters.validate import AdapterHeader, read_adapter_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,9 @@ def compare(first: bytes, second: bytes) -> FileDifference:
     fields = {} if formats[0] == formats[1] else {"format": (formats[0].value, formats[1].value)}
     if ours:
         facts = [read_adapter_header(header) for header in headers]
-        for name in ("kind", "base_hash", "method", "identifier"):
-            values = str(getattr(facts[0], name)), str(getattr(facts[1], name))
+        stated = [_stated(header) for header in facts]
+        for name in dict.fromkeys((*stated[0], *stated[1])):
+            values = stated[0].get(name, ""), stated[1].get(name, "")
             if values[0] != values[1]:
                 fields[name] = values
     only = [[name for name in mine if name not in theirs] for mine, theirs in (parts, parts[::-1])]
@@ -68,6 +70,16 @@ def compare(first: bytes, second: bytes) -> FileDifference:
                 names.append(f"{name} {list(part.shape)}")
     ranked = sorted(compared, key=lambda part: (-part.difference, part.name))
     return FileDifference(fields, tuple(only[0]), tuple(only[1]), tuple(ranked))
+
+
+def _stated(header: AdapterHeader) -> dict[str, str]:
+    """What a header says, as texts: besides the plain facts the numbers of mappers and gated edits."""
+    said = {name: str(getattr(header, name)) for name in ("kind", "base_hash", "method", "identifier", "class_noun")}
+    for word, mapper in header.mappers.items():
+        said |= {f"mapper {word} norm": f"{mapper.norm:g}", f"mapper {word} bypass": f"{mapper.bypass:g}"}
+    for word, gate in header.gated.items():
+        said |= {f"gated {word} beta": f"{gate.beta:g}", f"gated {word} tau": f"{gate.tau:g}"}
+    return said
 
 
 _Factors = tuple[Tensor, Tensor]
@@ -89,7 +101,9 @@ def _parts(data: bytes, header: ContainerHeader, ours: bool) -> dict[str, _Part]
 
     def plain(name: str) -> _Part:
         one = torch.ones(1, 1, dtype=torch.float64)
-        return _Part(header.tensors[name].shape, lambda: (read(name).reshape(1, -1), one))
+        return _Part(
+            header.tensors[name].shape, lambda: (read(name).reshape(1, math.prod(header.tensors[name].shape)), one)
+        )
 
     def product(layer: str) -> _Part:
         names = f"lowrank/{layer}/a", f"lowrank/{layer}/b"

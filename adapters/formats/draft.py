@@ -7,20 +7,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
+from hueshift.adapters.adapter import Adapter, AdapterKind, GatedEdit, LowRankFactors, TokenMapper
 from hueshift.adapters.container import invalid
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
 from hueshift.adapters.formats.compress import Product, compress, compress_product, product_norm
 from hueshift.adapters.formats.report import MAX_NAMED, ConvertedLayer, ImportReport, LeftOut, name_some
 from hueshift.adapters.formats.spelling import LayerNames, Part, split_part
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
-from hueshift.adapters.validate import FileLimits, check_word
+from hueshift.adapters.text_parts import check_edit, check_text_parts
+from hueshift.adapters.validate import FileLimits
+from hueshift.adapters.words import check_word
 
 DEFAULT_RANK = 16
 """Rank of what is not low-rank by nature, unless the caller says otherwise: the default of engine.lowrank_rank."""
 
 TEXT_ENCODER = "it changes the text encoder; only the UNet and learned words are adapted here"
 BIAS = "it changes a bias; biases are not adapted here"
+NEGATIVE = "-neg"
+"""What the negative word of a pair ends in, as DreamArtist (Dong et al. 2022) names the two."""
 NO_BRANCH = "this server's engine has no low-rank branch on these layers (setting engine.lowrank_targets)"
 
 
@@ -81,6 +85,10 @@ class Draft:
         self._norm: dict[str, Tensor] = {}
         self._spectral: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
+        self._grids: dict[str, Tensor] = {}
+        self._mappers: dict[str, TokenMapper] = {}
+        self._kv: dict[str, Tensor] = {}
+        self._gated: dict[str, GatedEdit] = {}
         self._left_out: dict[str, list[str]] = {}
 
     def locate(self, module: str) -> str | None:
@@ -123,11 +131,17 @@ class Draft:
         self._count(ConvertedLayer(layer, "spectral", 0, float(torch.linalg.norm(shift.double()))))
         self._spectral[layer] = shift.contiguous()
 
+    def add_kv(self, layer: MatrixLayer, delta: Tensor) -> None:
+        """Add a change [rows, cols] of keys or values of a cross-attention, whole, in fp32."""
+        whole = delta.float()
+        if not bool(torch.isfinite(whole).all()):
+            raise _not_finite(layer.name)
+        self._count(ConvertedLayer(layer.name, "kv", 0, float(torch.linalg.norm(whole.double()))))
+        if bool(whole.any()):
+            self._kv[layer.name] = whole.contiguous()
+
     def add_word(self, word: str, vectors: Tensor, key: str) -> None:
         """Add a learned word: [width] or [vectors, width]."""
-        problem = check_word(word)
-        if problem:
-            raise invalid(f"tensor {key!r}: the word {problem}")
         rows = vectors.reshape(1, -1) if vectors.dim() == 1 else vectors
         width, most = self.base.layout.token_width, self.limits.max_word_vectors
         if rows.dim() != 2 or rows.shape[1] != width or rows.shape[0] > most:
@@ -136,9 +150,34 @@ class Draft:
                 f"adapter file refused: tensor {key!r} has shape {list(vectors.shape)}; allowed: [{width}] or "
                 f"[vectors, {width}] with 1 to {most} vectors, the width of this base model's text encoder",
             )
-        if word in self._tokens:
+        self._tokens[self._new_word(word, key)] = rows.contiguous()
+
+    def add_grid(self, word: str, grid: Tensor, key: str) -> None:
+        """Add a word's embeddings [stages, layers, vectors, width]."""
+        self._grids[self._new_word(word, key)] = grid.contiguous()
+
+    def add_mapper(self, word: str, mapper: TokenMapper, key: str) -> None:
+        """Add a word's network."""
+        self._mappers[self._new_word(word, key)] = mapper
+
+    def add_gated(self, word: str, edit: GatedEdit) -> None:
+        """Add the gated edit of a word. Raises InvalidArgument (ADAPTER_FILE_INVALID) if its gate divides by zero."""
+        check_edit(word, edit)
+        for layer, output in edit.outputs.items():
+            self._count(ConvertedLayer(layer, "gated", 0, float(torch.linalg.norm(output.double()))))
+        self._gated[word] = edit
+
+    def _new_word(self, word: str, key: str) -> str:
+        problem = check_word(word)
+        if problem:
+            raise invalid(f"tensor {key!r}: the word {problem}")
+        if word in self._words:
             raise invalid(f"the word {word!r} is given twice")
-        self._tokens[word] = rows.contiguous()
+        return word
+
+    @property
+    def _words(self) -> tuple[str, ...]:
+        return (*self._tokens, *self._grids, *self._mappers)
 
     def leave_out(self, keys: Sequence[str], reason: str) -> None:
         """Keep account of tensors that have no effect."""
@@ -159,7 +198,7 @@ class Draft:
                 "adapter file refused, as asked, because a part of it has no effect here: "
                 + "; ".join(f"{part.reason} ({name_some(self._left_out[part.reason])})" for part in left_out),
             )
-        if not (self._lowrank or self._norm or self._spectral or self._tokens):
+        if not (self._lowrank or self._norm or self._spectral or self._kv or self._gated or self._words):
             why = "; ".join(f"{reason} ({name_some(keys)})" for reason, keys in self._left_out.items())
             raise invalid(f"nothing of it has an effect here: {why or 'it changes nothing'}")
         order = {name: place for place, name in enumerate((*self.matrices, *self.norm_sizes))}
@@ -172,15 +211,29 @@ class Draft:
             norm=self._norm,
             lowrank=self._lowrank,
             tokens=self._tokens,
-            identifier=next(iter(self._tokens)) if len(self._tokens) == 1 else "",
+            identifier=self._identifier,
+            token_grids=self._grids,
+            mappers=self._mappers,
+            kv=self._kv,
+            gated=self._gated,
         )
-        return adapter, ImportReport(format_name, layers, tuple(self._tokens), left_out, tuple(self.notes))
+        check_text_parts(adapter, self.base.layout, self.limits)
+        return adapter, ImportReport(format_name, layers, self._words, left_out, tuple(self.notes))
 
     @property
     def _kind(self) -> AdapterKind:
         if self._lowrank:
             return AdapterKind.LOWRANK
-        return AdapterKind.SPECTRAL if self._spectral or self._norm else AdapterKind.TOKENS
+        if self._spectral or self._norm:
+            return AdapterKind.SPECTRAL
+        return AdapterKind.KV if self._kv or self._gated else AdapterKind.TOKENS
+
+    @property
+    def _identifier(self) -> str:
+        """The file's only word; of a pair for prompt and negative prompt, the one for the prompt."""
+        known = self._words
+        words = [word for word in known if not (word.endswith(NEGATIVE) and word.removesuffix(NEGATIVE) in known)]
+        return words[0] if len(words) == 1 else ""
 
     def _put(self, layer: MatrixLayer, product: Product, scale: float, form: str) -> None:
         if not (bool(torch.isfinite(product.a).all()) and bool(torch.isfinite(product.b).all())):

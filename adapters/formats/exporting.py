@@ -6,7 +6,7 @@ from enum import StrEnum
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.adapters.file import write_adapter
-from hueshift.adapters.formats import kohya, mkshing, peft, textual_inversion
+from hueshift.adapters.formats import custom_diffusion, kohya, mkshing, peft, textual_inversion
 from hueshift.adapters.formats.draft import ImportBase
 from hueshift.adapters.formats.exports import Leftovers
 
@@ -19,6 +19,7 @@ class ExportForm(StrEnum):
     PEFT = "peft"
     MKSHING = "mkshing"
     TEXTUAL_INVERSION = "textual_inversion"
+    CUSTOM_DIFFUSION = "custom_diffusion"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ def export_adapter(adapter: Adapter, form: ExportForm, base: ImportBase, *, part
             f"the adapter belongs to base model {adapter.base_hash}, not to {base.layout.base_hash}",
         )
     left = Leftovers(form.value, partial=partial)
+    if form is not ExportForm.HUESHIFT:
+        _refuse_text_side(adapter, form, left)
     if form is ExportForm.KOHYA:
         data = kohya.write(adapter, base.layout, left)
     elif form is ExportForm.PEFT:
@@ -49,6 +52,16 @@ def export_adapter(adapter: Adapter, form: ExportForm, base: ImportBase, *, part
         data = mkshing.write(adapter, base, left)
     elif form is ExportForm.TEXTUAL_INVERSION:
         data = textual_inversion.write(adapter, base.layout, left)
+    elif form is ExportForm.CUSTOM_DIFFUSION:
+        data = custom_diffusion.write(adapter, base, left)
     else:
         data = write_adapter(adapter)
     return ExportedFile(data, tuple(left.notes))
+
+
+def _refuse_text_side(adapter: Adapter, form: ExportForm, left: Leftovers) -> None:
+    left.refuse("words with embeddings by layer or stage", adapter.token_grids)
+    left.refuse("words made by a mapper", adapter.mappers)
+    left.refuse("gated edits", adapter.gated)
+    if form is not ExportForm.CUSTOM_DIFFUSION:
+        left.refuse("deltas of keys and values", adapter.kv)

@@ -25,6 +25,8 @@ from hueshift.adapters.validate import FileLimits
 _CONFIG = "adapter_config.json"
 _START = 512
 _MAX_CONFIG = 1024 * 1024
+# Embeddings of A1111, as DreamArtist makes them in pairs, are told apart by their files' names alone.
+_NAMELESS = "emb_params"
 # Prefixes that name the network of a file which does not say it in its own names.
 _TEXT_FILES = ("spectral_shifts_te.safetensors",)
 
@@ -34,6 +36,7 @@ class _Piece:
     data: bytes
     header: ContainerHeader
     prefix: str
+    word: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,9 @@ def _open(file: Path) -> _Piece:
     data, limits = file.read_bytes(), FileLimits()
     length = header_length(data[:_START], len(data), limits.max_header_bytes)
     header = parse_header(data[PREFIX : PREFIX + length], len(data), limits.max_tensors, foreign=True)
-    return _Piece(data, header, "text_encoder." if file.name in _TEXT_FILES else "")
+    nameless = list(header.tensors) == [_NAMELESS]
+    word = header.metadata.get("name") or file.stem if nameless else ""
+    return _Piece(data, header, "text_encoder." if file.name in _TEXT_FILES else "", word)
 
 
 def _join(pieces: Sequence[_Piece], extra: Mapping[str, str]) -> bytes:
@@ -109,4 +114,6 @@ def _join(pieces: Sequence[_Piece], extra: Mapping[str, str]) -> bytes:
 
 
 def _named(piece: _Piece) -> Iterator[tuple[str, TensorEntry]]:
+    if piece.word:
+        return ((f"bundle_emb.{piece.word}.{name}", entry) for name, entry in piece.header.tensors.items())
     return ((f"{piece.prefix}{name}", entry) for name, entry in piece.header.tensors.items())

@@ -17,7 +17,11 @@ from hueshift.adapters.formats import (
     dense,
     kohya,
     mkshing,
+    neti,
+    p_plus,
     peft,
+    perfusion,
+    prospect,
     textual_inversion,
 )
 from hueshift.adapters.formats.detect import Format, detect
@@ -35,6 +39,10 @@ READERS: Mapping[Format, Callable[[Draft, ForeignFile], None]] = {
     Format.PEFT: peft.read,
     Format.DENSE: dense.read,
     Format.TEXTUAL_INVERSION: textual_inversion.read,
+    Format.P_PLUS: p_plus.read,
+    Format.PROSPECT: prospect.read,
+    Format.NETI: neti.read,
+    Format.PERFUSION: perfusion.read,
 }
 BOUND_BY_SHAPES = (
     "the file does not say which weights it was made for; its layers and shapes fit, so it is bound to this base model"

@@ -1,4 +1,4 @@
-"""What an adapter file holds, from its header alone: no base model, no server, no torch."""
+"""What an adapter file holds: no base model, no server, no torch. Only norms of our own files look past the header."""
 
 import re
 from collections import Counter
@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from math import prod
 
 from hueshift.adapters.container import PREFIX, ContainerHeader, TensorEntry, header_length, parse_header
-from hueshift.adapters.formats.detect import Format, detect
+from hueshift.adapters.formats.detect import Format, detect, numbered_words
+from hueshift.adapters.formats.norms import part_norms
 from hueshift.adapters.formats.spelling import Part, split_part
-from hueshift.adapters.validate import FileLimits, read_adapter_header
+from hueshift.adapters.validate import AdapterHeader, FileLimits, read_adapter_header
 
 _START = 512
 # The tensor of a module that tells its rank, and on which side of it the rank stands.
@@ -31,7 +32,11 @@ _FORMS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("spectral shifts", re.compile(r"\.delta$|^spectral/")),
     ("whole differences", re.compile(r"\.diff$")),
     ("whole matrices", re.compile(r"_custom_diffusion(\.0)?\.weight$")),
-    ("learned words", re.compile(r"^<[^<>]+>$|^tokens/|^bundle_emb\.|^emb_params$")),
+    ("learned words", re.compile(r"^<[^<>]+>$|^tokens/|^bundle_emb\.|^emb_params$|^string_to_param\.")),
+    ("words by layer or stage", re.compile(r"^grid/|^prospect\.|-0$")),
+    ("mappers", re.compile(r"^mapper/.+/output_weight$|^(mapper\.)?output_layer\.0\.weight$")),
+    ("key and value deltas", re.compile(r"^kv/")),
+    ("gated edits", re.compile(r"^gated/.+/target$|^target_input$")),
 )
 # Long texts of training programs (tag counts, bucket lists) say nothing about the adapter itself.
 _MAX_TEXT = 120
@@ -39,7 +44,11 @@ _MAX_TEXT = 120
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What a header says. `ranks` counts layers by rank, `parts` tensors by what they are, `networks` by network."""
+    """What a file says. `ranks` counts layers by rank, `parts` tensors by what they are, `networks` by network.
+
+    `words` gives the vectors of every word, `word_forms` says how a word is taught where that is more than vectors.
+    `gated` tells the gate of a word. `norms` are of every part of one of our own files.
+    """
 
     format: str
     size_bytes: int
@@ -52,6 +61,10 @@ class FileFacts:
     parts: Mapping[str, int] = field(default_factory=dict)
     ranks: Mapping[int, int] = field(default_factory=dict)
     words: Mapping[str, int] = field(default_factory=dict)
+    word_forms: Mapping[str, str] = field(default_factory=dict)
+    gated: Mapping[str, str] = field(default_factory=dict)
+    norms: Mapping[str, float] = field(default_factory=dict)
+    class_noun: str = ""
     dtypes: Mapping[str, int] = field(default_factory=dict)
     networks: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +96,10 @@ def inspect(data: bytes) -> FileFacts:
         parts=_parts(header),
         ranks=dict(sorted(Counter(rank for entry in entries if (rank := _rank(entry))).items())),
         words=_words(found, header),
+        word_forms=_word_forms(found, header, own),
+        gated=_gates(header, own) if own else {},
+        norms=part_norms(data, header, own.scales) if own else {},
+        class_noun=own.class_noun if own else "",
         dtypes=dict(sorted(Counter(entry.dtype for entry in entries).items())),
         networks={} if own else _networks(found, header),
         metadata={} if own else _texts(header),
@@ -106,14 +123,48 @@ def _words(found: Format, header: ContainerHeader) -> dict[str, int]:
     words: dict[str, int] = {}
     for name, entry in header.tensors.items():
         vectors = entry.shape[0] if len(entry.shape) > 1 else 1
-        bundled = re.fullmatch(r"bundle_emb\.(.+)\.string_to_param\.\*", name)
+        bundled = re.fullmatch(r"bundle_emb\.(.+)\.(?:string_to_param\.\*|emb_params)", name)
         if bundled:
             words[bundled[1]] = vectors
         elif name.startswith("tokens/"):
             words[name.removeprefix("tokens/")] = vectors
+        elif name.startswith("grid/") and len(entry.shape) == 4:
+            words[name.removeprefix("grid/")] = entry.shape[2]
+        elif found in (Format.P_PLUS, Format.PROSPECT):
+            words.setdefault(_grid_word(found, name), 1)
         elif re.fullmatch(r"<[^<>]+>", name) or found is Format.TEXTUAL_INVERSION:
             words[name] = vectors
     return words
+
+
+def _grid_word(found: Format, name: str) -> str:
+    return name.rpartition("-")[0] if found is Format.P_PLUS else name.partition(".")[2]
+
+
+def _word_forms(found: Format, header: ContainerHeader, own: AdapterHeader | None) -> dict[str, str]:
+    """How words are taught that are more than rows of vectors."""
+    forms: dict[str, str] = {}
+    if found is Format.P_PLUS:
+        forms = {word: f"{len(names)} layers" for word, names in numbered_words(header.tensors).items()}
+    for name, entry in header.tensors.items():
+        if found is Format.PROSPECT and name.startswith("prospect."):
+            forms[_grid_word(found, name)] = f"{entry.shape[0] if entry.shape else 0} stages"
+        elif own and name.startswith("grid/") and len(entry.shape) == 4:
+            stages, layers, vectors, _ = entry.shape
+            forms[name.removeprefix("grid/")] = f"{vectors} vectors x {layers} layers x {stages} stages"
+    for word, numbers in (own.mappers if own else {}).items():
+        prefix = f"mapper/{word}/layers/"
+        hidden = sum(name.startswith(prefix) and name.endswith("/weight") for name in header.tensors)
+        forms[word] = f"mapper of {hidden} hidden layers, norm {numbers.norm:g}, bypass {numbers.bypass:g}"
+    return forms
+
+
+def _gates(header: ContainerHeader, own: AdapterHeader) -> dict[str, str]:
+    gates: dict[str, str] = {}
+    for word, numbers in own.gated.items():
+        layers = sum(name.startswith(f"gated/{word}/outputs/") for name in header.tensors)
+        gates[word] = f"{layers} layers, beta {numbers.beta:g}, tau {numbers.tau:g}"
+    return gates
 
 
 def _texts(header: ContainerHeader) -> dict[str, str]:

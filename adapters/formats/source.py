@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hueshift.adapters.container import TensorEntry, header_length, invalid, parse_header, parse_json
+from hueshift.adapters.container import (
+    TensorEntry,
+    expect_shape,
+    header_length,
+    invalid,
+    parse_header,
+    parse_json,
+    wrong_shape,
+)
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.adapters.tensors import read_tensor
 from hueshift.adapters.validate import FileLimits
@@ -70,9 +78,11 @@ class ForeignFile:
     def read(self, name: str) -> Tensor:
         """Read a tensor of floating-point values; fp64 becomes fp32.
 
-        Raises InvalidArgument (ADAPTER_NOT_FINITE, ADAPTER_DTYPE_UNSUPPORTED).
+        Raises InvalidArgument (ADAPTER_NOT_FINITE, ADAPTER_DTYPE_UNSUPPORTED, ADAPTER_SHAPE_MISMATCH).
         """
         entry = self.entries[name]
+        if 0 in entry.shape:
+            raise wrong_shape(entry, "at least one value")
         self.skip(name)
         tensor = read_tensor(self._file, self.header.data_begin, entry)
         if not tensor.is_floating_point():
@@ -98,6 +108,27 @@ class ForeignFile:
             )
         self.skip(name)
         return float(read_tensor(self._file, self.header.data_begin, entry).item())
+
+    def read_shaped(self, name: str, *shape: int) -> Tensor:
+        """Read a tensor of this shape. Raises InvalidArgument (ADAPTER_SHAPE_MISMATCH) on others, and as `read`."""
+        found = self.entries.get(name)
+        if found is None:
+            raise invalid(f"it has no tensor {name!r} {list(shape)}, which files of its format hold")
+        expect_shape(found, shape)
+        return self.read(name)
+
+    def stated_number(self, key: str) -> float | None:
+        """Return a metadata text that holds a number; None if absent. Raises InvalidArgument on another."""
+        text = self.metadata.get(key)
+        if text is None:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise invalid(f"the metadata {key!r} is {text[:80]!r}; allowed: a finite number")
+        return value
 
     def json(self, key: str) -> dict[str, Any] | None:
         """Return a metadata text that holds a JSON object; None if absent. Raises InvalidArgument on another."""

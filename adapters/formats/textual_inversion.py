@@ -1,16 +1,23 @@
-"""Learned words (Gal et al. 2022): `{word: vectors}` as diffusers writes it, or A1111's `emb_params` without a word."""
+"""Learned words (Gal et al. 2022): `{word: vectors}` as diffusers writes it, or A1111's `emb_params` without a word.
 
+A word of several vectors is one tensor [vectors, width] (diffusers, A1111), or `word`, `word_1`, `word_2`, as diffusers
+calls its tokens. A pair for prompt and negative prompt (DreamArtist, Dong et al. 2022) is two words, `word` and
+`word-neg`.
+"""
+
+import torch
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
-from hueshift.adapters.formats.draft import Draft
+from hueshift.adapters.formats.detect import joined_words
+from hueshift.adapters.formats.draft import NEGATIVE, Draft
 from hueshift.adapters.formats.exports import BASE_HASH_KEY, Leftovers
 from hueshift.adapters.formats.source import ForeignFile
+from hueshift.adapters.formats.words import bare_word, word_of
 from hueshift.adapters.layout import BaseLayout
 from hueshift.adapters.tensors import pack
 
-_NAMELESS = "emb_params"
 _TWO_ENCODERS = ("clip_l", "clip_g")
 
 
@@ -23,17 +30,26 @@ def read(draft: Draft, source: ForeignFile) -> None:
             f"the word of this file has vectors for two text encoders ({', '.join(keys)[:80]}), as SDXL has them; this "
             "server's base model has one",
         )
-    if len(keys) > draft.limits.max_words:
+    words = joined_words(keys)
+    if len(words) > draft.limits.max_words:
         raise InvalidArgument(
             Reason.ADAPTER_FILE_INVALID,
-            f"adapter file refused: it teaches {len(keys)} words; allowed: at most {draft.limits.max_words}",
+            f"adapter file refused: it teaches {len(words)} words; allowed: at most {draft.limits.max_words}",
         )
-    for key in keys:
-        draft.add_word(_word_of(key, len(keys), draft, source), source.read(key), key)
+    names = _names(list(words), draft, source)
+    for key, parts in words.items():
+        vectors = [source.read(part) for part in parts]
+        if len(vectors) > 1 and any(tensor.numel() != tensor.shape[-1] for tensor in vectors):
+            raise InvalidArgument(
+                Reason.ADAPTER_SHAPE_MISMATCH,
+                f"adapter file refused: tensors {parts[0]!r} to {parts[-1]!r} are one word, so each must be one vector",
+            )
+        whole = vectors[0] if len(vectors) == 1 else _rows(vectors, parts)
+        draft.add_word(names[key], whole, key)
 
 
 def write(adapter: Adapter, layout: BaseLayout, left: Leftovers) -> bytes:
-    """Write the learned words."""
+    """Write the learned words, each as one tensor [vectors, width]: diffusers reads a file of one word."""
     left.refuse("spectral shifts", adapter.spectral)
     left.refuse("low-rank parts", adapter.lowrank)
     left.refuse("shifts of norms", adapter.norm)
@@ -41,14 +57,21 @@ def write(adapter: Adapter, layout: BaseLayout, left: Leftovers) -> bytes:
     return pack(tensors, {"format": "pt", BASE_HASH_KEY: adapter.base_hash})
 
 
-def _word_of(key: str, count: int, draft: Draft, source: ForeignFile) -> str:
-    if count == 1 and draft.options.word:
-        return draft.options.word
-    if key != _NAMELESS:
-        return key
-    name = source.metadata.get("name", "")
-    if not name:
-        raise InvalidArgument.for_field(
-            "word", f"the learned embedding {key!r} has no word in its file; give the word that shall stand for it"
+def _rows(vectors: list[Tensor], parts: list[str]) -> Tensor:
+    if len({(tensor.shape[-1], tensor.dtype) for tensor in vectors}) > 1:
+        raise InvalidArgument(
+            Reason.ADAPTER_SHAPE_MISMATCH,
+            f"adapter file refused: tensors {parts[0]!r} to {parts[-1]!r} are one word, but differ in width or dtype",
         )
-    return name
+    return torch.stack([tensor.flatten() for tensor in vectors])
+
+
+def _names(keys: list[str], draft: Draft, source: ForeignFile) -> dict[str, str]:
+    """What stands for each tensor: the caller's word for a single one or a pair, else what the file says."""
+    bare = {key: bare_word(key) for key in keys}
+    if len(keys) == 1:
+        return {keys[0]: word_of(bare[keys[0]], draft, source)}
+    first, second = keys[0], keys[-1]
+    if draft.options.word and len(keys) == 2 and bare[second] == bare[first] + NEGATIVE:
+        return {first: draft.options.word, second: draft.options.word + NEGATIVE}
+    return bare

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hueshift.server.cli.adapter_report import ranks_text
+from hueshift.server.cli.adapter_report import norms_text, ranks_text
 from hueshift.server.cli.output import Output, facts_table, plain, rows_table, size_text
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ def _facts_table(facts: "FileFacts") -> "Table":
             "base hash": facts.base_hash or "not stated",
             "holds": ", ".join(f"{count} {part}" for part, count in facts.parts.items()),
             "ranks": ranks_text(dict(facts.ranks)),
-            "words": ", ".join(f"{word} ({count} vectors)" for word, count in facts.words.items()),
+            "class noun": facts.class_noun,
+            "words": ", ".join(_word_texts(facts)),
+            "gated edits": ", ".join(f"{word} ({gate})" for word, gate in facts.gated.items()),
+            "norms": norms_text(facts.norms),
             "networks": ", ".join(f"{network} {count} tensors" for network, count in facts.networks.items()),
             "types": ", ".join(f"{dtype} {count}" for dtype, count in facts.dtypes.items()),
             "values": f"{facts.values:,}",
@@ -73,3 +76,8 @@ def _facts_table(facts: "FileFacts") -> "Table":
             "metadata": "\n".join(f"{key} = {value}" for key, value in facts.metadata.items()),
         }
     )
+
+
+def _word_texts(facts: "FileFacts") -> list[str]:
+    plain_words = {word: f"{count} vectors" for word, count in facts.words.items()}
+    return [f"{word} ({form})" for word, form in {**plain_words, **facts.word_forms}.items()]

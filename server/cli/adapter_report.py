@@ -1,11 +1,14 @@
 """The report of an import, for people."""
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from hueshift.server.cli.output import facts_table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
     from hueshift.client.conversion import ImportReport
@@ -43,3 +46,20 @@ _ROUNDING = 1e-6
 def ranks_text(ranks: "Counter[int] | dict[int, int]") -> str:
     """Return ranks with how many layers have each."""
     return ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))
+
+
+def norms_text(norms: "Mapping[str, float]") -> str:
+    """Return by kind of part how many there are, their smallest and largest norm, and which one is the strongest."""
+    groups: dict[str, dict[str, float]] = {}
+    for name, norm in norms.items():
+        group, _, part = name.partition("/")
+        groups.setdefault(group, {})[part] = norm
+    lines: list[str] = []
+    for group, parts in groups.items():
+        strongest = max(parts, key=lambda part: parts[part])
+        total = math.sqrt(math.fsum(norm**2 for norm in parts.values()))
+        lines.append(
+            f"{group}: {len(parts)} from {min(parts.values()):.3g} to {parts[strongest]:.3g} ({strongest}), "
+            f"{total:.3g} in all"
+        )
+    return "\n".join(lines)

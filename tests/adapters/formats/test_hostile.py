@@ -65,10 +65,30 @@ FILES: dict[Format, dict[str, Tensor]] = {
     Format.MKSHING: {"conv_in.delta": ones(16), "conv_norm_out.delta": ones(1)},
     Format.DENSE: {"conv_in.weight": ones(16, 4, 3, 3), "conv_norm_out.weight": ones(16)},
     Format.TEXTUAL_INVERSION: {"<cat>": ones(3, WIDTH)},
+    Format.P_PLUS: {f"<cat>-{n}": n * ones(WIDTH) for n in range(4)},
+    Format.PROSPECT: {"prospect.<cat>": ones(10, WIDTH)},
+    Format.NETI: {
+        "encoder.w": ones(3, 2),
+        "net.0.weight": ones(4, 6),
+        "net.0.bias": ones(4),
+        **{f"net.{n}.weight": ones(5, 4 if n == 1 else 5) for n in (1, 4)},
+        **{f"net.{n}.bias": ones(5) for n in (1, 2, 4, 5)},
+        **{f"net.{n}.weight": ones(5) for n in (2, 5)},
+        "output_layer.0.weight": ones(2 * WIDTH, 5),
+        "output_layer.0.bias": ones(2 * WIDTH),
+    },
+    Format.PERFUSION: {
+        "target_input": ones(WIDTH),
+        "C_inv": ones(WIDTH, WIDTH),
+        f"{Q.removesuffix('.to_q')}.to_k.target_output": ones(16),
+        "input_blocks.1.1.transformer_blocks.0.attn2.to_v.target_output": ones(1, 16),
+        "<cat>": ones(WIDTH),
+    },
 }
 METADATA = {
     Format.PEFT: {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 1, "alpha_pattern": {"to_q": 2}})},
     Format.CLONEOFSIMO: {"unet": '["CrossAttention", "GEGLU"]', "<s1>": "<embed>"},
+    Format.NETI: {"placeholder_token": "<cat>", "target_norm": "0.4"},
 }
 
 
@@ -133,6 +153,8 @@ def _edit(header: dict[str, Any], names: list[str], draw: random.Random) -> None
         lambda: header.update(
             __metadata__={
                 "unet": draw.choice(["[]", "{}", "[[", '["GEGLU"]']),
+                "target_norm": draw.choice(["none", "1", "nan", "x"]),
+                "beta": draw.choice(["1", "inf", ""]),
                 "lora_adapter_metadata": draw.choice(["1", "{}", '{"r": -1}', '{"r": 1e400}', '{"unet.r": 2}']),
             }
         ),
@@ -161,8 +183,9 @@ _NAMES = st.sampled_from(
     [name for tensors in FILES.values() for name in tensors]
     + [f"{FLAT}.{end}" for end in ("lora_mid.weight", "hada_t1", "lokr_t2", "lokr_w1", "diff", "diff_b", "oft_blocks")]
     + [f"unet.{Q}.lora_B.bias", "emb_params", "clip_l", "bundle_emb.x.string_to_param.*", "unet:1:up", "x"]
+    + ["string_to_param.*", "x_1", "x-neg", "prospect.*", "dual", "input_layer.weight", "x.attn2.processor", "x-0"]
 )
-_SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 16, 24, 32]), max_size=4)
+_SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 16, 24, 32]), max_size=4)
 
 
 @settings(max_examples=250, deadline=None)
