@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import Any, NoReturn
 
 import grpc
+from fake_messages import combined_message, model_message
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -193,14 +194,9 @@ class FakeService(
     def CombineAdapters(
         self, request: adapters_pb2.CombineAdaptersRequest, context: Context
     ) -> adapters_pb2.CombineAdaptersResponse:
-        """Keep a record without a file."""
+        """Make up an answer."""
         self._fail_or_go("CombineAdapters", request, context)
-        name = f"tenants/local/adapters/{request.adapter_id or 'made-up'}"
-        adapter = adapters_pb2.Adapter(
-            name=name, kind=adapters_pb2.ADAPTER_KIND_KV, revision=1, method="combine", labels=request.labels
-        )
-        self.adapters[name] = adapter
-        return adapters_pb2.CombineAdaptersResponse(adapter=adapter, notes=["its rank is not served"])
+        return combined_message(request)
 
     def WarmAdapter(
         self, request: adapters_pb2.WarmAdapterRequest, context: Context
@@ -359,29 +355,6 @@ def job_events(final: State.ValueType = State.FINE_TUNE_STATE_SUCCEEDED) -> list
         event.sequence = number
         event.time.FromSeconds(1_700_000_000 + number)
     return events
-
-
-def model_message() -> model_pb2.Model:
-    """Return a model."""
-    return model_pb2.Model(
-        name="models/emoji-128",
-        base_hash="ab" * 32,
-        engine="onnxruntime",
-        plans=["dense", "factored"],
-        # 99 stands for a sampler that a newer server has.
-        samplers=[generation_pb2.SAMPLER_DDIM, 99],  # type: ignore[list-item]
-        default_sampler=generation_pb2.SAMPLER_DDIM,
-        default_steps=20,
-        default_guidance_scale=5.0,
-        width=128,
-        height=128,
-        methods=[
-            model_pb2.MethodInfo(
-                method=finetune_pb2.FINE_TUNE_METHOD_SVDIFF,
-                subject_defaults=finetune_pb2.FineTuneSettings(steps=150, learning_rate=0.5),
-            )
-        ],
-    )
 
 
 def _generation(request: generation_pb2.GenerateRequest, count: int) -> Iterator[generation_pb2.GenerateResponse]:
