@@ -64,7 +64,7 @@ def run(unet: nn.Module, seed: int = 3) -> Tensor:
 
 
 def adapted(unet: nn.Module, adapter: Adapter) -> nn.Module:
-    """Write an adapter into the weights of a UNet, in fp64: W + s B A, U relu(sigma + delta) V^T, w + shift."""
+    """Write an adapter into the weights of a UNet, in fp64: W + s B A, W + dW, U relu(sigma + delta) V^T, w + shift."""
     for layer, part in adapter.lowrank.items():
         weight = unet.get_parameter(f"{layer}.weight")
         change = part.scale * (part.b.double() @ part.a.double())
@@ -73,6 +73,9 @@ def adapted(unet: nn.Module, adapter: Adapter) -> nn.Module:
         weight = unet.get_parameter(f"{layer}.weight")
         u, sigma, vh = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
         weight.data.copy_(((u * torch.relu(sigma + shift.double())) @ vh).reshape(weight.shape))
+    for layer, delta in adapter.kv.items():
+        weight = unet.get_parameter(f"{layer}.weight")
+        weight.data.copy_(weight.double() + delta.double())
     for layer, shift in adapter.norm.items():
         weight = unet.get_parameter(f"{layer}.weight")
         weight.data.copy_(weight.double() + shift.double())

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from foreign_unet import base_of, foreign_unet
 from small_adapters import lowrank_adapter, spectral_adapter
+from text_side_adapters import gated, kv_deltas, mapper, stage_tokens
 
 from hueshift.adapters.adapter import LowRankFactors
 from hueshift.adapters.errors import HueshiftError, InvalidArgument, Reason
@@ -50,6 +52,58 @@ def test_inspect_tells_what_another_programs_file_holds() -> None:
     assert facts.networks == {"UNet": 7, "text encoder": 1}
     assert facts.metadata == {"ss_network_dim": "4"}
     assert facts.dtypes == {"F16": 1, "F32": 7}
+
+
+def test_inspect_tells_words_gates_and_norms() -> None:
+    layout = base_of(foreign_unet()).layout
+    count = len(layout.cross_attentions)
+    grid = inspect(write_adapter(stage_tokens(layout, word="<s>", stages=3, vectors=2, layers=True)))
+    assert (grid.words, grid.word_forms) == ({"<s>": 2}, {"<s>": f"2 vectors x {count} layers x 3 stages"})
+    network = inspect(write_adapter(mapper(layout)))
+    assert network.word_forms == {"<mapped>": "mapper of 2 hidden layers, norm 0.4, bypass 0.25"}
+    assert network.parts == {"mappers": 1}
+    deltas = kv_deltas(layout)
+    facts = inspect(write_adapter(replace(deltas, class_noun="cat")))
+    assert (facts.kind, facts.class_noun, facts.parts["key and value deltas"]) == ("kv", "cat", 2 * count)
+    for name, delta in deltas.kv.items():
+        assert facts.norms[f"kv/{name}"] == pytest.approx(float(delta.double().norm()))
+    locked = inspect(write_adapter(gated(layout)))
+    assert locked.gated == {"<locked>": f"{2 * count} layers, beta 0.75, tau 0.1"}
+    assert locked.words == {"<locked>": 1}
+
+
+def test_inspect_tells_the_norms_of_every_part() -> None:
+    adapter = replace(lowrank_adapter(), norm={"up.norm": torch.arange(7.0).bfloat16()})
+    norms = inspect(write_adapter(adapter)).norms
+    assert norms["norm/up.norm"] == pytest.approx(91.0**0.5)
+    for layer, part in adapter.lowrank.items():
+        product = part.scale * (part.b.double() @ part.a.double())
+        assert norms[f"lowrank/{layer}"] == pytest.approx(float(product.norm()))
+    broken = write_adapter(replace(adapter, norm={"up.norm": torch.full((7,), float("inf"))}))
+    with pytest.raises(InvalidArgument, match=r"norm/up\.norm"):
+        inspect(broken)
+
+
+def test_inspect_tells_the_words_of_other_text_side_files() -> None:
+    layered = inspect(safetensors.torch.save({f"<c>-{n}": torch.ones(6) for n in range(16)}))
+    assert (layered.format, layered.words, layered.word_forms) == ("p-plus", {"<c>": 1}, {"<c>": "16 layers"})
+    staged = inspect(safetensors.torch.save({"prospect.<c>": torch.ones(10, 6)}))
+    assert (staged.format, staged.words, staged.word_forms) == ("prospect", {"<c>": 1}, {"<c>": "10 stages"})
+
+
+def test_differences_of_numbers_are_told() -> None:
+    layout = base_of(foreign_unet()).layout
+    first, second = gated(layout), gated(layout, tau=0.2)
+    found = compare(write_adapter(first), write_adapter(replace(second, class_noun="cat")))
+    assert found.fields == {"class_noun": ("", "cat"), "gated <locked> tau": ("0.1", "0.2")}
+    assert all(part.difference == 0 for part in found.compared)
+    found = compare(write_adapter(mapper(layout)), write_adapter(mapper(layout, norm=0.5)))
+    assert found.fields == {"mapper <mapped> norm": ("0.4", "0.5")}
+    deltas = kv_deltas(layout), kv_deltas(layout, seed=2)
+    found = compare(write_adapter(deltas[0]), write_adapter(deltas[1]))
+    assert {part.name for part in found.compared if part.difference} == {f"kv/{name}" for name in deltas[0].kv} | {
+        "tokens/<new1>"
+    }
 
 
 def test_inspect_needs_no_torch(tmp_path: Path) -> None:

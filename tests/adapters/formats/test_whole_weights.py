@@ -3,7 +3,9 @@
 Outputs agree within 3e-6 of the largest output (measured: 5e-7 to 7e-7, 2-core x86 CPU, 2026-11-20).
 """
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ import safetensors.torch
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from foreign_unet import BASE_HASH, WIDTH, adapted, base_of, error, foreign_unet, only_file, run
+from text_side_adapters import gated, kv_deltas, layer_tokens, mapper
 from torch import Tensor, nn
 
+from hueshift.adapters.adapter import AdapterKind
 from hueshift.adapters.errors import FailedPrecondition, HueshiftError, InvalidArgument, Reason
 from hueshift.adapters.formats.draft import BIAS, ImportBase, ImportOptions
+from hueshift.adapters.formats.exporting import ExportForm, export_adapter
 from hueshift.adapters.formats.folder import bundle
 from hueshift.adapters.formats.importing import import_adapter
 from hueshift.engines.base_model import read_layout
@@ -74,6 +79,76 @@ def test_custom_diffusion_draws_the_same(train_q_out: bool, tmp_path: Path) -> N
     assert {name.rsplit(".attn2.", 1)[1] for name in adapter.lowrank} == (
         {"to_k", "to_v", "to_q", "to_out.0"} if train_q_out else {"to_k", "to_v"}
     )
+
+
+@pytest.mark.parametrize("train_q_out", [False, True])
+def test_custom_diffusion_becomes_deltas_of_keys_and_values(train_q_out: bool, tmp_path: Path) -> None:
+    unet = custom_diffusion(train_q_out=train_q_out)
+    unet.save_attn_procs(tmp_path, safe_serialization=True)
+    adapter, report = import_adapter(only_file(tmp_path), BASE)
+    names = {f"{name}.{side}" for name in BASE.layout.cross_attentions for side in ("to_k", "to_v")}
+    assert adapter.kind is (AdapterKind.LOWRANK if train_q_out else AdapterKind.KV)
+    assert adapter.kv.keys() == names
+    assert {name.rsplit(".attn2.", 1)[1] for name in adapter.lowrank} == (
+        {"to_q", "to_out.0"} if train_q_out else set()
+    )
+    state = foreign_unet().state_dict()
+    for name in names:
+        role = name.rsplit("_", 1)[1]
+        theirs = (
+            unet.get_submodule(name.rpartition(".")[0]).processor.get_submodule(f"to_{role}_custom_diffusion").weight
+        )
+        assert torch.allclose(adapter.kv[name], theirs.detach() - state[f"{name}.weight"], rtol=0, atol=1e-8)
+    assert report is not None
+    assert {part.form for part in report.layers if part.layer in names} == {"kv"}
+    if not train_q_out:
+        assert report.error == 0
+        assert error(run(adapted(foreign_unet(), adapter)), run(unet)) < BOUND
+
+
+def test_diffusers_draws_the_same_from_our_custom_diffusion_file(tmp_path: Path) -> None:
+    # One attention keeps its weights, another only its keys: diffusers wants all of them named.
+    whole = kv_deltas(BASE.layout, word="")
+    first, second = BASE.layout.cross_attentions[:2]
+    missing = {f"{first}.to_k", f"{first}.to_v", f"{second}.to_v"}
+    adapter = replace(whole, kv={name: delta for name, delta in whole.kv.items() if name not in missing})
+    data = export_adapter(adapter, ExportForm.CUSTOM_DIFFUSION, BASE).data
+    (tmp_path / "weights.safetensors").write_bytes(data)
+    unet: Any = foreign_unet()
+    # diffusers 0.42.1 puts the processors in only where it is told of a pipeline.
+    pipeline = SimpleNamespace(components={}, hf_device_map=None)
+    unet.load_attn_procs(tmp_path, weight_name="weights.safetensors", _pipeline=pipeline)
+    theirs = run(unet)
+    assert error(run(foreign_unet()), theirs) > 0.005
+    assert error(run(adapted(foreign_unet(), adapter)), theirs) < BOUND
+    again, report = import_adapter(data, BASE)
+    # The value side of the second attention is the base's own: no delta.
+    assert again.kv.keys() == adapter.kv.keys()
+    for name, delta in adapter.kv.items():
+        # What the form stores is W + delta in fp32.
+        step = 2.0**-24 * BASE.parameter(f"{name}.weight").abs().max()
+        assert float((again.kv[name] - delta).abs().max()) <= 2 * step
+    assert report is not None
+    assert not any("bound to this base" in note for note in report.notes)
+    # From what the form holds, nothing more is lost.
+    assert export_adapter(again, ExportForm.CUSTOM_DIFFUSION, BASE).data == data
+
+
+def test_exports_name_the_text_side_parts_they_cannot_hold() -> None:
+    layout = BASE.layout
+    for adapter, form, named in (
+        (kv_deltas(layout), ExportForm.CUSTOM_DIFFUSION, "learned words"),
+        (kv_deltas(layout), ExportForm.TEXTUAL_INVERSION, "deltas of keys and values"),
+        (layer_tokens(layout), ExportForm.TEXTUAL_INVERSION, "by layer or stage"),
+        (mapper(layout), ExportForm.KOHYA, "made by a mapper"),
+        (gated(layout), ExportForm.PEFT, "gated edits"),
+    ):
+        with pytest.raises(InvalidArgument, match=named) as caught:
+            export_adapter(adapter, form, BASE)
+        assert caught.value.reason is Reason.ADAPTER_TARGET_UNSUPPORTED
+        assert any(named in note for note in export_adapter(adapter, form, BASE, partial=True).left_out)
+        again, _ = import_adapter(export_adapter(adapter, ExportForm.HUESHIFT, BASE).data, BASE)
+        assert again.words == adapter.words
 
 
 def test_a_changed_output_bias_is_reported(tmp_path: Path) -> None:
