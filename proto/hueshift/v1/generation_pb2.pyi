@@ -192,6 +192,9 @@ class GenerateRequest(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     PREVIEW_INTERVAL_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    LAG_FIELD_NUMBER: _builtins.int
+    SHARED_ATTENTION_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the picture shows. Required, at most 2,000 characters; tokens past the text encoder's length are cut off and
     counted in Finished.truncated_tokens.
@@ -218,6 +221,11 @@ class GenerateRequest(_message.Message):
     """Send a Preview every this many steps; 0 means none."""
     priority: Global___Priority.ValueType
     """Priority within the tenant's own queue."""
+    shared_attention: _builtins.bool
+    """StyleAligned: all pictures of the request share the first one's self-attention, and with it its style. They join
+    the batch together, so count is at least 2 and at most what the batch holds. Needs an engine that offers it
+    (Model.shared_attention). The negative prompt's half is shared too; the first picture itself stays as it would be.
+    """
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterUse]:
         """Adapters to apply together; none means the base model. At most 4."""
@@ -226,6 +234,19 @@ class GenerateRequest(_message.Message):
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One seed per picture, or one seed for the first picture (the following ones count up from it), or none for random
         seeds. The same seed with the same request gives the same picture, whatever else is in the batch.
+        """
+
+    @_builtins.property
+    def lag(self) -> Global___LagSampling:
+        """LAG sampling, when given: the low-rank branches of `adapters` act only where the picture shows what they taught.
+        Needs an engine that offers it (Model.lag).
+        """
+
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
+        """Parts of every picture that have adapters and a prompt of their own; at most Model.max_regions. Each is denoised
+        beside the picture, at the cost of another picture, and blended in by its area at every step. What no region covers
+        is drawn from `prompt` with `adapters`.
         """
 
     def __init__(
@@ -245,16 +266,134 @@ class GenerateRequest(_message.Message):
         format: Global___ImageFormat.ValueType = ...,
         preview_interval: _builtins.int = ...,
         priority: Global___Priority.ValueType = ...,
+        lag: Global___LagSampling | None = ...,
+        shared_attention: _builtins.bool = ...,
+        regions: _abc.Iterable[Global___Region] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "lag", b"lag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "adapters", b"adapters", "count", b"count", "eta", b"eta", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "preview_interval", b"preview_interval", "priority", b"priority", "prompt", b"prompt", "sampler", b"sampler", "seeds", b"seeds", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "adapters", b"adapters", "count", b"count", "eta", b"eta", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "lag", b"lag", "negative_prompt", b"negative_prompt", "preview_interval", b"preview_interval", "priority", b"priority", "prompt", b"prompt", "regions", b"regions", "sampler", b"sampler", "seeds", b"seeds", "shared_attention", b"shared_attention", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class LagSampling(_message.Message):
+    """LAG sampling (Ham et al. 2024): in every transformer block, the low-rank branches of the request's adapters are added
+    only where the block's cross-attention looks at chosen words of the prompt, which are about half of the positions.
+    Everything else of an adapter (singular values, norms, learned words) acts everywhere, and so do the adapters of
+    regions.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORDS_FIELD_NUMBER: _builtins.int
+    RETURN_MASKS_FIELD_NUMBER: _builtins.int
+    return_masks: _builtins.bool
+    """Send the masks with each picture, as Image.mask."""
+    @_builtins.property
+    def words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words of the prompt that confine the branches, all together; each must be there as a whole word (in any case of
+        letters; a phrase counts as one word), and every place where it stands counts. At most 16. None: the identifier and,
+        where it is known, the class noun of every adapter with a low-rank part; both must stand in the prompt.
+        """
+
+    def __init__(
+        self,
+        *,
+        words: _abc.Iterable[_builtins.str] | None = ...,
+        return_masks: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["return_masks", b"return_masks", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LagSampling: _TypeAlias = LagSampling  # noqa: Y015
+
+@_typing.final
+class Box(_message.Message):
+    """A rectangle in pixels from the picture's upper left corner. It must lie within the picture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    X_FIELD_NUMBER: _builtins.int
+    Y_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    x: _builtins.int
+    """Left edge."""
+    y: _builtins.int
+    """Upper edge."""
+    width: _builtins.int
+    """Width, at least 1."""
+    height: _builtins.int
+    """Height, at least 1."""
+    def __init__(
+        self,
+        *,
+        x: _builtins.int = ...,
+        y: _builtins.int = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "width", b"width", "x", b"x", "y", b"y"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Box: _TypeAlias = Box  # noqa: Y015
+
+@_typing.final
+class Region(_message.Message):
+    """A part of a picture with adapters and a prompt of its own (regions of OMG, Kong et al. 2024)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    BOX_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    FEATHER_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """What the region shows. Empty means the picture's prompt; at most 2,000 characters."""
+    mask: _builtins.bytes
+    """A PNG, JPEG or WebP of any size up to 1 MiB, stretched to the picture: its alpha channel if it has one, else its
+    lightness. White (opaque) is the region, black is not, grey is a share.
+    """
+    feather: _builtins.float
+    """Width in pixels over which the region's edges fade, half of it on either side. 0 (sharp) to 256."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterUse]:
+        """Adapters of the region, in the place of the picture's; none means the base model. At most 4."""
+
+    @_builtins.property
+    def box(self) -> Global___Box:
+        """A rectangle."""
+
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___AdapterUse] | None = ...,
+        box: Global___Box | None = ...,
+        mask: _builtins.bytes = ...,
+        feather: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["area", b"area", "box", b"box", "mask", b"mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "area", b"area", "box", b"box", "feather", b"feather", "mask", b"mask", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_area: _TypeAlias = _typing.Literal["box", "mask"]  # noqa: Y015
+    _WhichOneofArgType_area: _TypeAlias = _typing.Literal["area", b"area"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_area) -> _WhichOneofReturnType_area | None: ...
+
+Global___Region: _TypeAlias = Region  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -409,6 +548,8 @@ class Image(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     BASE_HASH_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which picture, from 0."""
     data: _builtins.bytes
@@ -425,17 +566,25 @@ class Image(_message.Message):
     """Engine that ran the UNet: `onnxruntime`, `torch`."""
     base_hash: _builtins.str
     """SHA-256 of the base model's weights, as in GetModelResponse."""
+    mask: _builtins.bytes
+    """The LAG masks as a grey PNG of the picture's size, if LagSampling.return_masks asked for them: white where every
+    block's branches acted at every step, black where none did. Else empty.
+    """
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedAdapter]:
         """What it was made with."""
 
     @_builtins.property
     def plans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Plans its steps ran in, in order of first use: `dense`, `factored`."""
+        """Plans its steps ran in, in order of first use: `dense`, `factored`, `full`."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
         """Where the time went."""
+
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedRegion]:
+        """What each region was made with, in the request's order."""
 
     def __init__(
         self,
@@ -451,14 +600,40 @@ class Image(_message.Message):
         engine: _builtins.str = ...,
         base_hash: _builtins.str = ...,
         timings: Global___Timings | None = ...,
+        mask: _builtins.bytes = ...,
+        regions: _abc.Iterable[Global___AppliedRegion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_hash", b"base_hash", "data", b"data", "engine", b"engine", "height", b"height", "index", b"index", "media_type", b"media_type", "plans", b"plans", "seed", b"seed", "timings", b"timings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_hash", b"base_hash", "data", b"data", "engine", b"engine", "height", b"height", "index", b"index", "mask", b"mask", "media_type", b"media_type", "plans", b"plans", "regions", b"regions", "seed", b"seed", "timings", b"timings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Image: _TypeAlias = Image  # noqa: Y015
+
+@_typing.final
+class AppliedRegion(_message.Message):
+    """What a region of a picture was made with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedAdapter]:
+        """Its adapters."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___AppliedAdapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedRegion: _TypeAlias = AppliedRegion  # noqa: Y015
 
 @_typing.final
 class AppliedAdapter(_message.Message):

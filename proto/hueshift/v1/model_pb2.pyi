@@ -47,6 +47,9 @@ class Model(_message.Message):
     MAX_ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PICTURE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PICTURES_FIELD_NUMBER: _builtins.int
+    LAG_FIELD_NUMBER: _builtins.int
+    SHARED_ATTENTION_FIELD_NUMBER: _builtins.int
+    MAX_REGIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `models/{model}`."""
     base_hash: _builtins.str
@@ -83,9 +86,15 @@ class Model(_message.Message):
     """Largest training picture in bytes."""
     max_pictures: _builtins.int
     """Most training pictures per job."""
+    lag: _builtins.bool
+    """True if the engine offers LAG sampling (GenerateRequest.lag)."""
+    shared_attention: _builtins.bool
+    """True if the engine offers shared attention (GenerateRequest.shared_attention)."""
+    max_regions: _builtins.int
+    """Most regions of a picture with guidance (GenerateRequest.regions)."""
     @_builtins.property
     def plans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Plans the engine offers: `dense`, `factored`."""
+        """Plans the engine offers: `dense`, `factored`, `full`."""
 
     @_builtins.property
     def samplers(self) -> _containers.RepeatedScalarFieldContainer[_generation_pb2.Sampler.ValueType]:
@@ -119,10 +128,13 @@ class Model(_message.Message):
         max_adapter_bytes: _builtins.int = ...,
         max_picture_bytes: _builtins.int = ...,
         max_pictures: _builtins.int = ...,
+        lag: _builtins.bool = ...,
+        shared_attention: _builtins.bool = ...,
+        max_regions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_hash", b"base_hash", "batch_capacity", b"batch_capacity", "default_guidance_scale", b"default_guidance_scale", "default_identifier", b"default_identifier", "default_sampler", b"default_sampler", "default_steps", b"default_steps", "engine", b"engine", "height", b"height", "max_adapter_bytes", b"max_adapter_bytes", "max_count", b"max_count", "max_picture_bytes", b"max_picture_bytes", "max_pictures", b"max_pictures", "max_size", b"max_size", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "methods", b"methods", "name", b"name", "plans", b"plans", "samplers", b"samplers", "size_multiple", b"size_multiple", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_hash", b"base_hash", "batch_capacity", b"batch_capacity", "default_guidance_scale", b"default_guidance_scale", "default_identifier", b"default_identifier", "default_sampler", b"default_sampler", "default_steps", b"default_steps", "engine", b"engine", "height", b"height", "lag", b"lag", "max_adapter_bytes", b"max_adapter_bytes", "max_count", b"max_count", "max_picture_bytes", b"max_picture_bytes", "max_pictures", b"max_pictures", "max_regions", b"max_regions", "max_size", b"max_size", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "methods", b"methods", "name", b"name", "plans", b"plans", "samplers", b"samplers", "shared_attention", b"shared_attention", "size_multiple", b"size_multiple", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
