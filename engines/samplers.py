@@ -60,15 +60,20 @@ class SamplerTable:
         return len(self.noisy)
 
 
-def make_table(schedule: NoiseSchedule, kind: SamplerKind, steps: int, eta: float = 0.0) -> SamplerTable:
-    """Compute the coefficients of `steps` steps; `eta` (0 to 1) counts for DDIM only.
+def make_table(
+    schedule: NoiseSchedule, kind: SamplerKind, steps: int, eta: float = 0.0, begin: int = 0
+) -> SamplerTable:
+    """Compute the coefficients of `steps` steps without the first `begin`; `eta` (0 to 1) counts for DDIM only.
 
-    Raises InvalidArgument if the schedule has too few timesteps for `steps`, or on a wrong eta.
+    A run that begins later starts from a picture noised to the level of its first timestep (`noise_levels`).
+    Raises InvalidArgument if the schedule has too few timesteps for `steps`, or on a wrong eta or begin.
     """
     if steps < 1:
         raise InvalidArgument.for_field("steps", f"{steps} given; at least 1 is needed")
     if not 0 <= eta <= 1:
         raise InvalidArgument.for_field("eta", f"{eta} given; allowed: 0 to 1")
+    if not 0 <= begin < steps:
+        raise InvalidArgument.for_field("begin", f"{begin} given; allowed: 0 to {steps - 1}")
     timesteps = _TIMESTEPS[kind](schedule, steps)
     if np.any(np.diff(timesteps) >= 0):
         raise InvalidArgument.for_field(
@@ -77,13 +82,39 @@ def make_table(schedule: NoiseSchedule, kind: SamplerKind, steps: int, eta: floa
             "would visit one twice; ask for fewer steps",
         )
     rows, init_scale = _ROWS[kind](schedule, timesteps, eta)
+    rows = rows[begin:]
+    # The first step has no estimate before it: its own takes that one's place, which makes it of first order.
+    rows[0, :2] += rows[0, 2] * rows[0, 4:]
+    rows[0, 2] = 0.0
     return SamplerTable(
         kind=kind,
-        timesteps=torch.from_numpy(timesteps).float(),
+        timesteps=torch.from_numpy(timesteps[begin:].copy()).float(),
         coefficients=torch.from_numpy(rows).float(),
         init_scale=init_scale,
         noisy=tuple(bool(d != 0) for d in rows[:, 3]),
     )
+
+
+def make_inverse_table(schedule: NoiseSchedule, steps: int, begin: int = 0) -> SamplerTable:
+    """Coefficients that run DDIM of `steps` steps backwards, from a clean picture to the noise level of step `begin`.
+
+    A DDIM step without fresh noise is x' = a x + b out with out at (x, t); solved for x it is x = (x' - b out) / a,
+    where out is taken at (x', t) instead, since x is not known yet (Song et al. 2020, section 4.3; Mokady et al. 2023).
+    The step's data estimate is the same x0. Raises what make_table raises.
+    """
+    forward = make_table(schedule, SamplerKind.DDIM, steps, begin=begin)
+    a, b, _, _, e, f = forward.coefficients.double().flip(0).unbind(1)
+    zero = torch.zeros_like(a)
+    rows = torch.stack([1 / a, -b / a, zero, zero, e / a, f - e * b / a], dim=1)
+    count = forward.steps
+    return SamplerTable(SamplerKind.DDIM, forward.timesteps.flip(0), rows.float(), 1.0, (False,) * count)
+
+
+def noise_levels(schedule: NoiseSchedule, table: SamplerTable) -> tuple[float, float]:
+    """Shares of a clean picture and of unit noise in the latents that the table's first step expects."""
+    sigma = float(_sigmas_at(schedule, table.timesteps[:1].double().numpy())[0])
+    alpha = float(1 / np.sqrt(1 + sigma**2))
+    return alpha, sigma * alpha
 
 
 def _ddim(schedule: NoiseSchedule, timesteps: Floats, eta: float) -> tuple[Floats, float]:
