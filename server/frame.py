@@ -5,7 +5,7 @@ retry, instead of a refused connection.
 """
 
 import asyncio
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 import structlog
@@ -19,6 +19,7 @@ from hueshift.server.auth import Authenticator
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
 from hueshift.server.metrics_http import MetricsEndpoint, make_registry, start_metrics
+from hueshift.server.rpc.contract import FILES, SERVICES
 from hueshift.server.rpc.gate import Gate
 from hueshift.server.rpc.handlers import ServiceTable
 from hueshift.server.rpc.health import Health
@@ -26,15 +27,7 @@ from hueshift.server.rpc.interceptors import WATCH, make_interceptors
 from hueshift.server.settings import ServerSettings, Settings
 from hueshift.server.store.keys import KeyStore
 from hueshift.server.store.stores import Stores
-from hueshift.v1 import adapters_pb2, finetune_pb2, generation_pb2, model_pb2
 
-_FILES: tuple[Any, ...] = (
-    generation_pb2.DESCRIPTOR,
-    adapters_pb2.DESCRIPTOR,
-    finetune_pb2.DESCRIPTOR,
-    model_pb2.DESCRIPTOR,
-)
-SERVICES = tuple(service.full_name for file in _FILES for service in file.services_by_name.values())
 _REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 _HEALTH = "grpc.health.v1.Health"
 # What is left on the port when the gate is empty are health and reflection streams, which nobody needs to see end.
@@ -149,7 +142,7 @@ class Frame:
             self._hurrying = asyncio.create_task(self._services.stop_workers(0))
 
     def _make_table(self) -> ServiceTable:
-        table = ServiceTable([*_FILES, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR])
+        table = ServiceTable([*FILES, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR])
         registrar: grpc.aio.Server = table  # type: ignore[assignment]  # generated code needs its two methods only
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, registrar)
         if self._settings.server.reflection:

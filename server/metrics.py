@@ -87,5 +87,12 @@ class Metrics:
         self.engine_build_progress = Gauge(
             "hueshift_engine_build_progress", "Share of a start-up stage done, 0 to 1.", ["stage"], registry=r
         )
+        self.replicas = Gauge("hueshift_replicas", "Replicas that a front end knows to be alive.", registry=r)
+        self.routed = Counter(
+            "hueshift_routed",
+            "Calls that a front end passed on: affine, spread (the affine replica was too busy), any, retried, lost.",
+            ["outcome"],
+            registry=r,
+        )
         self.internal_errors = Counter("hueshift_internal_errors", "Answers with an incident id.", registry=r)
         self.build = Info("hueshift_build", "Version, engine and base model.", registry=r)

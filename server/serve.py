@@ -17,10 +17,13 @@ import structlog
 from hueshift.server.addresses import Addresses
 from hueshift.server.app import build_services
 from hueshift.server.clock import Clock, SystemClock
+from hueshift.server.cluster.announcing import advertised, keep_announced
+from hueshift.server.cluster.build import build_front_end
 from hueshift.server.frame import Frame, Services
 from hueshift.server.housekeeping import keep_clean
 from hueshift.server.metrics import Metrics
 from hueshift.server.settings import Settings
+from hueshift.server.store.replicas import ReplicaStore
 from hueshift.server.store.stores import Stores, open_stores
 
 T = TypeVar("T")
@@ -60,7 +63,7 @@ async def serve(
     ready: Callable[[Addresses], None] | None = None,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
-    build: Build = build_services,
+    build: Build | None = None,
 ) -> None:
     """Serve until `stop` asks for the end (without one: until SIGTERM or SIGINT).
 
@@ -68,6 +71,7 @@ async def serve(
     cut off after `server.drain_seconds`. Raises HueshiftError when the server cannot start.
     """
     clock = SystemClock()
+    make = build or (build_front_end if settings.cluster.role == "frontend" else build_services)
     own_stop = stop or StopRequest()
     with contextlib.nullcontext() if stop else own_stop.on_signals():
         stores = await asyncio.to_thread(open_stores, settings, clock)
@@ -78,7 +82,7 @@ async def serve(
             log.info("port open", address=addresses.grpc, metrics=addresses.metrics)
             begin = clock.monotonic()
             warming = in_own_thread(
-                WARM_UP_THREAD, lambda: build(settings, stores, frame.metrics, clock, progress or _silent)
+                WARM_UP_THREAD, lambda: make(settings, stores, frame.metrics, clock, progress or _silent)
             )
             services = await _unless(own_stop.drain, warming)
             if services is not None:
@@ -86,9 +90,18 @@ async def serve(
                 log.info("serving", address=addresses.grpc, warm_up_seconds=round(clock.monotonic() - begin, 2))
                 if ready is not None:
                     ready(addresses)
-                cleaning = asyncio.create_task(keep_clean(stores, clock))
+                beside = [asyncio.create_task(keep_clean(stores, clock))]
+                if settings.cluster.role == "replica":
+                    address = advertised(settings, addresses.grpc)
+                    heartbeat = settings.cluster.heartbeat_seconds
+                    beside.append(
+                        asyncio.create_task(keep_announced(ReplicaStore(stores.database), address, heartbeat))
+                    )
                 await own_stop.drain.wait()
-                cleaning.cancel()
+                for task in beside:
+                    task.cancel()
+                # A replica withdraws before it drains, so that front ends send it nothing more.
+                await asyncio.gather(*beside, return_exceptions=True)
         finally:
             await _close(frame, settings.server.drain_seconds, own_stop.hurry)
             await asyncio.to_thread(stores.close)

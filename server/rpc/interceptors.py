@@ -140,8 +140,9 @@ class Authentication(Interceptor):
     async def run(self, call: Call, request: Any, proceed: Proceed) -> Any:
         """Set the tenant of the call. Raises Unauthenticated."""
         if call.is_ours:
-            tenant = await self._authenticator.tenant(call.metadata_values("authorization"))
-            CURRENT_CALL.set(replace(CURRENT_CALL.get(), tenant=tenant))
+            given = call.metadata_values("authorization")
+            tenant = await self._authenticator.tenant(given)
+            CURRENT_CALL.set(replace(CURRENT_CALL.get(), tenant=tenant, credential=given[0] if given else ""))
         return await proceed(request)
 
 

@@ -157,7 +157,6 @@ replicas = Table(
     Column("replica_id", String(64), primary_key=True),
     # A gRPC target that front ends can reach.
     Column("address", String(300), nullable=False),
-    Column("base_hash", String(64), nullable=False),
     Column("started", Float, nullable=False),
     # A replica that does not renew its row by then counts as dead.
     Column("expires", Float, nullable=False),

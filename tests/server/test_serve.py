@@ -20,8 +20,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.server.addresses import Addresses
 from hueshift.server.clock import Clock, SystemClock
-from hueshift.server.frame import SERVICES
 from hueshift.server.metrics import Metrics
+from hueshift.server.rpc.contract import SERVICES
 from hueshift.server.rpc.handlers import ServiceTable
 from hueshift.server.serve import Progress, StopRequest, serve
 from hueshift.server.settings import Settings, load_settings
