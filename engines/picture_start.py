@@ -28,7 +28,8 @@ def noise_picture(clean: Tensor, seed: int, schedule: NoiseSchedule, table: Samp
     """Noise latents [C, h, w] to the level of the table's first step, as img2img does (SDEdit, Meng et al. 2022)."""
     signal, noise = noise_levels(schedule, table)
     drawn = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    return signal * clean + noise * drawn.to(clean.device)
+    noised: Tensor = signal * clean + noise * drawn.to(clean.device)
+    return noised
 
 
 def mix_noise(inverted: Tensor, seed: int, share: float) -> Tensor:
