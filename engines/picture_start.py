@@ -47,7 +47,8 @@ def mix_noise(inverted: Tensor, seed: int, share: float) -> Tensor:
     angle = torch.arccos(torch.clamp(one @ other / (one.norm() * other.norm()), -1, 1))
     direction = torch.sin((1 - share) * angle) * one / one.norm() + torch.sin(share * angle) * other / other.norm()
     length = (1 - share) * one.norm() + share * other.norm()
-    return (direction / torch.sin(angle) * length).view_as(inverted).to(inverted.dtype)
+    mixed: Tensor = direction / torch.sin(angle) * length
+    return mixed.view_as(inverted).to(inverted.dtype)
 
 
 def start_inversion(
