@@ -32,10 +32,12 @@ from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.models.embedded import EMBEDDED_CLIP, EMBEDDED_MODEL
 from hueshift.training.defaults import complete_spec
+from hueshift.training.methods.learnable import Rows
 from hueshift.training.run import run_training
 from hueshift.training.samples import Sampler
 from hueshift.training.scores import ClipScorer
 from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+from hueshift.training.unet import TrainingUNet
 
 PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
 STYLE_WORDS = ("noto", "twemoji", "fluent", "flat", "modern", "3d")
@@ -120,11 +122,12 @@ class Bench:
         rows = RowLayout(layout, ("proj_out",), 16)
         row = rows.compose([(adapter, 1.0)] if adapter else [], self.factors, norms)
         plan = Plan.FACTORED if row.needs_factored else Plan.DENSE
-        unet = AdaptedUNet(self.base, self.factors, rows, plan)
+        adapted = AdaptedUNet(self.base, self.factors, rows, plan)
+        unet = TrainingUNet(adapted, layout.cross_attentions, layout.token_width)
         sampler = Sampler(self.base, unet, VaeStage(self.base), self.text.empty, lambda: None, guidance=self.guidance)
         contexts = self.text.encode(prompts, adapter.tokens if adapter else {}).context
         spectral, lowrank = (None if part is None else part[None] for part in (row.spectral, row.lowrank))
-        return sampler.pictures(contexts, range(len(prompts)), (spectral, lowrank))
+        return sampler.pictures(contexts, range(len(prompts)), Rows(spectral, lowrank))
 
     def run(self, name: str, method: Method, given: dict[str, Any], out: Path) -> dict[str, Any]:
         """Train and score one case; return its row and write its grid."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from hueshift.engines.cache_files import write_atomically
 from hueshift.training.spec import TrainingSpec
 
-_FORMAT = "hueshift.checkpoint/1"
+_FORMAT = "hueshift.checkpoint/2"
 _log = structlog.get_logger()
 
 
@@ -28,8 +28,8 @@ class Checkpoint:
     losses: list[float]
 
 
-def fingerprint_job(spec: TrainingSpec, pictures: Sequence[Image.Image], base_hash: str) -> str:
-    """SHA-256 of all that decides a run: a checkpoint of anything else must not be continued."""
+def fingerprint_job(spec: TrainingSpec, pictures: Iterable[Image.Image], base_hash: str) -> str:
+    """SHA-256 of all that decides a run, masks among the pictures: a checkpoint of anything else must not go on."""
     digest = hashlib.sha256(json.dumps(spec.to_json(), sort_keys=True).encode())
     digest.update(base_hash.encode())
     for picture in pictures:
@@ -38,8 +38,13 @@ def fingerprint_job(spec: TrainingSpec, pictures: Sequence[Image.Image], base_ha
     return digest.hexdigest()
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: str) -> None:
-    """Replace the file at `path`; a crash at any moment leaves the old or the new one."""
+def write_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: str, keep: int = 1) -> None:
+    """Replace the file at `path`; a crash at any moment leaves the old or the new one.
+
+    The last `keep` - 1 before it stay beside it under their steps, for a disk that loses the newest.
+    """
+    if keep > 1 and path.is_file():
+        _set_aside(path, keep - 1)
     metadata = {
         "format": _FORMAT,
         "fingerprint": fingerprint,
@@ -52,7 +57,30 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: str) -> No
 
 
 def read_checkpoint(path: Path, fingerprint: str) -> Checkpoint | None:
-    """Read the file at `path`; None, with a log line where there was one, if a run must start from the beginning."""
+    """Read the file at `path`, or the newest before it that can be read.
+
+    None, with a log line where there was one, if a run must start from the beginning.
+    """
+    files = [path, *reversed(_older(path))]
+    return next((found for file in files if (found := _read(file, fingerprint)) is not None), None)
+
+
+def _older(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+
+
+def _set_aside(path: Path, keep: int) -> None:
+    with safe_open(path, framework="pt") as stored:
+        step = int((stored.metadata() or {}).get("step", 0))
+    aside = path.with_name(f"{path.stem}-{step:06d}{path.suffix}")
+    aside.unlink(missing_ok=True)
+    # A second name for the same file: the new checkpoint takes the first one's place.
+    aside.hardlink_to(path)
+    for old in _older(path)[:-keep]:
+        old.unlink(missing_ok=True)
+
+
+def _read(path: Path, fingerprint: str) -> Checkpoint | None:
     if not path.is_file():
         return None
     try:

@@ -4,109 +4,95 @@ The numbers were chosen on emoji-128, whose pictures are 128x128, on a CPU: docs
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
-from hueshift.training.spec import Method, SubjectKind, TrainingSpec
-
-MAX_TEXT = 400
-MAX_IDENTIFIER = 64
-MAX_INIT_WORDS = 16
-MAX_SAMPLE_PROMPTS = 4
-MAX_PICTURES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class NumberRange:
-    """What a number may be: `least` to `most`, `least` itself excluded where `above`."""
-
-    least: float
-    most: float
-    whole: bool = False
-    above: bool = False
-
-    def problem(self, value: float) -> str | None:
-        """Say what is wrong with a value, what was given and what is allowed; None if it is fine."""
-        low = value <= self.least if self.above else value < self.least
-        fits = isinstance(value, int) if self.whole else isinstance(value, int | float)
-        # A value that is not a number compares false with everything, so it must be asked about the other way round.
-        if fits and not isinstance(value, bool) and not low and value <= self.most:
-            return None
-        kind = "whole numbers " if self.whole else ""
-        bounds = f"above {self.least:g}, at most {self.most:g}" if self.above else f"{self.least:g} to {self.most:.20g}"
-        return f"{value!r} given; allowed: {kind}{bounds}"
-
-
-RANGES: Mapping[str, NumberRange] = MappingProxyType(
-    {
-        "steps": NumberRange(1, 5000, whole=True),
-        "batch_size": NumberRange(1, 16, whole=True),
-        "learning_rate": NumberRange(0, 1, above=True),
-        "norm_learning_rate": NumberRange(0, 1),
-        "identifier_learning_rate": NumberRange(0, 1),
-        "warmup_steps": NumberRange(0, 1000, whole=True),
-        "seed": NumberRange(0, 2**64 - 1, whole=True),
-        "prior_weight": NumberRange(0, 100),
-        "prior_images": NumberRange(1, 200, whole=True),
-        "sample_interval": NumberRange(0, 5000, whole=True),
-        "checkpoint_interval": NumberRange(1, 1000, whole=True),
-        "caption_dropout": NumberRange(0, 0.5),
-        "anchor_below": NumberRange(0, 1000, whole=True),
-        "ema_decay": NumberRange(0, 0.9999),
-        "min_snr_gamma": NumberRange(0, 100),
-    }
+from hueshift.training.checks import (
+    CHOICES,
+    LISTS,
+    check_learning,
+    check_pictures,
+    check_prompts,
+    check_settings,
+    check_subjects,
+    check_together,
+    subject_path,
 )
+from hueshift.training.spec import LoraInit, Method, Precision, RateSchedule, Subject, SubjectKind, TrainingSpec
 
 _COMMON: Mapping[str, Any] = MappingProxyType(
     {
         "batch_size": 4,
+        "gradient_accumulation": 1,
+        "norm_learning_rate": 0.0,
+        "rate_schedule": RateSchedule.LINEAR,
         "warmup_steps": 5,
         "seed": 0,
         "prior_weight": 0.0,
         "prior_images": 24,
         "sample_interval": 0,
         "checkpoint_interval": 25,
+        "checkpoint_limit": 1,
         "caption_dropout": 0.1,
         "mirror": False,
+        "random_crops": 0,
         "anchor_below": 250,
         "ema_decay": 0.0,
         "min_snr_gamma": 0.0,
+        "offset_noise": 0.0,
+        "background_weight": 0.0,
+        "cut_mix_probability": 0.0,
+        "unmix_weight": 0.0,
+        "unmix_layers": (),
+        "rank": 0,
+        "alpha": 0.0,
+        "targets": (),
+        "lora_init": LoraInit.GAUSSIAN,
+        "token_vectors": 1,
+        "per_layer": False,
+        "precision": Precision.AUTO,
+        "gradient_checkpointing": False,
+        "early_stop": 0,
+    }
+)
+# diffusers' LoRA script trains these too.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_METHODS: Mapping[Method, Mapping[str, Any]] = MappingProxyType(
+    {
+        Method.SVDIFF: {"ema_decay": 0.9},
+        Method.RESIDUALS: {"learning_rate": 3e-3},
+        Method.LORA: {"learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "targets": LORA_TARGETS},
+        # The learning rate is the words': identifier_learning_rate; the other one has nothing to move.
+        Method.TEXTUAL_INVERSION: {"learning_rate": 1e-2, "token_vectors": 4, "anchor_below": 0},
+        Method.CUSTOM_DIFFUSION: {"learning_rate": 1e-4},
+        Method.DREAMBOOTH: {"learning_rate": 1e-4, "rank": 16},
     }
 )
 _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyType(
     {
         (Method.SVDIFF, SubjectKind.SUBJECT): {
-            "steps": 120,
             "learning_rate": 1.5e-2,
             "norm_learning_rate": 1e-3,
             "identifier_learning_rate": 2e-2,
             "anchor_below": 150,
-            "ema_decay": 0.9,
         },
         (Method.SVDIFF, SubjectKind.STYLE): {
-            "steps": 150,
             "learning_rate": 2e-2,
             "norm_learning_rate": 3e-3,
             "identifier_learning_rate": 1e-2,
             "anchor_below": 100,
-            "ema_decay": 0.9,
-        },
-        (Method.RESIDUALS, SubjectKind.SUBJECT): {
-            "steps": 120,
-            "learning_rate": 3e-3,
-            "norm_learning_rate": 0.0,
-            "identifier_learning_rate": 1e-2,
-        },
-        (Method.RESIDUALS, SubjectKind.STYLE): {
-            "steps": 150,
-            "learning_rate": 3e-3,
-            "norm_learning_rate": 0.0,
-            "identifier_learning_rate": 3e-3,
         },
     }
 )
+_KINDS: Mapping[SubjectKind, Mapping[str, Any]] = MappingProxyType(
+    {
+        SubjectKind.SUBJECT: {"steps": 120, "identifier_learning_rate": 1e-2},
+        SubjectKind.STYLE: {"steps": 150, "identifier_learning_rate": 3e-3},
+    }
+)
+# The paper's probability. Weight and layers it does not give where we could read it.
+_SEVERAL: Mapping[str, Any] = MappingProxyType({"cut_mix_probability": 0.6, "unmix_weight": 1.0})
 
 
 def check_identifier(identifier: str, tokenizer: Any, field: str = "identifier") -> int:
@@ -124,9 +110,15 @@ def check_identifier(identifier: str, tokenizer: Any, field: str = "identifier")
     return ids[0]
 
 
-def method_defaults(method: Method, subject_kind: SubjectKind) -> dict[str, Any]:
-    """Return the numbers of a job of this method and kind that gives none."""
-    return {**_COMMON, **_CHOSEN[method, subject_kind]}
+def method_defaults(method: Method, subject_kind: SubjectKind, subjects: int = 1) -> dict[str, Any]:
+    """Return the settings of a job of this method, kind and number of subjects that gives none.
+
+    With several subjects SVDiff cuts and mixes them; other methods do when asked.
+    """
+    chosen = {**_COMMON, **_KINDS[subject_kind], **_METHODS[method], **_CHOSEN.get((method, subject_kind), {})}
+    if subjects > 1 and method is Method.SVDIFF:
+        chosen |= _SEVERAL
+    return chosen
 
 
 def complete_spec(
@@ -139,32 +131,40 @@ def complete_spec(
     learn_identifier: bool | None = None,
     identifier_init: Sequence[str] = (),
     sample_prompts: Sequence[str] = (),
-    **given: float | None,
+    more_subjects: Sequence[Subject] = (),
+    picture_subjects: Sequence[int] = (),
+    picture_repeats: Sequence[int] = (),
+    masked_pictures: Sequence[int] = (),
+    **given: Any,
 ) -> TrainingSpec:
     """Check a request and fill in what it leaves open.
 
-    `captions` has one entry per picture; an empty one becomes `a {identifier} {class_noun}`. `learn_identifier` None
-    means True. `given` holds numbers of TrainingSpec, None for those to be filled in. No sample prompt means the first
-    caption. Raises InvalidArgument with every wrong field (`settings.steps`, `pictures[2].caption`, ...), what was
-    given and what is allowed. Whether the identifier is one token needs the tokenizer: `check_identifier`.
+    `captions` has one entry per picture; an empty one becomes `a {identifier} {class_noun}` of the picture's subject.
+    `learn_identifier` None means True. `given` holds settings of TrainingSpec by name, None for those to be filled in.
+    No sample prompt means the first caption. Raises InvalidArgument with every wrong field (`settings.steps`,
+    `pictures[2].caption`, ...), what was given and what is allowed. Whether an identifier is one token needs the
+    tokenizer: `check_identifier`.
     """
     learn = learn_identifier is not False
-    numbers = {name: value for name, value in given.items() if value is not None}
-    problems = _check_numbers(numbers)
-    defaults = method_defaults(method, subject_kind)
-    chosen = {**defaults, **numbers}
-    problems += _check_words(identifier, class_noun, captions, identifier_init, sample_prompts)
-    if float(chosen["prior_weight"]) > 0 and not class_noun:
-        problems.append(FieldViolation("class_noun", "empty; prior preservation needs the noun of the class"))
-    filled = tuple(caption if caption.strip() else f"a {identifier} {class_noun}" for caption in captions)
-    if learn and not problems and not any(identifier.lower() in caption.lower() for caption in filled):
-        problems.append(
-            FieldViolation(
-                "identifier",
-                f"{identifier!r} stands in no caption, so it cannot be learned; write it into the captions, leave them "
-                "empty, or set learn_identifier to false",
-            )
+    first = Subject(identifier=identifier, class_noun=class_noun, identifier_init=tuple(identifier_init))
+    subjects = (first, *more_subjects)
+    shown = tuple(picture_subjects) or (0,) * len(captions)
+    settings = {name: value for name, value in given.items() if value is not None}
+    problems = check_settings(settings)
+    chosen = _complete_settings(method, subject_kind, len(subjects), settings)
+    problems += check_subjects(subjects, shown)
+    problems += check_pictures(captions, shown, subjects, picture_repeats)
+    problems += check_prompts(sample_prompts)
+    if not problems:
+        problems += check_together(method, chosen, subjects)
+        problems += check_learning(method, learn, chosen["identifier_learning_rate"])
+    filled: tuple[str, ...] = ()
+    if not problems:
+        filled = tuple(
+            caption if caption.strip() else f"a {subjects[of].identifier} {subjects[of].class_noun}"
+            for caption, of in zip(captions, shown, strict=True)
         )
+        problems += _check_words_stand(subjects, filled, shown) if learn else []
     if problems:
         text = "; ".join(f"{problem.field}: {problem.description}" for problem in problems)
         raise InvalidArgument(Reason.INVALID_FIELD, text, violations=problems)
@@ -175,57 +175,43 @@ def complete_spec(
         identifier=identifier,
         class_noun=class_noun,
         learn_identifier=learn,
-        identifier_init=tuple(identifier_init),
+        identifier_init=first.identifier_init,
         sample_prompts=tuple(sample_prompts) or filled[:1],
+        more_subjects=tuple(more_subjects),
+        # What is the same for all is left out, so that such specs are equal.
+        picture_subjects=shown if any(shown) else (),
+        picture_repeats=tuple(picture_repeats) if any(times != 1 for times in picture_repeats) else (),
+        masked_pictures=tuple(masked_pictures),
         **chosen,
     )
 
 
-def _check_numbers(numbers: Mapping[str, float]) -> list[FieldViolation]:
-    problems: list[FieldViolation] = []
-    for name, value in numbers.items():
-        if name == "mirror":
-            continue
-        if name not in RANGES:
-            problems.append(FieldViolation(f"settings.{name}", f"unknown; allowed: {', '.join(RANGES)}"))
-        elif (problem := RANGES[name].problem(value)) is not None:
-            problems.append(FieldViolation(f"settings.{name}", problem))
-    return problems
+def _complete_settings(
+    method: Method, subject_kind: SubjectKind, subjects: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    chosen = {**method_defaults(method, subject_kind, subjects), **given}
+    chosen |= {name: tuple(chosen[name]) for name in LISTS}
+    known = {name: kind for name, kind in CHOICES.items() if chosen[name] in list(kind)}
+    chosen |= {name: kind(chosen[name]) for name, kind in known.items()}
+    if method is Method.LORA and "alpha" not in given:
+        chosen["alpha"] = float(chosen["rank"])
+    if chosen["cut_mix_probability"] == 0 and "unmix_weight" not in given:
+        chosen["unmix_weight"] = 0.0
+    return chosen
 
 
-def _check_words(
-    identifier: str,
-    class_noun: str,
-    captions: Sequence[str],
-    identifier_init: Sequence[str],
-    sample_prompts: Sequence[str],
+def _check_words_stand(
+    subjects: Sequence[Subject], captions: Sequence[str], shown: Sequence[int]
 ) -> list[FieldViolation]:
     problems: list[FieldViolation] = []
-    if not identifier or any(c.isspace() for c in identifier) or len(identifier) > MAX_IDENTIFIER:
-        given = f"{identifier[:80]!r} given; allowed: one word of at most {MAX_IDENTIFIER} characters"
-        problems.append(FieldViolation("identifier", given))
-    if len(class_noun) > MAX_IDENTIFIER:
-        given = f"{len(class_noun)} characters given; allowed: at most {MAX_IDENTIFIER}"
-        problems.append(FieldViolation("class_noun", given))
-    problems += _check_count("pictures", captions, 1, MAX_PICTURES)
-    problems += _check_count("identifier_init", identifier_init, 0, MAX_INIT_WORDS)
-    problems += _check_count("sample_prompts", sample_prompts, 0, MAX_SAMPLE_PROMPTS)
-    paths = [(f"pictures[{i}].caption", caption, MAX_TEXT) for i, caption in enumerate(captions)]
-    paths += [(f"identifier_init[{i}]", word, MAX_IDENTIFIER) for i, word in enumerate(identifier_init)]
-    paths += [(f"sample_prompts[{i}]", prompt, MAX_TEXT) for i, prompt in enumerate(sample_prompts)]
-    for field, text, most in paths:
-        if len(text) > most:
-            problems.append(FieldViolation(field, f"{len(text)} characters given; allowed: at most {most}"))
-        elif text.strip():
-            continue
-        elif not field.endswith(".caption"):
-            problems.append(FieldViolation(field, "empty; write it or leave it out"))
-        elif not class_noun.strip():
-            problems.append(FieldViolation(field, "empty, and there is no class_noun to make one from; give either"))
+    for number, subject in enumerate(subjects):
+        own = [caption.lower() for caption, of in zip(captions, shown, strict=True) if of == number]
+        if not any(subject.identifier.lower() in caption for caption in own):
+            problems.append(
+                FieldViolation(
+                    f"{subject_path(number)}identifier",
+                    f"{subject.identifier!r} stands in no caption, so it cannot be learned; write it into the "
+                    "captions, leave them empty, or set learn_identifier to false",
+                )
+            )
     return problems
-
-
-def _check_count(field: str, given: Sequence[str], least: int, most: int) -> list[FieldViolation]:
-    if least <= len(given) <= most:
-        return []
-    return [FieldViolation(field, f"{len(given)} given; allowed: {least} to {most}")]

@@ -1,103 +1,97 @@
 """One optimiser step, from drawing the batch to updating the tensors."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hueshift.adapters.errors import HueshiftError, Reason
-from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.noise_schedule import NoiseSchedule
-from hueshift.training.identifier import Captions
-from hueshift.training.latents import PictureLatents
-from hueshift.training.objective import Batch, denoising_loss, draw_timesteps, row_weights, snr_weights
-from hueshift.training.parameters import Learnable, Rows
+from hueshift.training.latents import PictureSet
+from hueshift.training.methods.learnable import Learnable
+from hueshift.training.objectives.denoising import denoising_loss, draw_timesteps
+from hueshift.training.objectives.objective import Batch, Objective
 from hueshift.training.precision import mixed_precision
 from hueshift.training.spec import TrainingSpec
-from hueshift.training.state import IDENTIFIER, TrainingState
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ClassPictures:
-    """What the prior-preservation loss compares with: latents [n, 4, h, w] of the base's own pictures of `prompt`."""
-
-    latents: Tensor
-    prompt: str
+from hueshift.training.state import TrainingState
+from hueshift.training.unet import TrainingUNet
+from hueshift.training.words import Captions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingTask:
-    """What a run trains on and with; nothing in it changes. `subjects` has a caption for each of `pictures`."""
+    """What a run trains on and with; nothing in it changes."""
 
     spec: TrainingSpec
     schedule: NoiseSchedule
-    unet: AdaptedUNet
+    unet: TrainingUNet
     learnable: Learnable
     captions: Captions
-    pictures: PictureLatents
-    subjects: Sequence[str]
-    class_pictures: ClassPictures | None
+    pictures: PictureSet
+    objectives: Sequence[Objective]
     device: torch.device
 
-    def rows_of(self, rows: Rows) -> Rows:
-        """Put rows on the UNet's device."""
-        spectral, lowrank = (None if row is None else row.to(self.device) for row in rows)
-        return spectral, lowrank
+
+def draw_batch(task: TrainingTask, state: TrainingState) -> Batch:
+    """Draw the rows of one step: pictures, then what the objectives make of them."""
+    spec, draws, pictures = task.spec, state.draws, task.pictures
+    chosen = pictures.turns[draws.take("pictures", spec.batch_size, len(pictures.turns))]
+    clean = pictures.latents.draw(chosen, draws.generator)
+    kept = torch.rand(spec.batch_size, generator=draws.generator) >= spec.caption_dropout
+    captions = (pictures.captions[i] if keep else "" for i, keep in zip(chosen.tolist(), kept.tolist(), strict=True))
+    timesteps = draw_timesteps(spec.batch_size, task.schedule.train_steps, spec.anchor_below, draws.generator)
+    weights = torch.full((spec.batch_size,), 1 / spec.batch_size)
+    batch = Batch(clean, torch.zeros(0), timesteps, weights, tuple(captions), chosen)
+    for objective in task.objectives:
+        batch = objective.rows(batch, draws)
+    batch = replace(batch, noise=torch.randn(batch.clean.shape, generator=draws.generator))
+    for objective in task.objectives:
+        batch = objective.noised(batch, draws)
+    return batch
 
 
-def draw_batch(task: TrainingTask, state: TrainingState) -> tuple[Batch, list[str]]:
-    """Draw the rows of one step, pictures first and then class pictures, and the caption of each."""
-    spec, generator, steps = task.spec, state.generator, task.schedule.train_steps
-    chosen = state.take(spec.batch_size, len(task.pictures))
-    clean = task.pictures.draw(chosen, generator)
-    kept = torch.rand(spec.batch_size, generator=generator) >= spec.caption_dropout
-    captions = [task.subjects[i] if keep else "" for i, keep in zip(chosen.tolist(), kept.tolist(), strict=True)]
-    timesteps = draw_timesteps(spec.batch_size, steps, spec.anchor_below, generator)
-    class_rows = 0
-    if task.class_pictures is not None:
-        class_rows = spec.batch_size
-        remembered = state.take(class_rows, len(task.class_pictures.latents), of_class=True)
-        clean = torch.cat([clean, task.class_pictures.latents[remembered]])
-        captions += [task.class_pictures.prompt] * class_rows
-        timesteps = torch.cat([timesteps, draw_timesteps(class_rows, steps, spec.anchor_below, generator)])
-    weights = row_weights(spec.batch_size, class_rows, spec.prior_weight)
-    weights = weights * snr_weights(task.schedule, timesteps, spec.min_snr_gamma)
-    return Batch(clean, torch.randn(clean.shape, generator=generator), timesteps, weights), captions
-
-
-def batch_loss(task: TrainingTask, values: dict[str, Tensor], batch: Batch, captions: Sequence[str]) -> Tensor:
+def batch_loss(task: TrainingTask, values: dict[str, Tensor], batch: Batch) -> Tensor:
     """Loss of one batch as a scalar, differentiable with respect to `values`."""
     device = task.device
-    context = task.captions.contexts(captions, values.get(IDENTIFIER)).to(device)
-    spectral, lowrank = task.rows_of(task.learnable.rows(values))
+    context = task.captions.contexts(batch.captions, values).to(device)
+    rows = task.learnable.rows(values).to(device)
     noisy = task.schedule.add_noise(batch.clean, batch.noise, batch.timesteps).to(device)
     timesteps = batch.timesteps.to(device)
     target = task.schedule.target(batch.clean, batch.noise, batch.timesteps).to(device)
     anchored = timesteps < task.spec.anchor_below
-    with mixed_precision(device):
-        output = task.unet.forward_rows(noisy, timesteps, context, spectral, lowrank)
+    watched = {name for objective in task.objectives for name in objective.watched}
+    with mixed_precision(device, task.spec.precision):
+        with task.unet.watching(watched, batch.halves) as maps:
+            output = task.unet(noisy, timesteps, context, rows)
         if bool(anchored.any()):
             with torch.no_grad():
-                base_rows = task.rows_of(task.learnable.base_rows())
-                base = task.unet.forward_rows(noisy[anchored], timesteps[anchored], context[anchored], *base_rows)
+                base_rows = task.learnable.base_rows().to(device)
+                base = task.unet(noisy[anchored], timesteps[anchored], context[anchored], base_rows)
             target[anchored] = base.float()
-    return denoising_loss(target, batch.weights.to(device), output)
+    pixel_weights = None if batch.pixel_weights is None else batch.pixel_weights.to(device)
+    loss = denoising_loss(target, batch.weights.to(device), output, pixel_weights)
+    for objective in task.objectives:
+        if (added := objective.loss(batch, maps)) is not None:
+            loss = loss + added
+    return loss
 
 
 def train_step(task: TrainingTask, state: TrainingState, failpoint: Callable[[str], None]) -> float:
-    """Take one step and return its loss.
+    """Take one step, of as many batches as the job accumulates, and return their mean loss.
 
     Raises HueshiftError (TRAINING_DIVERGED) when the loss is no finite number; nothing was updated then.
     """
-    batch, captions = draw_batch(task, state)
-    loss = batch_loss(task, state.values, batch, captions)
-    value = loss.item()
-    check_finite(loss.detach(), state.step + 1, "loss")
-    state.backward(loss)
+    count = task.spec.gradient_accumulation
+    total = 0.0
+    for number in range(count):
+        loss = batch_loss(task, state.values, draw_batch(task, state))
+        check_finite(loss.detach(), state.step + 1, "loss")
+        total += loss.item()
+        state.backward(loss / count, first=number == 0)
     failpoint("mid-step")
-    state.update(value)
-    return value
+    state.update(total / count)
+    return total / count
 
 
 def check_finite(tensor: Tensor, step: int, what: str) -> None:

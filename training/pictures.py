@@ -5,6 +5,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+Box = tuple[int, int, int, int]
+"""Left, upper, right and lower edge in pixels."""
+
+# Smaller crops would cut the subject; what stands at the border is seldom it.
+_LEAST_CROP = 0.8
+
 
 def picture_tensor(picture: Image.Image, size: int) -> Tensor:
     """Crop the centre square of a picture, scale it to `size`, and return [3, size, size] fp32 in -1 to 1.
@@ -15,6 +21,25 @@ def picture_tensor(picture: Image.Image, size: int) -> Tensor:
     fitted = ImageOps.fit(_on_white(picture), (size, size), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(fitted, dtype=np.float32))
     return pixels.permute(2, 0, 1).div_(127.5).sub_(1.0).contiguous()
+
+
+def mask_tensor(mask: Image.Image, size: int) -> Tensor:
+    """Fit a mask as `picture_tensor` does a picture; return [1, size, size] fp32: 1 where white, 0 where black."""
+    fitted = ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(fitted, dtype=np.float32)).div_(255.0)[None]
+
+
+def crop_boxes(size: tuple[int, int], count: int, generator: torch.Generator) -> list[Box]:
+    """Draw `count` squares inside of a picture of `size` (width, height), evenly in place and in size.
+
+    Their sides are 80 to 100 % of the picture's shorter one.
+    """
+    boxes: list[Box] = []
+    for scale, across, down in torch.rand(count, 3, generator=generator).tolist():
+        side = round(min(size) * (_LEAST_CROP + (1 - _LEAST_CROP) * scale))
+        left, upper = round((size[0] - side) * across), round((size[1] - side) * down)
+        boxes.append((left, upper, left + side, upper + side))
+    return boxes
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

@@ -5,33 +5,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 import structlog
 import torch
 from PIL import Image
-from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, InvalidArgument, Reason
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.pictures import PictureFormat, encode_picture
-from hueshift.engines.rows import RowLayout, read_norms
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.training.checkpoint import fingerprint_job, read_checkpoint, write_checkpoint
-from hueshift.training.identifier import Captions
-from hueshift.training.latents import encode_pictures
-from hueshift.training.loop import ClassPictures, TrainingTask, check_finite, train_step
-from hueshift.training.parameters import RESIDUAL_TARGET, Learnable, Residuals, SpectralShifts, residual_rank
-from hueshift.training.prior import class_latents, class_prompt
+from hueshift.training.class_pictures import class_latents, class_prompt, prune_cache
+from hueshift.training.latents import make_picture_set
+from hueshift.training.loop import TrainingTask, check_finite, train_step
+from hueshift.training.methods.learnable import Learnable
+from hueshift.training.methods.make import make_learnable
+from hueshift.training.objectives.make import make_objectives
+from hueshift.training.objectives.objective import Objective
+from hueshift.training.objectives.prior import ClassPictures
+from hueshift.training.plateau import CHECK_INTERVAL, LEAST_GAIN, fixed_loss
 from hueshift.training.samples import Sampler
 from hueshift.training.scores import ClipScorer, Scores
-from hueshift.training.spec import Method, TrainingSpec
-from hueshift.training.state import IDENTIFIER, TrainingState
+from hueshift.training.spec import TrainingSpec
+from hueshift.training.state import TrainingState
+from hueshift.training.unet import TrainingUNet
+from hueshift.training.words import Captions
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CLASS_FOLDER = "class-pictures"
@@ -66,11 +71,12 @@ class TrainingHooks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a job made; `scores` is None without a CLIP."""
+    """What a job made; `scores` is None without a CLIP, `kept_energy` where nothing was compressed."""
 
     adapter: Adapter
     scores: Scores | None
     losses: tuple[float, ...]
+    kept_energy: float | None = None
 
 
 def run_training(
@@ -82,17 +88,23 @@ def run_training(
     clip: ClipScorer | None,
     workdir: Path,
     hooks: TrainingHooks,
+    masks: Mapping[int, Image.Image] = MappingProxyType({}),
+    class_folder: Path | None = None,
 ) -> TrainingResult:
-    """Train one adapter on `pictures`, one for each caption of the spec.
+    """Train one adapter on `pictures`, one for each caption of the spec, with `masks` for some of them by index.
 
-    The result depends on the arguments alone, bit for bit on one machine with one number of threads, however often
-    the run was stopped and called again with the same `workdir`. `base` is never changed. Raises Cancelled when the
-    hooks ask to stop, HueshiftError (TRAINING_DIVERGED) with the step when the loss is not finite, InvalidArgument when
-    spec, pictures and base do not fit each other.
+    Class pictures are shared by all jobs that get the same `class_folder`; without one they stay in `workdir`.
+
+    The result depends on spec, pictures, masks and base alone, bit for bit on one machine with one number of threads,
+    however often the run was stopped and called again with the same `workdir`. `base` is never changed. Raises
+    Cancelled when the hooks ask to stop, HueshiftError (TRAINING_DIVERGED) with the step when the loss is not finite,
+    InvalidArgument when spec, pictures and base do not fit each other.
     """
     if len(pictures) != len(spec.captions):
         raise InvalidArgument.for_field("pictures", f"{len(pictures)} given for {len(spec.captions)} captions")
-    job = _Job(spec, pictures, base, factors, workdir, hooks)
+    if sorted(masks) != sorted(spec.masked_pictures):
+        raise InvalidArgument.for_field("pictures", f"masks of {sorted(masks)} given for {spec.masked_pictures}")
+    job = _Job(spec, pictures, masks, base, factors, workdir, class_folder or workdir / CLASS_FOLDER, hooks)
     job.train()
     return job.finish(clip)
 
@@ -104,29 +116,33 @@ class _Job:
         self,
         spec: TrainingSpec,
         pictures: Sequence[Image.Image],
+        masks: Mapping[int, Image.Image],
         base: BaseModel,
         factors: SpectralFactors,
         workdir: Path,
+        class_folder: Path,
         hooks: TrainingHooks,
     ) -> None:
         self._spec, self._pictures, self._base, self._hooks = spec, pictures, base, hooks
-        self._fingerprint = fingerprint_job(spec, pictures, base.base_hash)
-        self._workdir = workdir
+        shown = (*pictures, *(masks[index] for index in sorted(masks)))
+        self._fingerprint = fingerprint_job(spec, shown, base.base_hash)
+        self._workdir, self._class_folder = workdir, class_folder
         text, vae = TextStage(base), VaeStage(base)
-        learnable = make_learnable(spec, base, factors)
-        unet = AdaptedUNet(base, factors, learnable.layout, learnable.plan)
+        self._learnable = make_learnable(spec, base, factors)
+        adapted = AdaptedUNet(base, factors, self._learnable.layout, self._learnable.plan)
+        attentions, width = base.layout.cross_attentions, base.layout.token_width
+        unet = TrainingUNet(adapted, attentions, width, checkpointing=spec.gradient_checkpointing)
         self._captions = Captions(base, text, spec)
         self._sampler = Sampler(base, unet, vae, text.empty, self._stop_if_asked)
-        self._state = self._make_state(learnable)
+        self._state = self._make_state(self._learnable)
         self._task = TrainingTask(
             spec=spec,
             schedule=base.schedule,
             unet=unet,
-            learnable=learnable,
+            learnable=self._learnable,
             captions=self._captions,
-            pictures=encode_pictures(vae, pictures, base.pixels, mirror=spec.mirror),
-            subjects=spec.captions * (2 if spec.mirror else 1),
-            class_pictures=None,
+            pictures=make_picture_set(vae, spec, pictures, masks, base.pixels),
+            objectives=(),
             device=text.empty.device,
         )
 
@@ -137,24 +153,22 @@ class _Job:
         if checkpoint is not None:
             self._state.restore(checkpoint)
             _log.info("training.resumed", step=checkpoint.step, steps=self._spec.steps)
-        if self._spec.prior_weight > 0 and self._state.step < self._spec.steps:
-            self._task = replace(self._task, class_pictures=self._class_pictures())
+        if not self._state.ended:
+            self._task = replace(self._task, objectives=self._objectives())
         kept = self._state.step
-        while self._state.step < self._spec.steps:
+        while not self._state.ended:
             if self._hooks.should_stop():
                 if self._state.step > kept:
                     # Whoever takes the job up again loses no step.
                     self._keep(path)
                 raise Cancelled(Reason.CANCELLED, "training was asked to stop")
-            begun = time.perf_counter()
-            loss = train_step(self._task, self._state, self._hooks.at)
+            self._step()
             step = self._state.step
-            self._hooks.on_step(step, loss, time.perf_counter() - begun)
-            if step % self._spec.checkpoint_interval == 0 or step == self._spec.steps:
+            if step % self._spec.checkpoint_interval == 0 or self._state.ended:
                 self._keep(path)
                 kept = step
                 self._hooks.at("checkpoint-written")
-            if self._spec.sample_interval and step % self._spec.sample_interval == 0 and step < self._spec.steps:
+            if self._spec.sample_interval and step % self._spec.sample_interval == 0 and not self._state.ended:
                 self._show(self._spec.sample_prompts, self._draw(self._spec.sample_prompts))
 
     def finish(self, clip: ClipScorer | None) -> TrainingResult:
@@ -167,12 +181,29 @@ class _Job:
         pictures = self._draw(drawn)
         self._show(prompts, pictures)
         scores = None if clip is None else self._score(clip, drawn, pictures)
-        tokens = self._captions.tokens(self._embedding(values))
-        adapter = self._task.learnable.adapter(values, tokens, self._spec.identifier)
-        return TrainingResult(adapter, scores, tuple(self._state.losses))
+        learned = self._learnable.adapter(values)
+        tokens, grids = self._captions.tokens(values)
+        adapter = replace(
+            learned.adapter,
+            tokens=tokens,
+            token_grids=grids,
+            identifier=self._spec.identifier,
+            class_noun=self._spec.class_noun,
+        )
+        return TrainingResult(adapter, scores, tuple(self._state.losses), learned.kept_energy)
+
+    def _step(self) -> None:
+        begun = time.perf_counter()
+        loss = train_step(self._task, self._state, self._hooks.at)
+        step = self._state.step
+        if self._spec.early_stop and step % CHECK_INTERVAL == 0:
+            self._state.judge(fixed_loss(self._task, self._state), LEAST_GAIN)
+            if self._state.ended and step < self._spec.steps:
+                _log.info("training.plateau", step=step, steps=self._spec.steps)
+        self._hooks.on_step(step, loss, time.perf_counter() - begun)
 
     def _keep(self, path: Path) -> None:
-        write_checkpoint(path, self._state.capture(), self._fingerprint)
+        write_checkpoint(path, self._state.capture(), self._fingerprint, self._spec.checkpoint_limit)
         self._hooks.on_checkpoint(self._state.step, path)
 
     def _make_state(self, learnable: Learnable) -> TrainingState:
@@ -180,36 +211,46 @@ class _Job:
         values = learnable.initial(generator)
         rates = {name: learnable.learning_rate(name) for name in values}
         if self._captions.learns:
-            values[IDENTIFIER] = self._captions.initial()
-            rates[IDENTIFIER] = self._spec.identifier_learning_rate
+            words = self._captions.initial()
+            values |= words
+            rates |= dict.fromkeys(words, self._spec.identifier_learning_rate)
         return TrainingState(values, rates, generator, self._spec)
 
-    def _embedding(self, values: Mapping[str, Tensor]) -> Tensor | None:
-        """Embedding of the identifier: learned, only set from other words, or none of its own."""
-        if self._captions.learns:
-            return values[IDENTIFIER].detach()
-        return self._captions.initial() if self._captions.has_embedding else None
+    def _objectives(self) -> list[Objective]:
+        classes: list[ClassPictures] = []
+        if self._spec.prior_weight > 0:
+            nouns = dict.fromkeys(subject.class_noun for subject in self._spec.subjects)
+            classes = [self._class_pictures(noun) for noun in nouns]
+            prune_cache(self._class_folder)
+        return make_objectives(
+            self._spec,
+            self._base.schedule,
+            self._task.pictures,
+            classes,
+            self._captions.places,
+            self._base.layout.cross_attentions,
+        )
 
-    def _class_pictures(self) -> ClassPictures:
-        prompt = class_prompt(self._spec.class_noun)
+    def _class_pictures(self, noun: str) -> ClassPictures:
+        prompt = class_prompt(noun)
         latents = class_latents(
-            self._workdir / CLASS_FOLDER,
-            self._fingerprint,
+            self._class_folder,
             self._sampler,
+            prompt,
             self._captions.contexts([prompt], None)[0],
-            self._task.rows_of(self._task.learnable.base_rows()),
+            self._learnable.base_rows().to(self._task.device),
             count=self._spec.prior_images,
             seed=self._spec.seed,
         )
-        return ClassPictures(latents, prompt)
+        return ClassPictures(latents, prompt, noun)
 
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str], *, of_base: bool = False) -> list[Image.Image]:
         """Draw one picture a prompt, seeds counting from 0, as the adapter has them now or as the base has them."""
-        learnable, values = self._task.learnable, self._state.result
-        rows = learnable.base_rows() if of_base else learnable.rows(values)
-        contexts = self._captions.contexts(prompts, None if of_base else self._embedding(values))
-        return self._sampler.pictures(contexts, range(len(prompts)), self._task.rows_of(rows))
+        values = self._state.result
+        rows = self._learnable.base_rows() if of_base else self._learnable.rows(values)
+        contexts = self._captions.contexts(prompts, None if of_base else values)
+        return self._sampler.pictures(contexts, range(len(prompts)), rows.to(self._task.device))
 
     def _show(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
         metadata = {"base": self._base.base_hash[:16], "step": str(self._state.step)}
@@ -218,8 +259,9 @@ class _Job:
             self._hooks.on_sample(self._state.step, prompt, png)
 
     def _score(self, clip: ClipScorer, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> Scores:
-        # The identifier means nothing to CLIP, and would only blur what the rest of the prompt asks for.
-        plain = [" ".join(word for word in prompt.split() if word != self._spec.identifier) for prompt in prompts]
+        # The words mean nothing to CLIP, and would only blur what the rest of the prompt asks for.
+        learned = {subject.identifier for subject in self._spec.subjects}
+        plain = [" ".join(word for word in prompt.split() if word not in learned) for prompt in prompts]
         return Scores(
             clip_i=clip.clip_i(pictures, self._pictures),
             clip_t=clip.clip_t(pictures, plain),
@@ -229,15 +271,3 @@ class _Job:
     def _stop_if_asked(self) -> None:
         if self._hooks.should_stop():
             raise Cancelled(Reason.CANCELLED, "training was asked to stop")
-
-
-def make_learnable(spec: TrainingSpec, base: BaseModel, factors: SpectralFactors) -> Learnable:
-    """Make the trainable set of the spec's method."""
-    layout = base.layout
-    if spec.method is Method.SVDIFF:
-        rows = RowLayout(layout, (), 1)
-        return SpectralShifts(
-            rows, factors, read_norms(layout, lambda name: base.unet.get_parameter(f"{name}.weight")), spec
-        )
-    widest = max((m.rows for m in layout.matrices if m.name.endswith(f".{RESIDUAL_TARGET}")), default=1)
-    return Residuals(RowLayout(layout, (RESIDUAL_TARGET,), residual_rank(widest, widest)), spec)

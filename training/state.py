@@ -1,28 +1,28 @@
-"""The moving parts of a run: tensors in training, their optimiser and average, the random generator, the losses."""
+"""The moving parts of a run: tensors in training, their optimiser and average, what is drawn at random, the losses."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hueshift.training.checkpoint import Checkpoint
-from hueshift.training.spec import TrainingSpec
-
-IDENTIFIER = "identifier"
+from hueshift.training.objectives.objective import Draws
+from hueshift.training.spec import RateSchedule, TrainingSpec
 
 
 class TrainingState:
-    """Everything that a step changes. `order` holds the pictures not yet seen in this pass over them."""
+    """Everything that a step changes."""
 
     def __init__(
         self, values: Mapping[str, Tensor], rates: Mapping[str, float], generator: torch.Generator, spec: TrainingSpec
     ) -> None:
         self.values = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
         self.average = {name: value.detach().clone() for name, value in values.items()} if spec.ema_decay else {}
-        self.generator = generator
-        self.order = torch.zeros(0, dtype=torch.int64)
-        self.class_order = torch.zeros(0, dtype=torch.int64)
+        self.draws = Draws(generator)
         self.losses: list[float] = []
+        # Best loss of the checks so far, and how many in a row brought nothing.
+        self.plateau = torch.tensor([math.inf, 0.0], dtype=torch.float64)
         self._rates = dict(rates)
         self._spec = spec
         # Second moments over about 100 steps, because a run has few more; no decay, because zero already is the base.
@@ -35,18 +35,27 @@ class TrainingState:
         return len(self.losses)
 
     @property
+    def ended(self) -> bool:
+        """True if no step is left, or the plateau lasts as long as the job allows."""
+        patience = self._spec.early_stop
+        return self.step >= self._spec.steps or (patience > 0 and int(self.plateau[1]) >= patience)
+
+    @property
     def result(self) -> Mapping[str, Tensor]:
         """The values to use: the moving average where there is one."""
         return self.average or self.values
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a scalar loss."""
-        self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+    def backward(self, loss: Tensor, *, first: bool = True) -> None:
+        """Compute the gradients of a scalar loss; add them to those there are unless it is the step's `first`."""
+        if first:
+            self._optimizer.zero_grad()
+        # A batch whose captions were all dropped says nothing about a word, and a job may learn words alone.
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def update(self, loss: float) -> None:
         """Take the optimiser step, move the average, count the step."""
-        scale = rate_scale(self.step, self._spec.warmup_steps, self._spec.steps)
+        scale = rate_scale(self.step, self._spec.warmup_steps, self._spec.steps, self._spec.rate_schedule)
         for group, rate in zip(self._optimizer.param_groups, self._rates.values(), strict=True):
             group["lr"] = rate * scale
         self._optimizer.step()
@@ -56,27 +65,22 @@ class TrainingState:
             mean.lerp_(self.values[name].detach(), 1 - decay)
         self.losses.append(loss)
 
-    def take(self, count: int, total: int, *, of_class: bool = False) -> Tensor:
-        """Take `count` of `total` pictures; each is taken once before any is taken again."""
-        order = self.class_order if of_class else self.order
-        while len(order) < count:
-            order = torch.cat([order, torch.randperm(total, generator=self.generator)])
-        taken, order = order[:count], order[count:]
-        if of_class:
-            self.class_order = order
-        else:
-            self.order = order
-        return taken
+    def judge(self, loss: float, least_gain: float) -> None:
+        """Count a check as one of a plateau unless `loss` is below the best by the share `least_gain`."""
+        best, stale = self.plateau.tolist()
+        better = loss < best * (1 - least_gain)
+        self.plateau = torch.tensor([min(best, loss), 0.0 if better else stale + 1], dtype=torch.float64)
 
     def capture(self) -> Checkpoint:
-        """Copy the state."""
+        """Copy the state. Between steps there are no gradients to keep."""
         tensors = {f"value/{name}": value.detach().clone() for name, value in self.values.items()}
         tensors |= {f"average/{name}": value.clone() for name, value in self.average.items()}
         for name, value in self.values.items():
             for key, moment in self._optimizer.state[value].items():
                 tensors[f"optimizer/{key}/{name}"] = moment.clone()
-        tensors["order"], tensors["class_order"] = self.order.clone(), self.class_order.clone()
-        tensors["random"] = self.generator.get_state()
+        tensors |= {f"order/{name}": order.clone() for name, order in self.draws.orders.items()}
+        tensors["random"] = self.draws.generator.get_state()
+        tensors["plateau"] = self.plateau.clone()
         return Checkpoint(self.step, tensors, list(self.losses))
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -91,12 +95,21 @@ class TrainingState:
                         self._optimizer.state[value][key] = tensors[f"{prefix}{key}{end}"].clone()
             for name, mean in self.average.items():
                 mean.copy_(tensors[f"average/{name}"])
-        self.order, self.class_order = tensors["order"], tensors["class_order"]
-        self.generator.set_state(tensors["random"])
+        orders = {name.removeprefix("order/"): order for name, order in tensors.items() if name.startswith("order/")}
+        self.draws.orders = orders
+        self.draws.generator.set_state(tensors["random"])
+        self.plateau = tensors["plateau"]
         self.losses = list(checkpoint.losses)
 
 
-def rate_scale(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak learning rate at `step`: a linear rise over `warmup` steps, times a linear fall to zero."""
+def rate_scale(step: int, warmup: int, steps: int, schedule: RateSchedule = RateSchedule.LINEAR) -> float:
+    """Share of the peak learning rate at `step`: a linear rise over `warmup` steps, times the schedule's fall."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return rise * (1 - step / steps)
+    match schedule:
+        case RateSchedule.CONSTANT:
+            fall = 1.0
+        case RateSchedule.COSINE:
+            fall = (1 + math.cos(math.pi * step / steps)) / 2
+        case RateSchedule.LINEAR:
+            fall = 1 - step / steps
+    return rise * fall

@@ -1,6 +1,6 @@
 """A base model with a tiny random UNet, whose training steps take milliseconds, and hooks that remember."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,22 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel, read_layout
 from hueshift.engines.svd_cache import SpectralFactors, decompose
+from hueshift.engines.text import TextStage
+from hueshift.engines.vae import VaeStage
 from hueshift.training.defaults import complete_spec
-from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+from hueshift.training.latents import make_picture_set
+from hueshift.training.loop import TrainingTask
+from hueshift.training.methods.make import make_learnable
+from hueshift.training.objectives.make import make_objectives
+from hueshift.training.spec import Method, Subject, SubjectKind, TrainingSpec
+from hueshift.training.state import TrainingState
+from hueshift.training.unet import TrainingUNet
+from hueshift.training.words import Captions
 
+SECOND_WORD = "idk"
 CAPTIONS = ("a flat emoji of a sks animal", "a noto emoji of a sks animal", "a sks animal")
 
 
@@ -47,7 +58,7 @@ def make_pictures(count: int = 3) -> list[Image.Image]:
     return [Image.fromarray(picture, "RGB").resize((40, 32)) for picture in small]
 
 
-def make_spec(method: Method = Method.SVDIFF, **given: float | None) -> TrainingSpec:
+def make_spec(method: Method = Method.SVDIFF, **given: Any) -> TrainingSpec:
     """A job of three pictures and six steps, unless `given` says otherwise."""
     numbers: dict[str, Any] = {"steps": 6, "batch_size": 2, "checkpoint_interval": 2, "seed": 7, **given}
     return complete_spec(
@@ -58,6 +69,52 @@ def make_spec(method: Method = Method.SVDIFF, **given: float | None) -> Training
         class_noun="animal",
         **numbers,
     )
+
+
+def make_pair_spec(method: Method = Method.SVDIFF, **given: Any) -> TrainingSpec:
+    """A job of two subjects: pictures 0 and 1 show a sks animal, picture 2 an idk ball."""
+    numbers: dict[str, Any] = {"steps": 6, "batch_size": 2, "checkpoint_interval": 2, "seed": 7, **given}
+    return complete_spec(
+        method=method,
+        subject_kind=SubjectKind.SUBJECT,
+        captions=("a flat emoji of a sks animal", "", ""),
+        identifier="sks",
+        class_noun="animal",
+        more_subjects=(Subject(identifier=SECOND_WORD, class_noun="ball"),),
+        picture_subjects=(0, 0, 1),
+        **numbers,
+    )
+
+
+def make_tiny_unet(base: BaseModel, factors: SpectralFactors, spec: TrainingSpec) -> TrainingUNet:
+    """The UNet that a job of `spec` trains with."""
+    learnable = make_learnable(spec, base, factors)
+    adapted = AdaptedUNet(base, factors, learnable.layout, learnable.plan)
+    layout = base.layout
+    return TrainingUNet(adapted, layout.cross_attentions, layout.token_width, checkpointing=spec.gradient_checkpointing)
+
+
+def make_task(
+    base: BaseModel, factors: SpectralFactors, spec: TrainingSpec, masks: Mapping[int, Image.Image] | None = None
+) -> tuple[TrainingTask, TrainingState]:
+    """The task and the state of a job before its first step, without class pictures."""
+    text, vae = TextStage(base), VaeStage(base)
+    captions = Captions(base, text, spec)
+    pictures = make_picture_set(vae, spec, make_pictures(len(spec.captions)), masks or {}, base.pixels)
+    learnable = make_learnable(spec, base, factors)
+    task = TrainingTask(
+        spec=spec,
+        schedule=base.schedule,
+        unet=make_tiny_unet(base, factors, spec),
+        learnable=learnable,
+        captions=captions,
+        pictures=pictures,
+        objectives=make_objectives(spec, base.schedule, pictures, (), captions.places, base.layout.cross_attentions),
+        device=text.empty.device,
+    )
+    values = learnable.initial(torch.Generator().manual_seed(0)) | (captions.initial() if captions.learns else {})
+    state = TrainingState(values, dict.fromkeys(values, 0.01), torch.Generator().manual_seed(3), spec)
+    return task, state
 
 
 @dataclass

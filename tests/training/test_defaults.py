@@ -6,7 +6,8 @@ import pytest
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
-from hueshift.training.defaults import RANGES, check_identifier, complete_spec, method_defaults
+from hueshift.training.checks import RANGES
+from hueshift.training.defaults import check_identifier, complete_spec, method_defaults
 from hueshift.training.spec import Method, SubjectKind, TrainingSpec
 
 

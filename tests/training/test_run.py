@@ -35,6 +35,8 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     named |= {f"norm/{name}": shift for name, shift in adapter.norm.items()}
     named |= {f"a/{name}": factors.a for name, factors in adapter.lowrank.items()}
     named |= {f"b/{name}": factors.b for name, factors in adapter.lowrank.items()}
+    named |= {f"kv/{name}": delta for name, delta in adapter.kv.items()}
+    named |= {f"grid/{word}": grid for word, grid in adapter.token_grids.items()}
     return named | {f"token/{word}": embedding for word, embedding in adapter.tokens.items()}
 
 
@@ -71,7 +73,7 @@ def test_a_run_reports_its_steps_and_leaves_the_base_as_it_was(tiny: Tiny, metho
     ]
     assert Image.open(io.BytesIO(hooks.samples[-1][2])).size == (base.pixels, base.pixels)
     learned = tensors_of(result.adapter)
-    assert result.adapter.tokens["sks"].shape == (1, base.layout.token_width)
+    assert result.adapter.tokens["sks"].shape == (make_spec(method).token_vectors, base.layout.token_width)
     changed = [name for name, tensor in learned.items() if tensor.abs().max() > 0]
     assert len(changed) == len(learned)
 
@@ -152,10 +154,10 @@ def test_prior_pictures_are_made_once_and_survive_a_stop(tiny: Tiny, tmp_path: P
     # Asked once before every sampling step: stopping at the 20th question falls into the second group of pictures.
     with pytest.raises(Cancelled):
         run(tiny, spec, tmp_path / "a", Recorder(stop_when_asked=20))
-    kept = {file.name: file.read_bytes() for file in (tmp_path / "a" / CLASS_FOLDER).glob("*.safetensors")}
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "a" / CLASS_FOLDER).glob("*/*.safetensors")}
     assert len(kept) == 1
     result = run(tiny, spec, tmp_path / "a")
-    files = {file.name: file.read_bytes() for file in (tmp_path / "a" / CLASS_FOLDER).glob("*.safetensors")}
+    files = {file.name: file.read_bytes() for file in (tmp_path / "a" / CLASS_FOLDER).glob("*/*.safetensors")}
     assert len(files) == 2
     assert files.items() >= kept.items()
     assert_same(result, run(tiny, spec, tmp_path / "b"))

@@ -18,8 +18,10 @@ from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.models.embedded import EMBEDDED_CLIP
+from hueshift.training.methods.learnable import Rows
 from hueshift.training.samples import Sampler
 from hueshift.training.scores import ClipScorer
+from hueshift.training.unet import TrainingUNet
 
 PICTURES = Path(__file__).resolve().parents[2] / "examples" / "pictures"
 
@@ -56,9 +58,11 @@ def test_prompts_are_scored_in_order(clip: ClipScorer, base_model: BaseModel) ->
     layout = RowLayout(base_model.layout, (), 1)
     unet = AdaptedUNet(base_model, SpectralFactors({}, {}, {}), layout, Plan.DENSE)
     asked = []
-    sampler = Sampler(base_model, unet, VaeStage(base_model), text.empty, lambda: asked.append(1), steps=8)
+    layers = base_model.layout.cross_attentions
+    trained = TrainingUNet(unet, layers, base_model.layout.token_width)
+    sampler = Sampler(base_model, trained, VaeStage(base_model), text.empty, lambda: asked.append(1), steps=8)
     prompts = ["a fluent 3d emoji of a dog face", "a noto emoji of a lemon"]
-    pictures = sampler.pictures(text.encode(prompts, {}).context, [0, 1], (None, None))
+    pictures = sampler.pictures(text.encode(prompts, {}).context, [0, 1], Rows())
     assert len(asked) == 8
     assert clip.clip_t(pictures, prompts) > clip.clip_t(pictures, prompts[::-1]) + 0.2
 

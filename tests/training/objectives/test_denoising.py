@@ -7,7 +7,9 @@ import torch
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.noise_schedule import NoiseSchedule
-from hueshift.training.objective import ANCHOR_SHARE, Batch, denoising_loss, draw_timesteps, row_weights, snr_weights
+from hueshift.training.objectives.denoising import ANCHOR_SHARE, denoising_loss, draw_timesteps
+from hueshift.training.objectives.min_snr import snr_weights
+from hueshift.training.objectives.objective import Batch
 
 
 def small_schedule(prediction: str) -> NoiseSchedule:
@@ -29,11 +31,6 @@ def test_the_loss_on_v_uses_the_velocity() -> None:
     target = small_schedule("v_prediction").target(batch.clean, batch.noise, batch.timesteps)
     loss = denoising_loss(target, batch.weights, torch.zeros(1, 1, 1, 1))
     assert loss.item() == pytest.approx((0.72**0.5 * 2 - 0.28**0.5 * 3) ** 2, rel=1e-5)
-
-
-def test_row_weights_make_a_mean_of_each_part() -> None:
-    assert row_weights(4, 0, 1.0).tolist() == [0.25] * 4
-    assert row_weights(2, 4, 0.5).tolist() == [0.5, 0.5, 0.125, 0.125, 0.125, 0.125]
 
 
 def test_min_snr_weights() -> None:

@@ -1,0 +1,1 @@
+"""What each method learns, behind one small protocol."""

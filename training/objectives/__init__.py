@@ -1,0 +1,1 @@
+"""What training minimises, piece by piece, behind one small interface."""

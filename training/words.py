@@ -1,0 +1,113 @@
+"""The words that name what is learned: their starting embeddings, and the contexts of captions that hold them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hueshift.adapters.errors import InvalidArgument
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.text import TextStage, Vectors
+from hueshift.training.spec import Subject, TrainingSpec
+
+IDENTIFIER = "identifier"
+
+
+def value_name(subject: int) -> str:
+    """Name of the embedding of a subject's word among the values in training."""
+    return IDENTIFIER if subject == 0 else f"{IDENTIFIER}/{subject}"
+
+
+class Captions:
+    """Encodes captions, with own embeddings for the subjects' words where the job has them.
+
+    A word has one if the job learns it, or starts it from other words; else it is a word like any other. An embedding
+    is [layers, vectors, width], where layers is 1, or the number of cross-attentions (P+, Voynov et al. 2023).
+    """
+
+    def __init__(self, base: BaseModel, text: TextStage, spec: TrainingSpec) -> None:
+        """Raises InvalidArgument if a word to be learned or a word of `identifier_init` is not in the vocabulary."""
+        self._text, self._tokenizer = text, base.tokenizer
+        self._table: Tensor = base.text_encoder.get_input_embeddings().weight.detach()
+        self._subjects = spec.subjects
+        self._vectors, self._layers = spec.token_vectors, 1
+        if spec.per_layer:
+            self._layers = len(base.layout.cross_attentions)
+        self._fixed: dict[str, Tensor] = {}
+        self.learns = spec.learn_identifier and spec.identifier_learning_rate > 0
+        owned = [
+            (number, subject)
+            for number, subject in enumerate(self._subjects)
+            if spec.learn_identifier or subject.identifier_init
+        ]
+        self._initial = {value_name(number): self._start(number, subject) for number, subject in owned}
+        self._words = {value_name(number): subject.identifier for number, subject in owned}
+        self._counts = dict.fromkeys(self._words.values(), self._vectors)
+
+    def initial(self) -> dict[str, Tensor]:
+        """Return the starting embeddings [layers, vectors, width] by value name."""
+        return {name: start.clone() for name, start in self._initial.items()}
+
+    def contexts(self, captions: Sequence[str], values: Mapping[str, Tensor] | None) -> Tensor:
+        """Contexts [n, tokens, width] of captions, or [n, tokens, layers * width] where words differ by layer.
+
+        Differentiable with respect to the embeddings among `values`. None means the base's own words.
+        """
+        if values is None or not self._words:
+            return self._plain(captions)
+        embeddings = {word: values.get(name, self._initial[name]) for name, word in self._words.items()}
+        if not any(captions):
+            return self._repeated(self._plain(captions))
+        unique = [caption for caption in dict.fromkeys(captions) if caption]
+        encoded = self._encode(unique, embeddings)
+        empty = self._repeated(self._text.empty)
+        found: Mapping[str, Tensor] = {"": empty, **dict(zip(unique, encoded, strict=True))}
+        return torch.stack([found[caption] for caption in captions])
+
+    def places(self, caption: str, word: str) -> list[int]:
+        """Positions of a subject's word in the encoded caption."""
+        groups = self._text.tokenize(caption, {**self._counts, word: self._counts.get(word, 1)}).places
+        return [position for group in groups.get(word, ()) for position in group]
+
+    def tokens(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the adapter's tokens [vectors, width] and its token grids [1, layers, vectors, width], by word."""
+        made = {
+            word: values.get(name, self._initial[name]).detach().cpu().clone() for name, word in self._words.items()
+        }
+        if self._layers == 1:
+            return {word: embedding[0] for word, embedding in made.items()}, {}
+        return {}, {word: embedding[None] for word, embedding in made.items()}
+
+    def _encode(self, captions: Sequence[str], embeddings: Mapping[str, Tensor]) -> Tensor:
+        rows = [self._text.tokenize(caption, self._counts) for caption in captions]
+        parts: list[Tensor] = []
+        for layer in range(self._layers):
+            learned: Vectors = {word: embedding[layer] for word, embedding in embeddings.items()}
+            parts.append(self._text.encode_rows(rows, [learned] * len(rows)))
+        return torch.cat(parts, dim=-1)
+
+    def _repeated(self, context: Tensor) -> Tensor:
+        return context.repeat(*[1] * (context.dim() - 1), self._layers) if self._layers > 1 else context
+
+    def _plain(self, captions: Sequence[str]) -> Tensor:
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._fixed]
+        if new:
+            self._fixed.update(zip(new, self._text.encode(new, {}).context, strict=True))
+        return torch.stack([self._fixed[caption] for caption in captions])
+
+    def _start(self, number: int, subject: Subject) -> Tensor:
+        """The mean of the starting words' tokens, or each vector one of them in turn; without them the word's own."""
+        field = "identifier_init" if number == 0 else f"more_subjects[{number - 1}].identifier_init"
+        ids = [token for word in subject.identifier_init for token in self._tokens(word, field)]
+        known = self._table[ids or [self._text.token_id(subject.identifier)]].float().cpu()
+        if self._vectors == 1:
+            known = known.mean(0, keepdim=True)
+        return known[torch.arange(self._vectors) % len(known)].expand(self._layers, -1, -1).contiguous()
+
+    def _tokens(self, word: str, field: str) -> list[int]:
+        ids: list[int] = self._tokenizer(word, add_special_tokens=False, verbose=False).input_ids
+        if not ids or any(token in self._tokenizer.all_special_ids for token in ids):
+            raise InvalidArgument.for_field(
+                field, f"{word[:80]!r} is not made of words of the base model's vocabulary; leave it out"
+            )
+        return ids
