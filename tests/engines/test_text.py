@@ -1,5 +1,6 @@
 """Prompts to contexts: equal to the plain encoder, learned words in place, safe among threads."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -89,11 +90,115 @@ def test_threads_do_not_see_each_other(base_model: BaseModel, stage: TextStage) 
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_refuses_words_of_several_tokens_and_odd_shapes(base_model: BaseModel, stage: TextStage) -> None:
+def bodies(base: BaseModel, *pieces: str | int) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt put together of texts and of gaps for vectors, and the places of the gaps."""
+    ids = [base.tokenizer.bos_token_id]
+    gaps: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, int):
+            gaps += range(len(ids), len(ids) + piece)
+            ids += [0] * piece
+        else:
+            ids += base.tokenizer(piece, add_special_tokens=False).input_ids
+    ids = [*ids[: base.max_tokens - 1], base.tokenizer.eos_token_id]
+    ids += [base.tokenizer.pad_token_id] * (base.max_tokens - len(ids))
+    return ids, [gap for gap in gaps if gap < base.max_tokens - 1]
+
+
+def taught(base: BaseModel, vectors: torch.Tensor, *pieces: str | int) -> torch.Tensor:
+    """The context of such a prompt by an encoder whose vocabulary was made longer by the vectors, gap by gap."""
+    ids, gaps = bodies(base, *pieces)
+    encoder = copy.deepcopy(base.text_encoder)
+    table = encoder.get_input_embeddings()
+    size = table.weight.shape[0]
+    table.weight = torch.nn.Parameter(torch.cat([table.weight, vectors]), requires_grad=False)
+    for number, gap in enumerate(gaps):
+        ids[gap] = size + number
+    with torch.no_grad():
+        context: torch.Tensor = encoder(torch.tensor([ids]))[0]
+    return context[0]
+
+
+def embeddings(base: BaseModel, count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.05 * torch.randn(count, base.layout.token_width, generator=generator)
+
+
+LONG = "antidisestablishmentarianism"
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("word", ["sks", LONG, "<art>", "two words"])
+def test_a_word_of_any_tokens_takes_as_many_places_as_it_has_vectors(
+    base_model: BaseModel, stage: TextStage, word: str, vectors: int
+) -> None:
+    learned = embeddings(base_model, vectors)
+    found = stage.encode([f"a photo of {word}, red", f"a photo of ({word.upper()})"], {word: learned})
+    assert torch.allclose(found.context[0], taught(base_model, learned, "a photo of", vectors, ", red"), atol=1e-5)
+    assert torch.allclose(found.context[1], taught(base_model, learned, "a photo of (", vectors, ")"), atol=1e-5)
+    assert found.truncated == [0, 0]
+
+
+def test_a_word_inside_of_another_is_none(base_model: BaseModel, stage: TextStage) -> None:
+    prompts = ["sksy and asks", "a house"]
+    learned = {"sks": embeddings(base_model, 2)}
+    assert torch.equal(stage.encode(prompts, learned).context, stage.encode(prompts, {}).context)
+
+
+def test_the_longest_word_wins(base_model: BaseModel, stage: TextStage) -> None:
+    short, long = embeddings(base_model, 1, 1), embeddings(base_model, 2, 2)
+    words = {"<art>": short, "<art> deco": long}
+    found = stage.encode(["a <art> deco <art>"], words).context[0]
+    expected = taught(base_model, torch.cat([long, short]), "a", 2, 1)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_word_cut_in_the_middle_is_not_there(base_model: BaseModel, stage: TextStage) -> None:
+    room = base_model.max_tokens - 2
+    learned = embeddings(base_model, 3)
+    fits = stage.tokenize("fox " * (room - 3) + "<art>", {"<art>": 3})
+    assert (fits.truncated, fits.places) == (0, {"<art>": (tuple(range(room - 2, room + 1)),)})
+    cut = stage.tokenize("fox " * (room - 2) + "<art> fox", {"<art>": 3})
+    assert (cut.truncated, dict(cut.places)) == (2, {})
+    whole = taught(base_model, learned, "fox " * (room - 3), 3)
+    assert torch.allclose(stage.encode_rows([fits], [{"<art>": learned}])[0], whole, atol=1e-5)
+
+
+def test_every_occurrence_is_replaced_in_its_own_row(base_model: BaseModel, stage: TextStage) -> None:
+    one, other = embeddings(base_model, 2, 1), embeddings(base_model, 2, 2)
+    row = stage.tokenize("<art> and <art>", {"<art>": 2})
+    found = stage.encode_rows([row, row], [{"<art>": one}, {"<art>": other}])
+    for context, vectors in zip(found, (one, other), strict=True):
+        expected = taught(base_model, torch.cat([vectors, vectors]), 2, "and", 2)
+        assert torch.allclose(context, expected, atol=1e-5)
+
+
+def test_gradients_reach_the_vectors_alone(base_model: BaseModel, stage: TextStage) -> None:
+    learned = embeddings(base_model, 2).requires_grad_()
+    unused = embeddings(base_model, 1).requires_grad_()
+    out = stage.encode_differentiably(["a <art>"], {"<art>": learned, "sks": unused}).context
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()  # type: ignore[no-untyped-call]
+    assert unused.grad is None
+    assert learned.grad is not None
+    step = torch.randn(learned.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        sums = [
+            (stage.encode(["a <art>"], {"<art>": learned + sign * 1e-3 * step}).context * weights).double().sum()
+            for sign in (1, -1)
+        ]
+    slope = float((sums[0] - sums[1]) / 2e-3)
+    assert slope == pytest.approx(float((learned.grad * step).sum()), rel=2e-2)
+
+
+def test_refuses_odd_shapes(base_model: BaseModel, stage: TextStage) -> None:
     width = base_model.layout.token_width
-    with pytest.raises(InvalidArgument, match="exactly one"):
-        stage.encode(["x"], {"antidisestablishmentarianism": torch.zeros(width)})
-    with pytest.raises(InvalidArgument, match="ordinary token"):
-        stage.encode(["x"], {"<|endoftext|>": torch.zeros(width)})
-    with pytest.raises(InvalidArgument, match="one vector per word"):
-        stage.encode(["x"], {word_of(base_model, stage): torch.zeros(2, width)})
+    for shape in ((width + 1,), (0, width), (1, 1, width)):
+        with pytest.raises(InvalidArgument, match=r"allowed are \["):
+            stage.encode(["x"], {"sks": torch.zeros(shape)})
+
+
+def test_token_id_refuses_what_is_not_one_ordinary_token(stage: TextStage) -> None:
+    for word in (LONG, "<|endoftext|>"):
+        with pytest.raises(InvalidArgument, match="exactly one"):
+            stage.token_id(word)

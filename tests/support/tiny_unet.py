@@ -104,7 +104,7 @@ def merge_row(unet: nn.Module, parts: TinyParts, row: EngineRow) -> None:
 def run(unet: nn.Module, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
     """Output of a diffusers UNet, which reads its keys and values from `context` if that is a cross input."""
     layout = CrossLayout(read_layout(unet, "", WIDTH))
-    if context.shape[-1] != WIDTH:
+    if context.shape[-1] == layout.width:
         unet = copy.deepcopy(unet)
         for name, span in layout.spans.items():
             attention, _, part = name.rpartition(".")
