@@ -1,6 +1,7 @@
 """The hot loop's body: one UNet call and one sampler update for samples that have nothing in common but their size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.conditioning import CrossInputs
+from hueshift.engines.fused_update import fits, fused_update
 from hueshift.engines.interface import BASE_SLOT, Guides, Plan, UNetEngine
 from hueshift.engines.samplers import SamplerTable
 
@@ -126,38 +128,73 @@ def advance(engine: UNetEngine, samples: Sequence[Sample], plan: Plan | None = N
     # Guided samples first, so that slices do: gathers over a batch cost more than all the rest of this function.
     samples = sorted(samples, key=_unguided)
     count, device = len(samples), samples[0].latents.device
-    out = _guided_output(engine, samples, plan)
-    table = torch.stack([sample.table.coefficients[sample.step] for sample in samples]).to(device)
-    a, b, c, d, e, f = table.t().reshape(6, count, 1, 1, 1).unbind()
-    x, prev = torch.stack([sample.latents for sample in samples]), torch.stack([sample.prev for sample in samples])
-    after, estimate = a * x + b * out + c * prev, e * x + f * out
-    if any(sample.table.noisy[sample.step] for sample in samples):
-        after += d * torch.stack([_noise(sample) for sample in samples]).to(device)
+    parts = [(sample, part) for sample in samples for part in sample.parts]
+    with _unchanged_on_error(samples):
+        out, masks = _unet_output(engine, samples, parts, plan)
+        table = torch.stack([sample.table.coefficients[sample.step] for sample in samples])
+        x, prev = torch.stack([sample.latents for sample in samples]), torch.stack([sample.prev for sample in samples])
+        noise = None
+        if any(sample.table.noisy[sample.step] for sample in samples):
+            noise = torch.stack([_noise(sample) for sample in samples]).to(device)
+        if fits(device) and len(parts) == count:
+            scales = [sample.guidance for sample in samples if sample.guided]
+            after, estimate = fused_update(x, prev, out, scales, table, noise)
+        else:
+            out = _guide(samples, parts, out)
+            a, b, c, d, e, f = table.to(device).t().reshape(6, count, 1, 1, 1).unbind()
+            after, estimate = a * x + b * out + c * prev, e * x + f * out
+            if noise is not None:
+                after += d * noise
+        shares = _add_masks(parts, masks)
     for i, sample in enumerate(samples):
         sample.latents, sample.prev = after[i], estimate[i]
+        sample.lag_mask = shares.get(id(sample), sample.lag_mask)
         sample.step += 1
     return plan
 
 
-def _guided_output(engine: UNetEngine, samples: Sequence[Sample], plan: Plan) -> Tensor:
-    """One UNet call, guidance, and the blending of regions: the output for each sample [n, C, h, w]."""
-    parts = [(sample, part) for sample in samples for part in sample.parts]
-    count, guided = len(parts), sum(sample.guided for sample, _ in parts)
+@contextmanager
+def _unchanged_on_error(samples: Sequence[Sample]) -> Iterator[None]:
+    """Put the samples' random streams back where they were if a step fails: a retry must draw the same noise."""
+    states = [(s.generator, s.generator.get_state()) for s in samples if s.table.noisy[s.step]]
+    try:
+        yield
+    except BaseException:
+        for generator, state in states:
+            generator.set_state(state)
+        raise
+
+
+def _unet_output(
+    engine: UNetEngine, samples: Sequence[Sample], parts: Sequence[tuple[Sample, Sample | Region]], plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """One UNet call: the rows of `parts`, then the negative rows of the guided ones among them, which come first.
+
+    Also the masks of Plan.FULL by row, None under the others.
+    """
+    guided = sum(sample.guided for sample, _ in parts)
     rows = [*parts, *parts[:guided]]
     device = samples[0].latents.device
     latents = torch.stack([sample.latents for sample, _ in rows])
     timesteps = torch.stack([sample.table.timesteps[sample.step] for sample, _ in rows]).to(device)
     crosses = [part.cross.at(sample.step) for sample, part in parts]
     cross = torch.stack([rows[-1] for rows in crosses] + [rows[0] for rows in crosses[:guided]])
-    slots = torch.tensor([part.slot for _, part in rows], device=device)
+    # On the host: engines check it and look slots up there, and reading it back from a device would stall the stream.
+    slots = torch.tensor([part.slot for _, part in rows])
+    masks: Tensor | None = None
     if plan is Plan.FULL:
         guides = _make_guides(parts, guided, cross.shape[1])
         out, masks = engine.denoise_guided(latents, timesteps, cross, slots, guides)
-        _note_masks(parts, masks)
     else:
         out = engine.denoise(plan, latents, timesteps, cross, slots)
+    return out, masks
+
+
+def _guide(samples: Sequence[Sample], parts: Sequence[tuple[Sample, Sample | Region]], out: Tensor) -> Tensor:
+    """Guidance and the blending of regions: from rows of the UNet to the output for each sample [n, C, h, w]."""
+    count, guided = len(parts), sum(sample.guided for sample, _ in parts)
     if guided:
-        scale = torch.tensor([sample.guidance for sample, _ in parts[:guided]], device=device).view(-1, 1, 1, 1)
+        scale = torch.tensor([sample.guidance for sample, _ in parts[:guided]], device=out.device).view(-1, 1, 1, 1)
         negative = out[count:]
         toward = negative + scale * (out[:guided] - negative)
         out = torch.cat([toward, out[guided:count]]) if guided < count else toward
@@ -183,10 +220,15 @@ def _make_guides(parts: Sequence[tuple[Sample, Sample | Region]], guided: int, t
     )
 
 
-def _note_masks(parts: Sequence[tuple[Sample, Sample | Region]], masks: Tensor) -> None:
-    for number, (sample, part) in enumerate(parts):
-        if part is sample and sample.lag is not None:
-            sample.lag_mask = masks[number] if sample.lag_mask is None else sample.lag_mask + masks[number]
+def _add_masks(parts: Sequence[tuple[Sample, Sample | Region]], masks: Tensor | None) -> dict[int, Tensor]:
+    """The new `lag_mask` of every sample that is confined, by id."""
+    if masks is None:
+        return {}
+    return {
+        id(sample): masks[number] if sample.lag_mask is None else sample.lag_mask + masks[number]
+        for number, (sample, part) in enumerate(parts)
+        if part is sample and sample.lag is not None
+    }
 
 
 def _blend_regions(samples: Sequence[Sample], out: Tensor) -> Tensor:
