@@ -46,6 +46,7 @@ class AdapterFormat(StrEnum):
     PEFT = "peft"
     MKSHING = "mkshing"
     TEXTUAL_INVERSION = "textual_inversion"
+    CUSTOM_DIFFUSION = "custom_diffusion"
 
 
 class Method(StrEnum):

@@ -72,6 +72,8 @@ class _AdapterFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     """Spectral shifts as svdiff-pytorch of mkshing writes them."""
     ADAPTER_FORMAT_TEXTUAL_INVERSION: _AdapterFormat.ValueType  # 5
     """Learned words as diffusers writes them."""
+    ADAPTER_FORMAT_CUSTOM_DIFFUSION: _AdapterFormat.ValueType  # 6
+    """Keys and values of cross-attentions as diffusers writes Custom Diffusion."""
 
 class AdapterFormat(_AdapterFormat, metaclass=_AdapterFormatEnumTypeWrapper):
     """In which form an adapter's file is written."""
@@ -88,6 +90,8 @@ ADAPTER_FORMAT_MKSHING: AdapterFormat.ValueType  # 4
 """Spectral shifts as svdiff-pytorch of mkshing writes them."""
 ADAPTER_FORMAT_TEXTUAL_INVERSION: AdapterFormat.ValueType  # 5
 """Learned words as diffusers writes them."""
+ADAPTER_FORMAT_CUSTOM_DIFFUSION: AdapterFormat.ValueType  # 6
+"""Keys and values of cross-attentions as diffusers writes Custom Diffusion."""
 Global___AdapterFormat: _TypeAlias = AdapterFormat  # noqa: Y015
 
 @_typing.final
