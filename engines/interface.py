@@ -7,7 +7,7 @@ samples stay as they are.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ class Plan(StrEnum):
 
     FULL = "full"
     """The factored plan with what single samples may ask of attention: see Guides."""
+
+    MERGED = "merged"
+    """One adapter mix written into a copy of the weights: the base's speed, for calls whose rows share one slot."""
+
+
+SLAB_PLANS = (Plan.DENSE, Plan.FACTORED, Plan.FULL)
+"""The plans that read adapter rows from slabs, so that a call mixes any slots."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,4 +132,26 @@ class UNetEngine(Protocol):
 
     def warm(self) -> None:
         """Run every plan once, so that the first request pays for nothing."""
+        ...
+
+
+@runtime_checkable
+class MergingEngine(UNetEngine, Protocol):
+    """An engine with Plan.MERGED: it holds the weights of a few slots' mixes beside the base's."""
+
+    @property
+    def weight_slots(self) -> int:
+        """Mixes whose weights it holds at a time; 0: Plan.MERGED is not among `plans`."""
+        ...
+
+    @property
+    def merged(self) -> frozenset[int]:
+        """Slots whose weights are written, for the rows that the slots hold now. BASE_SLOT is always one."""
+        ...
+
+    def merge(self, slot: int) -> None:
+        """Begin to write a slot's weights, behind the steps that run; `merged` has it once it is done.
+
+        The least recently used of the other mixes makes room. Raises InvalidArgument on a slot that does not exist.
+        """
         ...

@@ -11,7 +11,7 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.build import AdapterEngine, EngineKind, EngineOptions, build_engine
 from hueshift.engines.conditioning import Conditioner, CrossInputs, make_conditioner
 from hueshift.engines.denoise import Sample, advance, start_sample
-from hueshift.engines.interface import Plan
+from hueshift.engines.interface import SLAB_PLANS, Plan
 from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.engines.text_side import TextSide
 from hueshift.engines.vae import VaeStage
@@ -56,7 +56,7 @@ def mixed_samples(base: BaseModel, text: Conditioner, slots: tuple[int, ...], co
     return samples
 
 
-@pytest.mark.parametrize("plan", list(Plan))
+@pytest.mark.parametrize("plan", SLAB_PLANS)
 def test_alone_or_in_a_batch(engine: AdapterEngine, base_model: BaseModel, plan: Plan) -> None:
     text, slots = make_conditioner(base_model, engine.factors), (0, 2) if plan is Plan.DENSE else (0, 1, 2)
     # torch is several times slower on a CPU, and busy-waits when others use the cores.
