@@ -46,7 +46,7 @@ class CrossInputs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """`cross` for every step, the tokens of each prompt that were cut off, and where learned words occur in each."""
+    """`cross` for every step, the tokens of each prompt that were cut off, and where words occur in each."""
 
     cross: CrossInputs
     truncated: tuple[int, ...]
@@ -62,10 +62,15 @@ class Conditioner:
         self._layers = len(cross.layout.attentions)
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float]) -> Conditioning:
-        """Condition on `prompts` (the negative one first, if there is one) for steps at `timesteps`."""
+    def condition(
+        self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float], find: Sequence[str] = ()
+    ) -> Conditioning:
+        """Condition on `prompts` (the negative one first, if there is one) for steps at `timesteps`.
+
+        `find` are words whose places in the prompts are wanted; see TextStage.tokenize.
+        """
         counts = {word: _vectors(value) for word, value in side.words.items()}
-        rows = tuple(self._text.tokenize(prompt, counts) for prompt in prompts)
+        rows = tuple(self._text.tokenize(prompt, counts, find) for prompt in prompts)
         used = {word: side.words[word] for row in rows for word in row.places}
         keys = [self._stage_key(used, timestep) for timestep in timesteps]
         first: dict[tuple[float, ...], float] = {}

@@ -53,6 +53,14 @@ def encode_picture(pixels: npt.NDArray[np.uint8], fmt: PictureFormat, metadata: 
     return file.getvalue(), fmt.media_type
 
 
+def encode_mask(mask: npt.NDArray[np.float32], factor: int) -> bytes:
+    """Encode `mask` [h, w], 0 to 1, as a grey PNG whose pixels are blocks of `factor` by `factor`: white is 1."""
+    levels = np.rint(mask.clip(0, 1) * 255).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+    file = io.BytesIO()
+    Image.fromarray(levels, "L").save(file, "PNG", compress_level=_PNG_LEVEL)
+    return file.getvalue()
+
+
 def xmp_packet(metadata: Mapping[str, str]) -> str:
     """Return the XMP packet (ISO 16684-1) with the IPTC source type, the software and `metadata`."""
     fields = "\n".join(f"   <hueshift:{key}>{escape(value)}</hueshift:{key}>" for key, value in metadata.items())

@@ -7,7 +7,7 @@ one copy of a finished row into a slot.
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -176,8 +176,7 @@ class _Resident:
 class SlotCache:
     """Which mix is in which slot of the engine; least recently used out first, never one in use or pinned.
 
-    `prepare`, `resident` and `snapshot` may be called from any thread; `acquire`, `release`, `pin` and `drop` only from
-    the thread that runs the engine.
+    `prepare`, `resident` and `snapshot` may be called from any thread; the rest only from the engine's own.
     """
 
     def __init__(
@@ -241,6 +240,31 @@ class SlotCache:
         with self._lock:
             self._held.move_to_end(prepared.mix)
         return held.slot
+
+    def acquire_all(self, prepared: Sequence[PreparedMix]) -> list[int] | None:
+        """Return a slot for each mix, all in use until released one by one; or None, and then none is in use.
+
+        Raises what `acquire` raises, and then none is in use either.
+        """
+        slots: dict[int, int] = {}
+        try:
+            # Those that are there first: bringing another in could evict them, and they may have no row any more.
+            for number in sorted(range(len(prepared)), key=lambda number: prepared[number].row is not None):
+                slot = self.acquire(prepared[number])
+                if slot is None:
+                    break
+                slots[number] = slot
+        finally:
+            if len(slots) < len(prepared):
+                for number in slots:
+                    self.release(prepared[number].mix)
+        return [slots[number] for number in range(len(prepared))] if len(slots) == len(prepared) else None
+
+    def can_hold(self, mixes: Iterable[Mix]) -> bool:
+        """False if so many slots are pinned for others that the mixes cannot be in slots together."""
+        wanted = {mix for mix in mixes if mix}
+        pinned = sum(held.pinned for mix, held in self._held.items() if mix not in wanted)
+        return len(wanted) <= self._engine.slots - 1 - pinned
 
     def release(self, mix: Mix) -> None:
         """Give back one use of the mix."""

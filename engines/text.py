@@ -4,7 +4,7 @@ import copy
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -27,11 +27,13 @@ class TextResult:
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
     """Token ids [max_tokens], padded; where each learned word occurs, one group of positions for each occurrence; and
-    how many tokens were cut off. An occurrence that was cut off, even in part, is not there."""
+    how many tokens were cut off. `found` has the occurrences of words that were looked for, learned or not. An
+    occurrence that was cut off, even in part, is not there."""
 
     ids: tuple[int, ...]
     places: Mapping[str, tuple[tuple[int, ...], ...]]
     truncated: int
+    found: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
 
 Vectors = Mapping[str, Tensor]
@@ -134,26 +136,35 @@ class TextStage:
                         hidden[number, position] = encoded + share * encoded.norm() * change
             return context, self._last_norm(hidden).float()
 
-    def tokenize(self, prompt: str, words: Mapping[str, int]) -> TokenizedPrompt:
-        """Tokenise a prompt in which each word of `words` takes the given number of places."""
+    def tokenize(self, prompt: str, words: Mapping[str, int], find: Sequence[str] = ()) -> TokenizedPrompt:
+        """Tokenise a prompt in which each word of `words` takes the given number of places.
+
+        `find` are words or phrases whose places are wanted too: whole words, in any case of letters, plain or learned.
+        """
         tokenizer = self._tokenizer
         body: list[int] = []
+        # The characters of the prompt behind each token.
+        spans: list[tuple[int, int]] = []
         places: dict[str, list[tuple[int, ...]]] = {}
         room = self._max_tokens - 2
-        for piece, word in _split(prompt, words):
+        for begin, piece, word in _split(prompt, words):
             if word is None:
                 # verbose=False: transformers would log a warning for every long prompt.
-                body += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+                made = tokenizer(piece, add_special_tokens=False, verbose=False, return_offsets_mapping=bool(find))
+                body += made.input_ids
+                spans += [(begin + first, begin + last) for first, last in made.offset_mapping] if find else ()
                 continue
             group = tuple(range(len(body), len(body) + words[word]))
             if group[-1] < room:
                 # Places count the start mark.
                 places.setdefault(word, []).append(tuple(place + 1 for place in group))
             body += [self._stand_in(word)] * words[word]
+            spans += [(begin, begin + len(piece))] * words[word]
         cut = max(0, len(body) - room)
         ids = [tokenizer.bos_token_id, *body[:room], tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (self._max_tokens - len(ids))
-        return TokenizedPrompt(tuple(ids), {word: tuple(groups) for word, groups in places.items()}, cut)
+        found = {word: _occurrences(prompt, word, spans, room) for word in find}
+        return TokenizedPrompt(tuple(ids), {word: tuple(groups) for word, groups in places.items()}, cut, found)
 
     def token_id(self, word: str) -> int:
         """Return the id of a word that is a single token. Raises InvalidArgument when it is not."""
@@ -190,25 +201,44 @@ class TextStage:
         return output.index_put((rows, positions), vectors.to(output))
 
 
-def _split(prompt: str, words: Mapping[str, int]) -> list[tuple[str, str | None]]:
-    """Cut a prompt at its learned words: (text, None) or (text, word). Longer words win over those they begin with."""
+def _split(prompt: str, words: Mapping[str, int]) -> list[tuple[int, str, str | None]]:
+    """Cut a prompt at its learned words: (begin, text, None) or (begin, text, word).
+
+    Longer words win over those they begin with.
+    """
     if not words:
-        return [(prompt, None)]
+        return [(0, prompt, None)]
     known = {word.lower(): word for word in words}
     found = re.compile("|".join(_whole(word) for word in sorted(known, key=len, reverse=True)), re.IGNORECASE)
-    pieces: list[tuple[str, str | None]] = []
+    pieces: list[tuple[int, str, str | None]] = []
     end = 0
     for match in found.finditer(prompt):
         if prompt[end : match.start()].strip():
-            pieces.append((prompt[end : match.start()], None))
-        pieces.append((match.group(), known[match.group().lower()]))
+            pieces.append((end, prompt[end : match.start()], None))
+        pieces.append((match.start(), match.group(), known[match.group().lower()]))
         end = match.end()
     if prompt[end:].strip():
-        pieces.append((prompt[end:], None))
+        pieces.append((end, prompt[end:], None))
     return pieces
+
+
+def _occurrences(prompt: str, word: str, spans: Sequence[tuple[int, int]], room: int) -> tuple[tuple[int, ...], ...]:
+    """Places of the tokens behind each occurrence of a word, start mark counted; `spans` are the tokens' characters."""
+    # A phrase's words may be apart by any blanks, as the tokenizer has it.
+    pattern = r"\s+".join(re.escape(part) for part in word.split())
+    groups: list[tuple[int, ...]] = []
+    for match in re.finditer(_bounded(word.strip(), pattern), prompt, re.IGNORECASE):
+        group = [at for at, (first, last) in enumerate(spans) if first < match.end() and last > match.start()]
+        if group and group[-1] < room:
+            groups.append(tuple(at + 1 for at in group))
+    return tuple(groups)
 
 
 def _whole(word: str) -> str:
     """A pattern that fits the word, but not inside of a longer one."""
+    return _bounded(word, re.escape(word))
+
+
+def _bounded(word: str, pattern: str) -> str:
     before, after = (r"(?<!\w)" if word[:1].isalnum() else ""), (r"(?!\w)" if word[-1:].isalnum() else "")
-    return f"{before}{re.escape(word)}{after}"
+    return f"{before}{pattern}{after}"

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hueshift.adapters.blocks import BlockWeights
 from hueshift.adapters.errors import Internal, Reason
-from hueshift.engines.pictures import encode_picture
+from hueshift.engines.pictures import encode_mask, encode_picture
 from hueshift.engines.vae import Pixels, VaeStage
 from hueshift.server.clock import Clock
-from hueshift.server.generation import GenerationRequest, ImageEvent, PreviewEvent, Timings
+from hueshift.server.generation import AppliedAdapter, GenerationRequest, ImageEvent, PreviewEvent, Timings
 from hueshift.server.metrics import Metrics
 from hueshift.server.ticket import Running, as_ours
 
@@ -30,6 +30,7 @@ class _Work:
     running: Running
     latents: Tensor
     preview_step: int = 0
+    mask: Tensor | None = None
 
 
 class DecodeStage:
@@ -77,7 +78,7 @@ class DecodeStage:
         """Take a finished picture."""
         with self._wake:
             self._previews.pop(running, None)
-            self._finished.append(_Work(running, running.sample.latents))
+            self._finished.append(_Work(running, running.sample.latents, mask=_mean_mask(running)))
             self._wake.notify()
 
     def put_preview(self, running: Running) -> None:
@@ -145,14 +146,20 @@ class DecodeStage:
                 )
         if sound:
             pixels = self._vae.decode(torch.stack([work.latents for work in sound]))
-            for work, (data, media_type) in zip(sound, self._encoders.map(self._encode, sound, pixels), strict=True):
-                self._send(work, data, media_type)
+            for work, (data, media_type, mask) in zip(
+                sound, self._encoders.map(self._encode, sound, pixels), strict=True
+            ):
+                self._send(work, data, media_type, mask)
 
-    def _encode(self, work: _Work, pixels: Pixels) -> tuple[bytes, str]:
+    def _encode(self, work: _Work, pixels: Pixels) -> tuple[bytes, str, bytes]:
         request = work.running.ticket.request
-        return encode_picture(pixels, request.format, provenance(request, work.running.index, self._base_hash))
+        mask = b""
+        if work.mask is not None:
+            mask = encode_mask(work.mask.float().cpu().numpy(), request.height // work.mask.shape[0])
+        written = provenance(request, work.running.index, self._base_hash)
+        return *encode_picture(pixels, request.format, written), mask
 
-    def _send(self, work: _Work, data: bytes, media_type: str) -> None:
+    def _send(self, work: _Work, data: bytes, media_type: str, mask: bytes) -> None:
         running = work.running
         if work.preview_step:
             event = PreviewEvent(running.index, work.preview_step, data, media_type)
@@ -161,9 +168,9 @@ class DecodeStage:
         now = self._clock.monotonic()
         self._metrics.stage_seconds.labels("decode").observe(now - running.finished)
         self._metrics.images.inc()
-        running.ticket.send_image(self._image(running, data, media_type, now), now)
+        running.ticket.send_image(self._image(running, data, media_type, mask, now), now)
 
-    def _image(self, running: Running, data: bytes, media_type: str, now: float) -> ImageEvent:
+    def _image(self, running: Running, data: bytes, media_type: str, mask: bytes, now: float) -> ImageEvent:
         ticket = running.ticket
         request, prepared = ticket.request, running.prepared
         return ImageEvent(
@@ -184,16 +191,35 @@ class DecodeStage:
                 denoise=running.finished - running.started,
                 decode=now - running.finished,
             ),
+            mask=mask,
+            regions=tuple(region.adapters for region in request.regions),
         )
 
 
 def provenance(request: GenerationRequest, index: int, base_hash: str) -> dict[str, str]:
-    """What a picture's file says about its making: seed, base model, adapters with weights. Never the prompt."""
-    adapters = " ".join(
-        f"{a.content_hash}*{a.weight:g}{_blocks_text(a.blocks)}" for a in request.adapters if a.weight != 0
-    )
+    """What a picture's file says about its making: seed, base model, adapters with weights. Never the prompt.
+
+    `regions` has the adapters of each region, `-` for one without, and a bar between regions.
+    """
     fields = {"seed": str(request.seeds[index]), "base": base_hash}
-    return fields | ({"adapters": adapters} if adapters else {})
+    adapters = _adapters_text(request.adapters)
+    if adapters:
+        fields["adapters"] = adapters
+    if request.regions:
+        fields["regions"] = " | ".join(_adapters_text(region.adapters) or "-" for region in request.regions)
+    return fields
+
+
+def _mean_mask(running: Running) -> Tensor | None:
+    """Share of blocks and steps at which the branches acted, [h, w], if the caller wants it."""
+    lag, sample = running.ticket.request.lag, running.sample
+    if lag is None or not lag.return_masks or sample.lag_mask is None:
+        return None
+    return sample.lag_mask / sample.step
+
+
+def _adapters_text(adapters: Sequence[AppliedAdapter]) -> str:
+    return " ".join(f"{a.content_hash}*{a.weight:g}{_blocks_text(a.blocks)}" for a in adapters if a.weight != 0)
 
 
 def _blocks_text(blocks: BlockWeights | None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hueshift.adapters.blocks import BlockWeights, Weight, scale_weight
 from hueshift.engines.interface import Plan
 from hueshift.engines.pictures import PictureFormat
+from hueshift.engines.region_masks import Area
 from hueshift.engines.samplers import SamplerKind
 from hueshift.server.event_stream import EventStream
 
@@ -30,11 +31,35 @@ class AppliedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class LagRequest:
+    """LAG sampling of a request: `words` of its prompt, or none for those of its adapters."""
+
+    words: tuple[str, ...] = ()
+    return_masks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRequest:
+    """A part of every picture with a prompt and adapters of its own; `feather` in pixels."""
+
+    prompt: str
+    adapters: tuple[AppliedAdapter, ...]
+    area: Area
+    feather: float = 0.0
+
+    @property
+    def mix(self) -> tuple[tuple[str, Weight], ...]:
+        """Its adapters as (content hash, weight), less those of weight 0."""
+        return _mix(self.adapters)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A checked request. One picture per seed; `width` and `height` in pixels, multiples of the base's size_multiple.
 
-    `guidance_scale` above 1 turns guidance on, which makes a picture two UNet rows. `priority` orders the requests of
-    one tenant, larger first. `deadline` is in the clock's monotonic seconds. `preview_interval` 0 means no previews.
+    `guidance_scale` above 1 turns guidance on, which makes a picture two UNet rows; each region makes as many more.
+    `priority` orders the requests of one tenant, larger first. `deadline` is in the clock's monotonic seconds.
+    `preview_interval` 0 means no previews. With `shared_attention` the pictures are in every batch together.
     """
 
     request_id: str
@@ -53,16 +78,43 @@ class GenerationRequest:
     preview_interval: int
     priority: int
     deadline: float
+    lag: LagRequest | None = None
+    shared_attention: bool = False
+    regions: tuple[RegionRequest, ...] = ()
+
+    @property
+    def guided(self) -> bool:
+        """True if its pictures run with classifier-free guidance."""
+        return self.guidance_scale > 1
 
     @property
     def rows(self) -> int:
         """UNet rows of one picture."""
-        return 2 if self.guidance_scale > 1 else 1
+        return (2 if self.guided else 1) * (1 + len(self.regions))
+
+    @property
+    def together(self) -> int:
+        """Pictures that join the batch at once."""
+        return len(self.seeds) if self.shared_attention else 1
 
     @property
     def mix(self) -> tuple[tuple[str, Weight], ...]:
         """The adapters as (content hash, weight); those of weight 0 change nothing and are left out."""
-        return tuple((a.content_hash, a.strength) for a in self.adapters if a.weight != 0)
+        return _mix(self.adapters)
+
+    @property
+    def mixes(self) -> tuple[tuple[tuple[str, Weight], ...], ...]:
+        """`mix`, then that of each region."""
+        return (self.mix, *(region.mix for region in self.regions))
+
+    @property
+    def every_adapter(self) -> tuple[AppliedAdapter, ...]:
+        """The adapters of the picture and of its regions."""
+        return (*self.adapters, *(adapter for region in self.regions for adapter in region.adapters))
+
+
+def _mix(adapters: tuple[AppliedAdapter, ...]) -> tuple[tuple[str, Weight], ...]:
+    return tuple((adapter.content_hash, adapter.strength) for adapter in adapters if adapter.weight != 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +155,10 @@ class PreviewEvent:
 
 @dataclass(frozen=True, slots=True)
 class ImageEvent:
-    """One finished picture. `plans` in order of first use."""
+    """One finished picture. `plans` in order of first use; `regions` has the adapters of each.
+
+    `mask` is a grey PNG of the LAG masks, if they were asked for.
+    """
 
     index: int
     data: bytes
@@ -116,6 +171,8 @@ class ImageEvent:
     engine: str
     base_hash: str
     timings: Timings
+    mask: bytes = b""
+    regions: tuple[tuple[AppliedAdapter, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

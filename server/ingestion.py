@@ -27,17 +27,22 @@ _UPRIGHT: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PictureLimits:
-    """What a picture may be. `kept_side` bounds the shorter side of what is kept: models train at 128 to 768 pixels."""
+    """What a picture may be. `kept_side` bounds the shorter side of what is kept: models train at 128 to 768 pixels.
+
+    With `grey` it is a mask: what is kept is its alpha channel if that hides anything, else its lightness.
+    """
 
     max_bytes: int
     max_pixels: int
     min_side: int = 32
     max_aspect: float = 4.0
     kept_side: int = 1024
+    grey: bool = False
 
 
 def ingest_picture(data: bytes, limits: PictureLimits, field: str = "picture") -> bytes:
-    """Return the picture as a plain RGB PNG: first frame, upright, on white, in sRGB, without any metadata.
+    """Return the picture as a plain RGB PNG: first frame, upright, on white, in sRGB, without any metadata; a mask as a
+    grey one.
 
     Raises InvalidArgument for `field`, with PICTURE_TOO_LARGE (bytes, pixels) or PICTURE_INVALID.
     """
@@ -91,10 +96,14 @@ def _convert(data: bytes, limits: PictureLimits) -> bytes:
         # Pillow clips 16-bit grey at 255 when it converts; the high byte is the picture.
         plain = image.point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image
         plain = plain.convert("RGBA") if plain.has_transparency_data else plain
-        plain = plain.convert("RGB") if plain.mode not in ("RGB", "RGBA", "CMYK") else plain
+        if limits.grey:
+            plain = _to_grey(plain)
+        elif plain.mode not in ("RGB", "RGBA", "CMYK"):
+            plain = plain.convert("RGB")
         if kept != plain.size:
             plain = plain.resize(kept, Image.Resampling.LANCZOS)
-        plain = _to_srgb(_on_white(plain), profile)
+        if not limits.grey:
+            plain = _to_srgb(_on_white(plain), profile)
     if orientation in _UPRIGHT:
         plain = plain.transpose(_UPRIGHT[orientation])
     # Pillow would write the profile and texts it keeps here into the PNG.
@@ -133,6 +142,15 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image
     paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(paper, image).convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if image.mode == "RGBA":
+        alpha = image.getchannel("A")
+        # Programs that always write an alpha channel leave it opaque; then the colours are the mask.
+        if alpha.getextrema() != (255, 255):
+            return alpha
+    return image.convert("L")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -87,7 +87,7 @@ class Scheduler:
             engine,
             base,
             slots,
-            Preparation(conditioner, slots, base.schedule, clock),
+            Preparation(conditioner, slots, base.schedule, clock, base.latent_factor),
             self._preparers,
             self._decoder,
             self._admission,

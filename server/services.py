@@ -22,6 +22,7 @@ from hueshift.server.residency_metrics import ResidencyMetrics
 from hueshift.server.rpc.adapter_import import AdapterFormats
 from hueshift.server.rpc.adapter_service import AdapterService
 from hueshift.server.rpc.finetune_service import FineTuneService
+from hueshift.server.rpc.finetune_targets import make_target_fit
 from hueshift.server.rpc.finetune_words import make_word_check
 from hueshift.server.rpc.generation_service import GenerationService
 from hueshift.server.rpc.handlers import ServiceTable
@@ -30,6 +31,7 @@ from hueshift.server.scheduler import Scheduler
 from hueshift.server.settings import Settings
 from hueshift.server.store.stores import Stores
 from hueshift.server.supervisor import Supervisor
+from hueshift.training.cost import open_speeds
 from hueshift.v1 import adapters_pb2_grpc, finetune_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 
 
@@ -60,18 +62,23 @@ class ServiceSet:
         slots = SlotCache(engine, host, parts.rows, parts.factors, parts.norms, observer)
         conditioner = make_conditioner(base, parts.factors)
         self.scheduler = Scheduler(engine, base, conditioner, VaeStage(base), slots, metrics, clock, limits)
-        self._generation = GenerationService(self.scheduler, stores.adapters, base, limits, settings.server, clock)
+        self._generation = GenerationService(
+            self.scheduler, stores.adapters, base, limits, settings.server, clock, engine
+        )
         formats = AdapterFormats(
             ImportBase(base.layout, dict(base.unet.named_parameters())),
             parts.rows.served_ranks,
         )
         self._adapters = AdapterService(stores.adapters, base.layout, limits, self.scheduler, clock, formats)
+        speeds = open_speeds(settings.store.cache_path)
         self._fine_tunes = FineTuneService(
             stores.jobs,
             stores.folders,
             limits,
             default_identifier=settings.model.default_identifier,
             check_words=make_word_check(base),
+            fit_targets=make_target_fit(parts.rows),
+            estimate=lambda spec: speeds.estimate(base.base_hash, spec),
         )
         self._models = ModelService(base, engine, settings)
         self._supervisor = Supervisor(settings, jobs=stores.jobs, folders=stores.folders, metrics=metrics, clock=clock)

@@ -1,7 +1,8 @@
 """The step loop: what happens between two denoising steps, and the step itself.
 
 A picture joins the batch at a step when rows and a slot are free, and leaves it when it is done, cancelled, past its
-deadline or without its adapter; all of that is looked at before every step. Everything here belongs to one thread.
+deadline or without its adapter; all of that is looked at before every step. Pictures that share attention join and
+leave together. Everything here belongs to one thread.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,9 @@ from functools import partial
 
 import structlog
 
-from hueshift.adapters.errors import DeadlineExceeded, HueshiftError, NotFound, Reason
+from hueshift.adapters.errors import DeadlineExceeded, HueshiftError, NotFound, Reason, ResourceExhausted
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.denoise import advance, start_sample
+from hueshift.engines.denoise import Region, Sample, advance, start_sample
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import SlotCache
 from hueshift.server.active_batch import ActiveBatch
@@ -80,7 +81,7 @@ class StepLoop:
     def drop(self, name: str, hashes: Sequence[str]) -> None:
         """End the requests that use an adapter, and evict the rows made of its files."""
         for ticket in self._live:
-            if any(adapter.name == name and adapter.weight != 0 for adapter in ticket.request.adapters):
+            if any(adapter.name == name and adapter.weight != 0 for adapter in ticket.request.every_adapter):
                 ticket.end(NotFound(Reason.ADAPTER_DELETED, f"the adapter {name} has been deleted"))
         self._sweep()
         self._slots.drop(hashes)
@@ -136,7 +137,7 @@ class StepLoop:
             if ticket.prepared is None and not ticket.preparing:
                 ticket.preparing = True
                 self._preparing += 1
-                future = self._preparers.submit(self._preparation.prepare, ticket.request, ticket.mix)
+                future = self._preparers.submit(self._preparation.prepare, ticket.request, ticket.mixes)
                 future.add_done_callback(partial(self._hand_back, ticket))
 
     def _hand_back(self, ticket: Ticket, done: Future[Prepared]) -> None:
@@ -166,10 +167,11 @@ class StepLoop:
 
         def fits(ticket: Ticket) -> bool:
             nonlocal closed
-            if closed or ticket.prepared is None or ticket.size in full or (slots_out and ticket.mix):
+            if closed or ticket.prepared is None or ticket.size in full or (slots_out and any(ticket.mixes)):
                 return False
-            closed = not self._batch.fits(ticket.request.rows)
-            if not closed and not self._batch.fits(ticket.request.rows, ticket.size):
+            rows = ticket.request.rows * ticket.request.together
+            closed = not self._batch.fits(rows)
+            if not closed and not self._batch.fits(rows, ticket.size):
                 full.add(ticket.size)
             return not closed and ticket.size not in full
 
@@ -181,9 +183,9 @@ class StepLoop:
                 self._end(ticket, as_ours(error, "loading the adapters"))
 
     def _place(self, ticket: Ticket) -> bool:
-        """Start one picture; return False if no slot is free for it."""
+        """Start one picture, or all that must be in the batch together; return False if slots are lacking."""
         prepared, request = ticket.prepared, ticket.request
-        if prepared is None or not self._slots.fits(prepared.mix):
+        if prepared is None or not all(self._slots.fits(mix) for mix in prepared.mixes):
             ticket.prepared = None
             return True
         now = self._clock.monotonic()
@@ -191,34 +193,60 @@ class StepLoop:
             waited = f"too little time was left after {now - ticket.accepted:.1f} s in the queue"
             self._end(ticket, DeadlineExceeded(Reason.DEADLINE_PASSED, waited))
             return True
-        slot = self._slots.acquire(prepared.mix)
-        if slot is None:
+        if not self._slots.can_hold(ticket.mixes):
+            self._end(ticket, _too_many_pinned(len(set(ticket.mixes))))
+            return True
+        joining = self._start(ticket, prepared)
+        if joining is None:
             return False
-        index = ticket.waiting[0]
-        try:
-            sample = start_sample(
-                request.seeds[index],
-                (self._base.latent_channels, *ticket.size),
-                cross=prepared.cross,
-                guidance=request.guidance_scale,
-                table=prepared.table,
-                slot=slot,
-                needs_factored=prepared.mix.needs_factored,
-            )
-        except BaseException:
-            self._slots.release(ticket.mix)
-            raise
-        ticket.waiting.popleft()
-        self._batch.add(Running(ticket, index, sample, prepared, started=now))
-        self._admission.left(request.tenant, 1, ticket.work)
-        self._queue.charge(request.tenant, ticket.work)
+        for index, sample in joining:
+            ticket.waiting.popleft()
+            self._batch.add(Running(ticket, index, sample, prepared, started=now))
+        self._admission.left(request.tenant, len(joining), ticket.work)
+        self._queue.charge(request.tenant, ticket.work * len(joining))
         if not ticket.waiting:
             self._queue.remove(request.tenant, ticket)
         stages = self._metrics.stage_seconds
-        stages.labels("queue").observe(now - ticket.accepted)
-        stages.labels("adapter_load").observe(prepared.adapter_seconds)
-        stages.labels("text").observe(prepared.text_seconds)
+        for _ in joining:
+            stages.labels("queue").observe(now - ticket.accepted)
+            stages.labels("adapter_load").observe(prepared.adapter_seconds)
+            stages.labels("text").observe(prepared.text_seconds)
         return True
+
+    def _start(self, ticket: Ticket, prepared: Prepared) -> list[tuple[int, Sample]] | None:
+        """Make the samples of the pictures that join now, each with its slots in use; None if slots are lacking."""
+        started: list[tuple[int, Sample]] = []
+        held = 0
+        try:
+            for index in list(ticket.waiting)[: ticket.request.together]:
+                slots = self._slots.acquire_all(prepared.mixes)
+                if slots is None:
+                    return None
+                held += 1
+                reference = started[0][1] if started else None
+                started.append((index, self._make_sample(ticket, prepared, index, slots, reference)))
+        finally:
+            if len(started) < ticket.request.together:
+                for _ in range(held):
+                    self._release(ticket)
+        return started
+
+    def _make_sample(
+        self, ticket: Ticket, prepared: Prepared, index: int, slots: Sequence[int], reference: Sample | None
+    ) -> Sample:
+        parts = zip(prepared.regions, prepared.mixes[1:], slots[1:], strict=True)
+        return start_sample(
+            ticket.request.seeds[index],
+            (self._base.latent_channels, *ticket.size),
+            cross=prepared.cross,
+            guidance=ticket.request.guidance_scale,
+            table=prepared.table,
+            slot=slots[0],
+            needs_factored=prepared.mixes[0].needs_factored,
+            lag=prepared.lag,
+            reference=reference,
+            regions=tuple(Region(part.mask, part.cross, slot, mix.needs_factored) for part, mix, slot in parts),
+        )
 
     def _step(self) -> None:
         """Take one step of the batch whose turn it is."""
@@ -240,7 +268,7 @@ class StepLoop:
         self._pace.observe(size, work, now - begin)
         self._metrics.step_seconds.labels(plan).observe(now - begin)
         self._metrics.batch_rows.labels(plan).observe(rows)
-        self._metrics.batch_adapters.observe(len({running.sample.slot for running in chosen}))
+        self._metrics.batch_adapters.observe(len({part.slot for running in chosen for part in running.sample.parts}))
         # Progress first: once the decoder has a request's last picture, it may end the request at any time.
         steps: dict[Ticket, int] = {}
         for running in chosen:
@@ -290,5 +318,18 @@ class StepLoop:
 
     def _leave(self, running: Running, outcome: str) -> None:
         self._batch.remove(running)
-        self._slots.release(running.ticket.mix)
+        self._release(running.ticket)
         self._metrics.samples_ended.labels(outcome).inc()
+
+    def _release(self, ticket: Ticket) -> None:
+        """Give back the slots of one picture."""
+        for mix in ticket.mixes:
+            self._slots.release(mix)
+
+
+def _too_many_pinned(mixes: int) -> ResourceExhausted:
+    return ResourceExhausted(
+        Reason.SLOTS_EXHAUSTED,
+        f"the picture and its regions need {mixes} adapter slots of the engine at once, and pinned adapters leave "
+        "fewer; unpin an adapter, use fewer different mixes, or raise the setting engine.slots",
+    )

@@ -17,6 +17,8 @@ from hueshift.server.preparation import Prepared
 class Ticket:
     """One request. `size` is that of its latents (h, w); `work` the UNet work of one picture.
 
+    `mixes` are what every picture of it needs a slot for: its own mix first, then one for each region.
+
     The step loop owns it; only `ended`, `end` and `send_image` may be used by other threads.
     """
 
@@ -34,7 +36,7 @@ class Ticket:
         self.size = size
         self.work = work
         self.accepted = accepted
-        self.mix: Mix = make_mix(request.mix)
+        self.mixes: tuple[Mix, ...] = tuple(make_mix(mix) for mix in request.mixes)
         self.waiting = deque(range(len(request.seeds)))
         self.preparing = False
         self.prepared: Prepared | None = None

@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.samplers import SamplerKind
+from hueshift.server.generation import LagRequest
 from hueshift.server.rpc.adapter_uses import WantedAdapter, check_uses
 from hueshift.server.rpc.checker import Checker
+from hueshift.server.rpc.generation_guides import (
+    MAX_PROMPT,
+    Abilities,
+    WantedRegion,
+    check_lag,
+    check_plan,
+    check_regions,
+    check_room,
+)
 from hueshift.server.settings import LimitSettings
 from hueshift.v1 import generation_pb2 as pb
 
-MAX_PROMPT = 2000
 MAX_GUIDANCE = 30.0
 SEEDS = 2**64
 DEFAULT_SAMPLER = SamplerKind.DPMPP_2M
@@ -53,17 +62,24 @@ class CheckedRequest:
     format: PictureFormat
     preview_interval: int
     priority: int
+    lag: LagRequest | None = None
+    regions: tuple[WantedRegion, ...] = ()
 
 
-def check_request(request: pb.GenerateRequest, tenant: str, limits: LimitSettings, base: BaseModel) -> CheckedRequest:
-    """Check a request of `tenant`.
+def check_request(
+    request: pb.GenerateRequest, tenant: str, limits: LimitSettings, base: BaseModel, engine: Abilities
+) -> CheckedRequest:
+    """Check a request of `tenant` to this engine.
 
-    Raises InvalidArgument with a violation for each wrong field, NotFound on another tenant's adapter name.
+    Raises InvalidArgument with a violation for each wrong field, NotFound on another tenant's adapter name,
+    FailedPrecondition (PLAN_UNAVAILABLE) if the engine cannot do what is asked.
     """
     check = Checker()
     _check_text(check, request)
     count = check.whole("count", request.count, 1, limits.max_count, default=1)
     sampler = check.choice("sampler", request.sampler, {pb.SAMPLER_UNSPECIFIED: DEFAULT_SAMPLER, **SAMPLERS}, "Sampler")
+    width = _check_size(check, "width", request.width, limits, base)
+    height = _check_size(check, "height", request.height, limits, base)
     checked = CheckedRequest(
         adapters=check_uses(check, request.adapters, "adapters", tenant, limits, base.layout),
         seeds=_check_seeds(check, request, count),
@@ -71,13 +87,17 @@ def check_request(request: pb.GenerateRequest, tenant: str, limits: LimitSetting
         guidance_scale=_check_guidance(check, request, limits),
         sampler=sampler,
         eta=_check_eta(check, request, sampler),
-        width=_check_size(check, "width", request.width, limits, base),
-        height=_check_size(check, "height", request.height, limits, base),
+        width=width,
+        height=height,
         format=check.choice("format", request.format, _FORMATS, "ImageFormat"),
         preview_interval=check.whole("preview_interval", request.preview_interval, 1, limits.max_steps, default=0),
         priority=check.choice("priority", request.priority, _PRIORITIES, "Priority"),
+        lag=check_lag(check, request),
+        regions=check_regions(check, request, tenant, limits, base.layout, (width, height)),
     )
+    check_room(check, request, count, 2 if checked.guidance_scale > 1 else 1, engine)
     check.done()
+    check_plan(request, engine)
     return checked
 
 

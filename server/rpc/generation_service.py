@@ -1,8 +1,9 @@
 """GenerationService: one checked call becomes one scheduler request, and its events become the stream."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 import grpc
@@ -21,12 +22,15 @@ from hueshift.server.generation import (
     PreviewEvent,
     ProgressEvent,
     QueuedEvent,
+    RegionRequest,
     Timings,
 )
 from hueshift.server.rpc.adapter_uses import WantedAdapter
 from hueshift.server.rpc.call import current_call
 from hueshift.server.rpc.generation_checks import CheckedRequest, check_request
+from hueshift.server.rpc.generation_guides import Abilities, check_slots
 from hueshift.server.rpc.names import adapter_name
+from hueshift.server.rpc.region_pictures import RegionPictures
 from hueshift.server.settings import LimitSettings, ServerSettings
 from hueshift.server.store.adapter_records import RevisionRecord
 from hueshift.v1 import generation_pb2 as pb
@@ -60,7 +64,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         limits: LimitSettings,
         server: ServerSettings,
         clock: Clock,
+        engine: Abilities,
     ) -> None:
+        self._engine = engine
+        self._masks = RegionPictures()
         self._scheduler = scheduler
         self._adapters = adapters
         self._base = base
@@ -73,18 +80,30 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Generate pictures; see the contract."""
         call = current_call()
-        checked = check_request(request, call.tenant, self._limits, self._base)
-        applied = await asyncio.to_thread(self._resolve, call.tenant, checked.adapters)
+        checked = check_request(request, call.tenant, self._limits, self._base, self._engine)
+        applied, *of_regions = await asyncio.to_thread(
+            self._resolve_all, call.tenant, (checked.adapters, *(region.adapters for region in checked.regions))
+        )
+        areas = await self._masks.sanitise([region.area for region in checked.regions])
         deadline = call.deadline
         if deadline is None:
             deadline = self._clock.monotonic() + self._server.default_deadline_seconds
-        handle = self._scheduler.submit(
-            _to_generation(request, checked, applied, call.request_id, call.tenant, deadline)
+        made = replace(
+            _to_generation(request, checked, applied, call.request_id, call.tenant, deadline),
+            regions=tuple(
+                RegionRequest(region.prompt, adapters, area, region.feather)
+                for region, adapters, area in zip(checked.regions, of_regions, areas, strict=True)
+            ),
         )
+        check_slots(made, self._engine)
+        handle = self._scheduler.submit(made)
         # Closing the events is what gives the places in the batch back when the caller has gone.
         async with aclosing(handle.events()) as events:
             async for event in events:
                 yield _to_response(event, call.request_id)
+
+    def _resolve_all(self, tenant: str, mixes: Sequence[tuple[WantedAdapter, ...]]) -> list[tuple[AppliedAdapter, ...]]:
+        return [self._resolve(tenant, wanted) for wanted in mixes]
 
     def _resolve(self, tenant: str, wanted: tuple[WantedAdapter, ...]) -> tuple[AppliedAdapter, ...]:
         """Look the adapters up within the tenant, at every call: a right that was taken away counts at once."""
@@ -135,6 +154,8 @@ def _to_generation(
         preview_interval=checked.preview_interval,
         priority=checked.priority,
         deadline=deadline,
+        lag=checked.lag,
+        shared_attention=request.shared_attention,
     )
 
 
@@ -165,20 +186,23 @@ def _to_image(event: ImageEvent) -> pb.Image:
         seed=event.seed,
         width=event.width,
         height=event.height,
-        adapters=[
-            pb.AppliedAdapter(
-                adapter=a.name,
-                revision=a.revision,
-                content_hash=a.content_hash,
-                weight=a.weight,
-                block_weights=dict(a.blocks.entries) if a.blocks else {},
-            )
-            for a in event.adapters
-        ],
+        adapters=[_to_applied(adapter) for adapter in event.adapters],
         plans=[plan.value for plan in event.plans],
         engine=event.engine,
         base_hash=event.base_hash,
         timings=_to_timings(event.timings),
+        mask=event.mask,
+        regions=[pb.AppliedRegion(adapters=[_to_applied(a) for a in adapters]) for adapters in event.regions],
+    )
+
+
+def _to_applied(adapter: AppliedAdapter) -> pb.AppliedAdapter:
+    return pb.AppliedAdapter(
+        adapter=adapter.name,
+        revision=adapter.revision,
+        content_hash=adapter.content_hash,
+        weight=adapter.weight,
+        block_weights=dict(adapter.blocks.entries) if adapter.blocks else {},
     )
 
 

@@ -24,6 +24,7 @@ from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.residency import HostCache, SlotCache
 from hueshift.engines.samplers import SamplerKind
+from hueshift.engines.text import TokenizedPrompt
 from hueshift.engines.text_side import TextSide
 from hueshift.engines.vae import Pixels, VaeStage
 from hueshift.server.clock import Clock, SystemClock
@@ -46,11 +47,20 @@ WIDTH, TOKENS = 4, 3
 class FakeConditioner:
     """Keys and values that depend on the prompt and the learned words."""
 
-    def condition(self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float]) -> Conditioning:
-        """Draw them from the prompts' hashes."""
+    def condition(
+        self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float], find: Sequence[str] = ()
+    ) -> Conditioning:
+        """Draw them from the prompts' hashes; a token is a word, as far as there are tokens."""
         learned = sum(float(word.sum()) for _, word in sorted(side.words.items()) if isinstance(word, Tensor))
         cross = torch.stack([_cross(prompt) + learned for prompt in prompts])
-        return Conditioning(CrossInputs((cross,)), tuple(len(prompt) // 50 for prompt in prompts))
+        rows = tuple(_tokenize(prompt, find) for prompt in prompts)
+        return Conditioning(CrossInputs((cross,)), tuple(len(prompt) // 50 for prompt in prompts), rows)
+
+
+def _tokenize(prompt: str, find: Sequence[str]) -> TokenizedPrompt:
+    words = prompt.split()[:TOKENS]
+    found = {word: tuple((at,) for at, other in enumerate(words) if other == word) for word in find}
+    return TokenizedPrompt((0,) * TOKENS, {}, 0, found)
 
 
 def _cross(prompt: str) -> Tensor:

@@ -363,8 +363,8 @@ class Region(_message.Message):
     prompt: _builtins.str
     """What the region shows. Empty means the picture's prompt; at most 2,000 characters."""
     mask: _builtins.bytes
-    """A PNG, JPEG or WebP of any size up to 1 MiB, stretched to the picture: its alpha channel if it has one, else its
-    lightness. White (opaque) is the region, black is not, grey is a share.
+    """A PNG, JPEG or WebP of at most 1 MiB, stretched to the picture: its alpha channel if that hides anything, else
+    its lightness. White (opaque) is the region, black is not, grey is a share.
     """
     feather: _builtins.float
     """Width in pixels over which the region's edges fade, half of it on either side. 0 (sharp) to 256."""

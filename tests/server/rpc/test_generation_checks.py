@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
 
 from hueshift.adapters.blocks import BlockWeights
 from hueshift.adapters.errors import InvalidArgument, NotFound, Reason
@@ -16,9 +17,9 @@ from hueshift.server.settings import LimitSettings
 from hueshift.v1 import generation_pb2 as pb
 
 
-def check(base: BaseModel, **fields: Any) -> CheckedRequest:
+def check(base: BaseModel, engine: FakeEngine | None = None, **fields: Any) -> CheckedRequest:
     request = pb.GenerateRequest(**{"prompt": "a fox", **fields})
-    return check_request(request, "acme", LimitSettings(), base)
+    return check_request(request, "acme", LimitSettings(), base, engine or FakeEngine(max_batch=16))
 
 
 def wrong_fields(base: BaseModel, **fields: Any) -> dict[str, str]:
