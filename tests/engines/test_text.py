@@ -1,10 +1,10 @@
 """Prompts to contexts: equal to the plain encoder, learned words in place, safe among threads."""
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from plain_text import encode_taught
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
@@ -90,35 +90,6 @@ def test_threads_do_not_see_each_other(base_model: BaseModel, stage: TextStage) 
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def bodies(base: BaseModel, *pieces: str | int) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt put together of texts and of gaps for vectors, and the places of the gaps."""
-    ids = [base.tokenizer.bos_token_id]
-    gaps: list[int] = []
-    for piece in pieces:
-        if isinstance(piece, int):
-            gaps += range(len(ids), len(ids) + piece)
-            ids += [0] * piece
-        else:
-            ids += base.tokenizer(piece, add_special_tokens=False).input_ids
-    ids = [*ids[: base.max_tokens - 1], base.tokenizer.eos_token_id]
-    ids += [base.tokenizer.pad_token_id] * (base.max_tokens - len(ids))
-    return ids, [gap for gap in gaps if gap < base.max_tokens - 1]
-
-
-def taught(base: BaseModel, vectors: torch.Tensor, *pieces: str | int) -> torch.Tensor:
-    """The context of such a prompt by an encoder whose vocabulary was made longer by the vectors, gap by gap."""
-    ids, gaps = bodies(base, *pieces)
-    encoder = copy.deepcopy(base.text_encoder)
-    table = encoder.get_input_embeddings()
-    size = table.weight.shape[0]
-    table.weight = torch.nn.Parameter(torch.cat([table.weight, vectors]), requires_grad=False)
-    for number, gap in enumerate(gaps):
-        ids[gap] = size + number
-    with torch.no_grad():
-        context: torch.Tensor = encoder(torch.tensor([ids]))[0]
-    return context[0]
-
-
 def embeddings(base: BaseModel, count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 0.05 * torch.randn(count, base.layout.token_width, generator=generator)
@@ -134,8 +105,10 @@ def test_a_word_of_any_tokens_takes_as_many_places_as_it_has_vectors(
 ) -> None:
     learned = embeddings(base_model, vectors)
     found = stage.encode([f"a photo of {word}, red", f"a photo of ({word.upper()})"], {word: learned})
-    assert torch.allclose(found.context[0], taught(base_model, learned, "a photo of", vectors, ", red"), atol=1e-5)
-    assert torch.allclose(found.context[1], taught(base_model, learned, "a photo of (", vectors, ")"), atol=1e-5)
+    assert torch.allclose(
+        found.context[0], encode_taught(base_model, learned, "a photo of", vectors, ", red"), atol=1e-5
+    )
+    assert torch.allclose(found.context[1], encode_taught(base_model, learned, "a photo of (", vectors, ")"), atol=1e-5)
     assert found.truncated == [0, 0]
 
 
@@ -149,7 +122,7 @@ def test_the_longest_word_wins(base_model: BaseModel, stage: TextStage) -> None:
     short, long = embeddings(base_model, 1, 1), embeddings(base_model, 2, 2)
     words = {"<art>": short, "<art> deco": long}
     found = stage.encode(["a <art> deco <art>"], words).context[0]
-    expected = taught(base_model, torch.cat([long, short]), "a", 2, 1)
+    expected = encode_taught(base_model, torch.cat([long, short]), "a", 2, 1)
     assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -160,7 +133,7 @@ def test_a_word_cut_in_the_middle_is_not_there(base_model: BaseModel, stage: Tex
     assert (fits.truncated, fits.places) == (0, {"<art>": (tuple(range(room - 2, room + 1)),)})
     cut = stage.tokenize("fox " * (room - 2) + "<art> fox", {"<art>": 3})
     assert (cut.truncated, dict(cut.places)) == (2, {})
-    whole = taught(base_model, learned, "fox " * (room - 3), 3)
+    whole = encode_taught(base_model, learned, "fox " * (room - 3), 3)
     assert torch.allclose(stage.encode_rows([fits], [{"<art>": learned}])[0], whole, atol=1e-5)
 
 
@@ -169,7 +142,7 @@ def test_every_occurrence_is_replaced_in_its_own_row(base_model: BaseModel, stag
     row = stage.tokenize("<art> and <art>", {"<art>": 2})
     found = stage.encode_rows([row, row], [{"<art>": one}, {"<art>": other}])
     for context, vectors in zip(found, (one, other), strict=True):
-        expected = taught(base_model, torch.cat([vectors, vectors]), 2, "and", 2)
+        expected = encode_taught(base_model, torch.cat([vectors, vectors]), 2, "and", 2)
         assert torch.allclose(context, expected, atol=1e-5)
 
 
