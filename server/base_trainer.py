@@ -1,6 +1,6 @@
 """Training on the base model of the settings, loaded once for all jobs of a worker."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -12,29 +12,61 @@ from hueshift.engines.svd_cache import SpectralFactors, load_factors
 from hueshift.server.job_run import JobRun
 from hueshift.server.settings import Settings
 from hueshift.server.worker import Trained
-from hueshift.training.run import run_training
+from hueshift.training.cost import SpeedBook, open_speeds
+from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.scores import ClipScorer
 from hueshift.training.spec import TrainingSpec
 
+_CLASS_FOLDER = "class-pictures"
+
 
 class BaseTrainer:
-    """Runs `hueshift.training.run.run_training` on one base model."""
+    """Runs `hueshift.training.run.run_training` on one base model.
 
-    def __init__(self, base: BaseModel, factors: SpectralFactors, clip: ClipScorer | None) -> None:
-        self._base = base
-        self._factors = factors
-        self._clip = clip
+    Class pictures are shared by all jobs, below `cache`; `speeds` remembers what steps take.
+    """
+
+    def __init__(
+        self, base: BaseModel, factors: SpectralFactors, clip: ClipScorer | None, cache: Path, speeds: SpeedBook
+    ) -> None:
+        self._base, self._factors, self._clip = base, factors, clip
+        self._cache, self._speeds = cache, speeds
 
     @classmethod
     def load(cls, settings: Settings, device: str = "cpu") -> Self:
         """Load the base model, its decomposition and its CLIP. Raises InvalidArgument on an unusable folder."""
         base = load_base_model(settings.model.path, device=device)
         clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
-        return cls(base, load_factors(base, settings.store.cache_path.expanduser()), clip)
+        cache = settings.store.cache_path.expanduser()
+        return cls(base, load_factors(base, cache), clip, cache, open_speeds(cache))
 
-    def train(self, spec: TrainingSpec, pictures: Sequence[Image.Image], work: Path, run: JobRun) -> Trained:
+    def train(
+        self,
+        spec: TrainingSpec,
+        pictures: Sequence[Image.Image],
+        masks: Mapping[int, Image.Image],
+        work: Path,
+        run: JobRun,
+    ) -> Trained:
         """Train, resuming from `work`."""
         result = run_training(
-            spec, pictures, base=self._base, factors=self._factors, clip=self._clip, workdir=work, hooks=run
+            spec,
+            pictures,
+            base=self._base,
+            factors=self._factors,
+            clip=self._clip,
+            workdir=work,
+            hooks=run,
+            masks=masks,
+            class_folder=self._cache / _CLASS_FOLDER,
         )
-        return Trained(result.adapter, None if result.scores is None else asdict(result.scores))
+        self._speeds.record(self._base.base_hash, spec, result.steps_taken, result.step_seconds)
+        return Trained(result.adapter, _numbers(result))
+
+
+def _numbers(result: TrainingResult) -> dict[str, float] | None:
+    """What the job's record keeps of a result: scores, and how much of it was kept."""
+    numbers = {} if result.scores is None else asdict(result.scores)
+    if result.kept_energy is not None:
+        numbers["kept_energy"] = result.kept_energy
+    return numbers or None

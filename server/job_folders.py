@@ -15,6 +15,7 @@ from pathlib import Path
 from hueshift.server.ingestion_process import PictureFile
 
 _STAGED_PREFIX = "incoming-"
+_MASKS = "masks"
 
 
 class JobFolders:
@@ -37,11 +38,20 @@ class JobFolders:
         """Return where the upload of a picture and its sanitised form lie in a staged folder."""
         return PictureFile(folder / "upload" / f"{index:03d}.bin", folder / "pictures" / f"{index:03d}.png")
 
+    @staticmethod
+    def staged_mask(folder: Path, index: int) -> PictureFile:
+        """Return the same for the mask of a picture."""
+        masks = folder / _MASKS
+        masks.mkdir(mode=0o700, exist_ok=True)
+        return PictureFile(folder / "upload" / f"{index:03d}-mask.bin", masks / f"{index:03d}.png")
+
     def adopt(self, staged: Path, job_id: str) -> None:
         """Make a staged folder the job's own, without the raw uploads. It survives a power cut after this."""
         shutil.rmtree(staged / "upload")
         (staged / "work").mkdir(mode=0o700)
-        _sync(staged / "pictures")
+        for part in ("pictures", _MASKS):
+            if (staged / part).is_dir():
+                _sync(staged / part)
         _sync(staged)
         staged.rename(self._root / job_id)
         _sync(self._root)
@@ -53,6 +63,10 @@ class JobFolders:
     def pictures(self, job_id: str) -> list[Path]:
         """Return the sanitised pictures in order."""
         return sorted((self._root / job_id / "pictures").glob("*.png"))
+
+    def masks(self, job_id: str) -> dict[int, Path]:
+        """Return the sanitised masks by the indices of their pictures."""
+        return {int(path.stem): path for path in sorted((self._root / job_id / _MASKS).glob("*.png"))}
 
     def work(self, job_id: str) -> Path:
         """Return the folder of checkpoints and generated class pictures."""

@@ -49,8 +49,15 @@ class Trained:
 class Trainer(Protocol):
     """Trains one job on a base model that is loaded once."""
 
-    def train(self, spec: TrainingSpec, pictures: Sequence[Image.Image], work: Path, run: JobRun) -> Trained:
-        """Train, resuming from `work`. Raises Cancelled when `run.should_stop()`."""
+    def train(
+        self,
+        spec: TrainingSpec,
+        pictures: Sequence[Image.Image],
+        masks: Mapping[int, Image.Image],
+        work: Path,
+        run: JobRun,
+    ) -> Trained:
+        """Train, resuming from `work`; `masks` are of some pictures, by index. Raises Cancelled when asked to stop."""
         ...
 
 
@@ -154,7 +161,8 @@ class Worker:
             raise Internal(
                 Reason.INTERNAL, f"{len(pictures)} of {len(job.spec.captions)} pictures lie in the job's folder"
             )
-        return self._trainer.train(job.spec, pictures, self._folders.work(job.job_id), run)
+        masks = {index: _open_picture(path) for index, path in self._folders.masks(job.job_id).items()}
+        return self._trainer.train(job.spec, pictures, masks, self._folders.work(job.job_id), run)
 
     def _stopped(self, claimed: ClaimedJob, keeper: LeaseKeeper) -> None:
         keeper.renew()

@@ -71,12 +71,17 @@ class TrainingHooks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a job made; `scores` is None without a CLIP, `kept_energy` where nothing was compressed."""
+    """What a job made; `scores` is None without a CLIP, `kept_energy` where nothing was compressed.
+
+    `steps_taken` in `step_seconds` are those of this call; a resumed job took others before.
+    """
 
     adapter: Adapter
     scores: Scores | None
     losses: tuple[float, ...]
     kept_energy: float | None = None
+    steps_taken: int = 0
+    step_seconds: float = 0.0
 
 
 def run_training(
@@ -127,6 +132,7 @@ class _Job:
         shown = (*pictures, *(masks[index] for index in sorted(masks)))
         self._fingerprint = fingerprint_job(spec, shown, base.base_hash)
         self._workdir, self._class_folder = workdir, class_folder
+        self._taken = (0, 0.0)
         text, vae = TextStage(base), VaeStage(base)
         self._learnable = make_learnable(spec, base, factors)
         adapted = AdaptedUNet(base, factors, self._learnable.layout, self._learnable.plan)
@@ -190,7 +196,7 @@ class _Job:
             identifier=self._spec.identifier,
             class_noun=self._spec.class_noun,
         )
-        return TrainingResult(adapter, scores, tuple(self._state.losses), learned.kept_energy)
+        return TrainingResult(adapter, scores, tuple(self._state.losses), learned.kept_energy, *self._taken)
 
     def _step(self) -> None:
         begun = time.perf_counter()
@@ -200,7 +206,9 @@ class _Job:
             self._state.judge(fixed_loss(self._task, self._state), LEAST_GAIN)
             if self._state.ended and step < self._spec.steps:
                 _log.info("training.plateau", step=step, steps=self._spec.steps)
-        self._hooks.on_step(step, loss, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        self._taken = (self._taken[0] + 1, self._taken[1] + seconds)
+        self._hooks.on_step(step, loss, seconds)
 
     def _keep(self, path: Path) -> None:
         write_checkpoint(path, self._state.capture(), self._fingerprint, self._spec.checkpoint_limit)

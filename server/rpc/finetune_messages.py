@@ -7,16 +7,22 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hueshift.adapters.errors import InvalidArgument
+from hueshift.server.rpc.finetune_settings import read_settings
 from hueshift.server.rpc.names import adapter_name, fine_tune_name
 from hueshift.server.store.job_records import EventKind, JobEvent, JobRecord, JobState
+from hueshift.training.cost import Cost
 from hueshift.training.defaults import complete_spec
-from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+from hueshift.training.spec import Method, Subject, SubjectKind, TrainingSpec
 from hueshift.v1 import finetune_pb2 as pb
 
 _METHODS: Mapping["pb.FineTuneMethod.ValueType", Method] = {
     pb.FINE_TUNE_METHOD_UNSPECIFIED: Method.SVDIFF,
     pb.FINE_TUNE_METHOD_SVDIFF: Method.SVDIFF,
     pb.FINE_TUNE_METHOD_RESIDUALS: Method.RESIDUALS,
+    pb.FINE_TUNE_METHOD_LORA: Method.LORA,
+    pb.FINE_TUNE_METHOD_TEXTUAL_INVERSION: Method.TEXTUAL_INVERSION,
+    pb.FINE_TUNE_METHOD_CUSTOM_DIFFUSION: Method.CUSTOM_DIFFUSION,
+    pb.FINE_TUNE_METHOD_DREAMBOOTH: Method.DREAMBOOTH,
 }
 _SUBJECTS: Mapping["pb.FineTuneSubject.ValueType", SubjectKind] = {
     pb.FINE_TUNE_SUBJECT_UNSPECIFIED: SubjectKind.SUBJECT,
@@ -31,7 +37,7 @@ _STATES: Mapping["pb.FineTuneState.ValueType", JobState] = {
     pb.FINE_TUNE_STATE_CANCELLED: JobState.CANCELLED,
 }
 _STATE_NUMBERS = {state: number for number, state in _STATES.items()}
-_METHOD_NUMBERS = {method: number for number, method in _METHODS.items() if number}
+METHOD_NUMBERS = {method: number for number, method in _METHODS.items() if number}
 _SUBJECT_NUMBERS = {kind: number for number, kind in _SUBJECTS.items() if number}
 
 
@@ -50,7 +56,18 @@ def read_spec(spec: pb.FineTuneSpec, default_identifier: str) -> TrainingSpec:
         learn_identifier=spec.learn_identifier if spec.HasField("learn_identifier") else None,
         identifier_init=list(spec.identifier_init),
         sample_prompts=list(spec.sample_prompts),
-        **{field.name: value for field, value in spec.settings.ListFields()},
+        more_subjects=[
+            Subject(
+                identifier=subject.identifier,
+                class_noun=subject.class_noun,
+                identifier_init=tuple(subject.identifier_init),
+            )
+            for subject in spec.more_subjects
+        ],
+        picture_subjects=[picture.subject for picture in spec.pictures],
+        picture_repeats=[picture.repeats or 1 for picture in spec.pictures],
+        masked_pictures=[index for index, picture in enumerate(spec.pictures) if picture.mask_size_bytes],
+        **read_settings(spec.settings),
     )
 
 
@@ -62,12 +79,12 @@ def read_states(states: "list[pb.FineTuneState.ValueType]") -> list[JobState]:
     return [_STATES[state] for state in states]
 
 
-def to_message(job: JobRecord) -> pb.FineTune:
-    """Return the message of a job."""
+def to_message(job: JobRecord, cost: Cost | None = None) -> pb.FineTune:
+    """Return the message of a job, with what it costs where that is known."""
     message = pb.FineTune(
         name=fine_tune_name(job.tenant, job.job_id),
         state=_STATE_NUMBERS[job.state],
-        method=_METHOD_NUMBERS[job.spec.method],
+        method=METHOD_NUMBERS[job.spec.method],
         subject=_SUBJECT_NUMBERS[job.spec.subject_kind],
         step=job.step,
         steps=job.steps,
@@ -83,8 +100,25 @@ def to_message(job: JobRecord) -> pb.FineTune:
     if job.error_reason is not None:
         message.error.reason = job.error_reason
         message.error.message = job.error_message or ""
-    if job.scores is not None:
-        message.scores.CopyFrom(pb.FineTuneScores(**job.scores))
+    scores = job.scores or {}
+    if "clip_i" in scores:
+        names = pb.FineTuneScores.DESCRIPTOR.fields_by_name
+        message.scores.CopyFrom(pb.FineTuneScores(**{name: scores[name] for name in names if name in scores}))
+    if "kept_energy" in scores:
+        message.kept_energy = scores["kept_energy"]
+    _write_cost(message, cost)
+    return message
+
+
+def to_plan(spec: TrainingSpec, adapter: str, cost: Cost | None) -> pb.FineTune:
+    """Return the message of a job that was checked but not queued: it has no name and no state."""
+    message = pb.FineTune(
+        method=METHOD_NUMBERS[spec.method],
+        subject=_SUBJECT_NUMBERS[spec.subject_kind],
+        steps=spec.steps,
+        adapter=adapter,
+    )
+    _write_cost(message, cost)
     return message
 
 
@@ -99,6 +133,13 @@ def to_event(job: JobRecord, event: JobEvent) -> pb.WatchFineTuneResponse:
     else:
         message.sample.CopyFrom(pb.FineTuneSample(**event.payload, data=event.data or b""))
     return message
+
+
+def _write_cost(message: pb.FineTune, cost: Cost | None) -> None:
+    if cost is not None:
+        message.cost.gpu_seconds = cost.seconds
+        message.cost.seconds_per_step = cost.seconds_per_step
+        message.cost.measured_steps = cost.measured_steps
 
 
 def _names(enum: Any) -> str:

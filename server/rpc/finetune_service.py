@@ -10,18 +10,20 @@ import structlog
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.server.ingestion import PictureLimits
-from hueshift.server.ingestion_process import ingest_files
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.logs import tenant_hash
 from hueshift.server.rpc.call import current_call
-from hueshift.server.rpc.finetune_messages import read_spec, read_states, to_event, to_message
+from hueshift.server.rpc.finetune_messages import read_spec, read_states, to_event, to_message, to_plan
+from hueshift.server.rpc.finetune_pictures import ingest_pictures
+from hueshift.server.rpc.finetune_targets import TargetFit
 from hueshift.server.rpc.finetune_upload import receive_pictures, receive_spec
-from hueshift.server.rpc.names import make_id, parse_fine_tune_name
+from hueshift.server.rpc.names import adapter_name, make_id, parse_fine_tune_name
 from hueshift.server.rpc.pages import check_page_size, decode_token, encode_token
 from hueshift.server.settings import LimitSettings
 from hueshift.server.store.idempotency import hash_request
 from hueshift.server.store.job_records import JobEvent, JobRecord, NewJob
 from hueshift.server.store.job_store import JobStore
+from hueshift.training.cost import Cost
 from hueshift.training.spec import TrainingSpec
 from hueshift.v1 import finetune_pb2 as pb
 from hueshift.v1 import finetune_pb2_grpc
@@ -39,7 +41,8 @@ _WATCH_SECONDS = 0.25
 class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
     """Queues, shows and cancels jobs.
 
-    `check_words` raises InvalidArgument when the base model's tokenizer cannot hold the spec's identifier.
+    `check_words` raises InvalidArgument when the base model's tokenizer cannot hold a spec's identifiers, `fit_targets`
+    when this server could not serve what the job makes; `estimate` tells what a job costs, if that is known.
     """
 
     def __init__(
@@ -50,13 +53,15 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         *,
         default_identifier: str,
         check_words: Callable[[TrainingSpec], None],
+        fit_targets: TargetFit,
+        estimate: Callable[[TrainingSpec], Cost | None],
     ) -> None:
         self._jobs = jobs
         self._folders = folders
         self._limits = limits
         self._pictures = PictureLimits(max_bytes=limits.max_picture_bytes, max_pixels=limits.max_picture_pixels)
         self._default_identifier = default_identifier
-        self._check_words = check_words
+        self._check_words, self._fit_targets, self._estimate = check_words, fit_targets, estimate
         self._ingestions = asyncio.Semaphore(_INGESTIONS)
         self._unfinished: set[asyncio.Task[Any]] = set()
 
@@ -71,6 +76,11 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         message = await receive_spec(messages, self._limits)
         spec = read_spec(message, self._default_identifier)
         self._check_words(spec)
+        spec = self._fit_targets(spec, bool(message.settings.targets))
+        cost = await asyncio.to_thread(self._estimate, spec)
+        if message.validate_only:
+            adapter = adapter_name(tenant, message.adapter_id) if message.adapter_id else ""
+            return pb.CreateFineTuneResponse(fine_tune=to_plan(spec, adapter, cost))
         limit = self._limits.tenant_queued_jobs
         await asyncio.to_thread(self._jobs.check_quota, tenant, limit, message.idempotency_key)
         staged = self._folders.stage()
@@ -79,17 +89,16 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
             request_hash = hash_request([_without_key(message), *hashes])
             known = await asyncio.to_thread(self._jobs.recall, tenant, message.idempotency_key, request_hash)
             if known is None:
-                files = [JobFolders.staged_file(staged, index) for index in range(len(hashes))]
                 async with self._ingestions:
-                    await ingest_files(files, self._pictures)
+                    await ingest_pictures(staged, len(spec.captions), spec.masked_pictures, self._pictures)
         except BaseException:
             self._folders.discard(staged)
             raise
         if known is not None:
             self._folders.discard(staged)
-            return pb.CreateFineTuneResponse(fine_tune=to_message(known), replayed=True)
+            return pb.CreateFineTuneResponse(fine_tune=to_message(known, cost), replayed=True)
         job, replayed = await self._to_the_end(self._queue, tenant, message, spec, request_hash, staged)
-        return pb.CreateFineTuneResponse(fine_tune=to_message(job), replayed=replayed)
+        return pb.CreateFineTuneResponse(fine_tune=to_message(job, cost), replayed=replayed)
 
     async def GetFineTune(
         self, request: pb.GetFineTuneRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -97,7 +106,8 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         """Return a job."""
         tenant = current_call().tenant
         job = await asyncio.to_thread(self._jobs.get, tenant, parse_fine_tune_name(request.name, tenant))
-        return pb.GetFineTuneResponse(fine_tune=to_message(job))
+        cost = await asyncio.to_thread(self._estimate, job.spec)
+        return pb.GetFineTuneResponse(fine_tune=to_message(job, cost))
 
     async def ListFineTunes(
         self, request: pb.ListFineTunesRequest, context: "grpc.aio.ServicerContext[Any, Any]"

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from hueshift.adapters.errors import InvalidArgument, Reason
@@ -30,47 +31,72 @@ async def receive_spec(messages: AsyncIterator[pb.CreateFineTuneRequest], limits
 async def receive_pictures(
     messages: AsyncIterator[pb.CreateFineTuneRequest], spec: pb.FineTuneSpec, folder: Path
 ) -> list[bytes]:
-    """Write the pictures of the stream into a staged folder; return the SHA-256 of each.
+    """Write the pictures and masks of the stream into a staged folder; return the SHA-256 of each, in order.
 
     Raises InvalidArgument (MESSAGE_OUT_OF_ORDER, UPLOAD_SIZE_MISMATCH, UPLOAD_TOO_LARGE).
     """
     hashes: list[bytes] = []
     for index, picture in enumerate(spec.pictures):
-        digest = hashlib.sha256()
-        received = 0
-        with JobFolders.staged_file(folder, index).source.open("xb") as file:
-            while received < picture.size_bytes:
-                data = await _next_chunk(messages, index, received, picture.size_bytes)
-                await asyncio.to_thread(file.write, data)
-                digest.update(data)
-                received += len(data)
-        hashes.append(digest.digest())
+        parts = [_Part(index, False, picture.size_bytes)]
+        if picture.mask_size_bytes:
+            parts.append(_Part(index, True, picture.mask_size_bytes))
+        for part in parts:
+            place = JobFolders.staged_mask if part.mask else JobFolders.staged_file
+            hashes.append(await _receive(messages, part, place(folder, index).source))
     async for message in messages:
         raise _out_of_order(f"a message with {message.WhichOneof('part') or 'nothing'} follows the last picture")
     return hashes
 
 
-async def _next_chunk(
-    messages: AsyncIterator[pb.CreateFineTuneRequest], index: int, received: int, expected: int
-) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A picture, or its mask, on its way in."""
+
+    index: int
+    mask: bool
+    expected: int
+
+    @property
+    def field(self) -> str:
+        return f"pictures[{self.index}].{'mask_size_bytes' if self.mask else 'size_bytes'}"
+
+    @property
+    def name(self) -> str:
+        return f"{'the mask of ' if self.mask else ''}picture {self.index}"
+
+
+async def _receive(messages: AsyncIterator[pb.CreateFineTuneRequest], part: _Part, target: Path) -> bytes:
+    digest = hashlib.sha256()
+    received = 0
+    with target.open("xb") as file:
+        while received < part.expected:
+            data = await _next_chunk(messages, part, received)
+            await asyncio.to_thread(file.write, data)
+            digest.update(data)
+            received += len(data)
+    return digest.digest()
+
+
+async def _next_chunk(messages: AsyncIterator[pb.CreateFineTuneRequest], of: _Part, received: int) -> bytes:
     async for message in messages:
         part = message.WhichOneof("part")
         if part != "chunk":
             raise _out_of_order(f"a message after the first carries {part or 'nothing'}; allowed: a chunk")
         chunk = message.chunk
-        if chunk.index != index:
-            if received and chunk.index == index + 1:
-                raise _wrong_size(index, f"{received} bytes arrived", expected)
-            raise _out_of_order(f"a chunk of picture {chunk.index} came where picture {index} goes on")
+        if (chunk.index, chunk.mask) != (of.index, of.mask):
+            if received and (chunk.index, chunk.mask) in ((of.index, True), (of.index + 1, False)):
+                raise _wrong_size(of, f"{received} bytes arrived")
+            came = _Part(chunk.index, chunk.mask, 0).name
+            raise _out_of_order(f"a chunk of {came} came where {of.name} goes on")
         size = len(chunk.data)
         if not 1 <= size <= MAX_CHUNK:
             reason = Reason.UPLOAD_TOO_LARGE if size else Reason.INVALID_FIELD
             text = f"{size} bytes given; allowed: 1 to {MAX_CHUNK} a message"
             raise InvalidArgument.for_field("chunk.data", text, reason)
-        if received + size > expected:
-            raise _wrong_size(index, f"more than {received + size - 1} bytes arrived", expected)
+        if received + size > of.expected:
+            raise _wrong_size(of, f"more than {received + size - 1} bytes arrived")
         return chunk.data
-    raise _wrong_size(index, f"the stream ended after {received} bytes", expected)
+    raise _wrong_size(of, f"the stream ended after {received} bytes")
 
 
 def _check_spec(spec: pb.FineTuneSpec, limits: LimitSettings) -> None:
@@ -86,7 +112,10 @@ def _check_spec(spec: pb.FineTuneSpec, limits: LimitSettings) -> None:
             reason = Reason.PICTURE_TOO_LARGE if picture.size_bytes > 0 else Reason.INVALID_FIELD
             text = f"{picture.size_bytes} given; allowed: 1 to {limits.max_picture_bytes} bytes"
             raise InvalidArgument.for_field(f"pictures[{index}].size_bytes", text, reason)
-    total = sum(picture.size_bytes for picture in spec.pictures)
+        if not 0 <= picture.mask_size_bytes <= limits.max_picture_bytes:
+            text = f"{picture.mask_size_bytes} given; allowed: 0 (no mask) to {limits.max_picture_bytes} bytes"
+            raise InvalidArgument.for_field(f"pictures[{index}].mask_size_bytes", text, Reason.PICTURE_TOO_LARGE)
+    total = sum(picture.size_bytes + picture.mask_size_bytes for picture in spec.pictures)
     if total > limits.max_pictures_bytes:
         raise InvalidArgument.for_field(
             "pictures",
@@ -99,9 +128,9 @@ def _out_of_order(what: str) -> InvalidArgument:
     return InvalidArgument(Reason.MESSAGE_OUT_OF_ORDER, f"CreateFineTune: {what}")
 
 
-def _wrong_size(index: int, what: str, expected: int) -> InvalidArgument:
+def _wrong_size(part: _Part, what: str) -> InvalidArgument:
     return InvalidArgument.for_field(
-        f"pictures[{index}].size_bytes",
-        f"{expected} given, but {what}; they must be equal",
+        part.field,
+        f"{part.expected} given, but {what}; they must be equal",
         Reason.UPLOAD_SIZE_MISMATCH,
     )

@@ -1,25 +1,22 @@
 """ModelService: the base model, its defaults and the server's limits, so that clients need no constants."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
 
 from hueshift.adapters.errors import Reason
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import UNetEngine
+from hueshift.engines.interface import Plan, UNetEngine
+from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS
+from hueshift.server.rpc.finetune_settings import write_settings
 from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, SAMPLERS
+from hueshift.server.rpc.generation_guides import max_regions
 from hueshift.server.rpc.names import not_found
 from hueshift.server.rpc.pages import check_page_size, decode_token
 from hueshift.server.settings import Settings
 from hueshift.training.defaults import method_defaults
 from hueshift.training.spec import Method, SubjectKind
 from hueshift.v1 import finetune_pb2, model_pb2, model_pb2_grpc
-
-_METHODS: Mapping[Method, "finetune_pb2.FineTuneMethod.ValueType"] = {
-    Method.SVDIFF: finetune_pb2.FINE_TUNE_METHOD_SVDIFF,
-    Method.RESIDUALS: finetune_pb2.FINE_TUNE_METHOD_RESIDUALS,
-}
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -66,24 +63,25 @@ def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> m
         max_steps=limits.max_steps,
         max_tokens=base.max_tokens,
         batch_capacity=engine.max_batch // 2,
-        methods=[_describe_method(method, number) for method, number in _METHODS.items()],
+        methods=[_describe_method(method, number) for method, number in METHOD_NUMBERS.items()],
         default_identifier=settings.model.default_identifier,
         max_adapter_bytes=limits.max_adapter_bytes,
         max_picture_bytes=limits.max_picture_bytes,
         max_pictures=limits.max_pictures,
+        lag=Plan.FULL in engine.plans,
+        shared_attention=Plan.FULL in engine.plans,
+        max_regions=max_regions(engine),
     )
 
 
 def _describe_method(method: Method, number: "finetune_pb2.FineTuneMethod.ValueType") -> model_pb2.MethodInfo:
     return model_pb2.MethodInfo(
         method=number,
-        subject_defaults=_settings(method, SubjectKind.SUBJECT),
-        style_defaults=_settings(method, SubjectKind.STYLE),
+        subject_defaults=_defaults(method, SubjectKind.SUBJECT),
+        style_defaults=_defaults(method, SubjectKind.STYLE),
     )
 
 
-def _settings(method: Method, subject: SubjectKind) -> finetune_pb2.FineTuneSettings:
-    """Return those of the training defaults that a caller can set."""
-    names = finetune_pb2.FineTuneSettings.DESCRIPTOR.fields_by_name
-    chosen = {name: value for name, value in method_defaults(method, subject).items() if name in names}
-    return finetune_pb2.FineTuneSettings(**chosen)
+def _defaults(method: Method, subject: SubjectKind) -> finetune_pb2.FineTuneSettings:
+    """Return the training defaults that a caller can set, but for the targets: those depend on what is served."""
+    return write_settings({**method_defaults(method, subject), "targets": ()})

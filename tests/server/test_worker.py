@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,14 @@ class ScriptedTrainer:
     scripts: list[Script]
     pictures: list[tuple[int, int]] = field(default_factory=list)
 
-    def train(self, spec: TrainingSpec, pictures: Sequence[Image.Image], work: Path, run: JobRun) -> Trained:
+    def train(
+        self,
+        spec: TrainingSpec,
+        pictures: Sequence[Image.Image],
+        masks: Mapping[int, Image.Image],
+        work: Path,
+        run: JobRun,
+    ) -> Trained:
         assert work.is_dir()
         (work / "checkpoint").write_bytes(b"state")
         self.pictures = [picture.size for picture in pictures]

@@ -32,6 +32,14 @@ class _FineTuneMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FineTu
     """Shifts of singular values and norm weights (Han et al. 2023)."""
     FINE_TUNE_METHOD_RESIDUALS: _FineTuneMethod.ValueType  # 2
     """Low-rank residuals on the output projection of each transformer block (Ham et al. 2024)."""
+    FINE_TUNE_METHOD_LORA: _FineTuneMethod.ValueType  # 3
+    """Low-rank branches on chosen layers (LoRA, Hu et al. 2021)."""
+    FINE_TUNE_METHOD_TEXTUAL_INVERSION: _FineTuneMethod.ValueType  # 4
+    """Words alone (Gal et al. 2022), or with `per_layer` a word for each cross-attention (P+, Voynov et al. 2023)."""
+    FINE_TUNE_METHOD_CUSTOM_DIFFUSION: _FineTuneMethod.ValueType  # 5
+    """Keys and values of cross-attention, and the word (Kumari et al. 2023)."""
+    FINE_TUNE_METHOD_DREAMBOOTH: _FineTuneMethod.ValueType  # 6
+    """Whole weights, published as their change brought to `rank` (Ruiz et al. 2023)."""
 
 class FineTuneMethod(_FineTuneMethod, metaclass=_FineTuneMethodEnumTypeWrapper):
     """What is learned."""
@@ -42,7 +50,95 @@ FINE_TUNE_METHOD_SVDIFF: FineTuneMethod.ValueType  # 1
 """Shifts of singular values and norm weights (Han et al. 2023)."""
 FINE_TUNE_METHOD_RESIDUALS: FineTuneMethod.ValueType  # 2
 """Low-rank residuals on the output projection of each transformer block (Ham et al. 2024)."""
+FINE_TUNE_METHOD_LORA: FineTuneMethod.ValueType  # 3
+"""Low-rank branches on chosen layers (LoRA, Hu et al. 2021)."""
+FINE_TUNE_METHOD_TEXTUAL_INVERSION: FineTuneMethod.ValueType  # 4
+"""Words alone (Gal et al. 2022), or with `per_layer` a word for each cross-attention (P+, Voynov et al. 2023)."""
+FINE_TUNE_METHOD_CUSTOM_DIFFUSION: FineTuneMethod.ValueType  # 5
+"""Keys and values of cross-attention, and the word (Kumari et al. 2023)."""
+FINE_TUNE_METHOD_DREAMBOOTH: FineTuneMethod.ValueType  # 6
+"""Whole weights, published as their change brought to `rank` (Ruiz et al. 2023)."""
 Global___FineTuneMethod: _TypeAlias = FineTuneMethod  # noqa: Y015
+
+class _FineTuneSchedule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FineTuneScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FineTuneSchedule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINE_TUNE_SCHEDULE_UNSPECIFIED: _FineTuneSchedule.ValueType  # 0
+    """The method's default."""
+    FINE_TUNE_SCHEDULE_LINEAR: _FineTuneSchedule.ValueType  # 1
+    """Fall to zero in a line."""
+    FINE_TUNE_SCHEDULE_CONSTANT: _FineTuneSchedule.ValueType  # 2
+    """Stay."""
+    FINE_TUNE_SCHEDULE_COSINE: _FineTuneSchedule.ValueType  # 3
+    """Fall to zero in half a cosine."""
+
+class FineTuneSchedule(_FineTuneSchedule, metaclass=_FineTuneScheduleEnumTypeWrapper):
+    """How learning rates move after the warm-up."""
+
+FINE_TUNE_SCHEDULE_UNSPECIFIED: FineTuneSchedule.ValueType  # 0
+"""The method's default."""
+FINE_TUNE_SCHEDULE_LINEAR: FineTuneSchedule.ValueType  # 1
+"""Fall to zero in a line."""
+FINE_TUNE_SCHEDULE_CONSTANT: FineTuneSchedule.ValueType  # 2
+"""Stay."""
+FINE_TUNE_SCHEDULE_COSINE: FineTuneSchedule.ValueType  # 3
+"""Fall to zero in half a cosine."""
+Global___FineTuneSchedule: _TypeAlias = FineTuneSchedule  # noqa: Y015
+
+class _FineTunePrecision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FineTunePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FineTunePrecision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINE_TUNE_PRECISION_UNSPECIFIED: _FineTunePrecision.ValueType  # 0
+    """AUTO."""
+    FINE_TUNE_PRECISION_AUTO: _FineTunePrecision.ValueType  # 1
+    """bfloat16 where the machine is faster with it."""
+    FINE_TUNE_PRECISION_FP32: _FineTunePrecision.ValueType  # 2
+    """32 bits."""
+    FINE_TUNE_PRECISION_BF16: _FineTunePrecision.ValueType  # 3
+    """bfloat16."""
+
+class FineTunePrecision(_FineTunePrecision, metaclass=_FineTunePrecisionEnumTypeWrapper):
+    """What products are computed in. Parameters, losses and updates are always 32-bit."""
+
+FINE_TUNE_PRECISION_UNSPECIFIED: FineTunePrecision.ValueType  # 0
+"""AUTO."""
+FINE_TUNE_PRECISION_AUTO: FineTunePrecision.ValueType  # 1
+"""bfloat16 where the machine is faster with it."""
+FINE_TUNE_PRECISION_FP32: FineTunePrecision.ValueType  # 2
+"""32 bits."""
+FINE_TUNE_PRECISION_BF16: FineTunePrecision.ValueType  # 3
+"""bfloat16."""
+Global___FineTunePrecision: _TypeAlias = FineTunePrecision  # noqa: Y015
+
+class _FineTuneLoraInit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FineTuneLoraInitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FineTuneLoraInit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINE_TUNE_LORA_INIT_UNSPECIFIED: _FineTuneLoraInit.ValueType  # 0
+    """GAUSSIAN."""
+    FINE_TUNE_LORA_INIT_GAUSSIAN: _FineTuneLoraInit.ValueType  # 1
+    """A from noise, B zero."""
+    FINE_TUNE_LORA_INIT_PISSA: _FineTuneLoraInit.ValueType  # 2
+    """The base's principal singular triples (PiSSA, Meng et al. 2024). The adapter has twice the rank."""
+
+class FineTuneLoraInit(_FineTuneLoraInit, metaclass=_FineTuneLoraInitEnumTypeWrapper):
+    """How LoRA's factors start."""
+
+FINE_TUNE_LORA_INIT_UNSPECIFIED: FineTuneLoraInit.ValueType  # 0
+"""GAUSSIAN."""
+FINE_TUNE_LORA_INIT_GAUSSIAN: FineTuneLoraInit.ValueType  # 1
+"""A from noise, B zero."""
+FINE_TUNE_LORA_INIT_PISSA: FineTuneLoraInit.ValueType  # 2
+"""The base's principal singular triples (PiSSA, Meng et al. 2024). The adapter has twice the rank."""
+Global___FineTuneLoraInit: _TypeAlias = FineTuneLoraInit  # noqa: Y015
 
 class _FineTuneSubject:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -119,6 +215,31 @@ class FineTuneSettings(_message.Message):
     PRIOR_IMAGES_FIELD_NUMBER: _builtins.int
     SAMPLE_INTERVAL_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_FIELD_NUMBER: _builtins.int
+    NORM_LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    GRADIENT_ACCUMULATION_FIELD_NUMBER: _builtins.int
+    RATE_SCHEDULE_FIELD_NUMBER: _builtins.int
+    WARMUP_STEPS_FIELD_NUMBER: _builtins.int
+    MIRROR_FIELD_NUMBER: _builtins.int
+    RANDOM_CROPS_FIELD_NUMBER: _builtins.int
+    CAPTION_DROPOUT_FIELD_NUMBER: _builtins.int
+    ANCHOR_BELOW_FIELD_NUMBER: _builtins.int
+    EMA_DECAY_FIELD_NUMBER: _builtins.int
+    MIN_SNR_GAMMA_FIELD_NUMBER: _builtins.int
+    OFFSET_NOISE_FIELD_NUMBER: _builtins.int
+    BACKGROUND_WEIGHT_FIELD_NUMBER: _builtins.int
+    CUT_MIX_PROBABILITY_FIELD_NUMBER: _builtins.int
+    UNMIX_WEIGHT_FIELD_NUMBER: _builtins.int
+    UNMIX_LAYERS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    LORA_INIT_FIELD_NUMBER: _builtins.int
+    TOKEN_VECTORS_FIELD_NUMBER: _builtins.int
+    PER_LAYER_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    EARLY_STOP_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_LIMIT_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Optimiser steps, 1 to 5,000."""
     batch_size: _builtins.int
@@ -137,6 +258,62 @@ class FineTuneSettings(_message.Message):
     """Show a sample picture every this many steps; 0 only at the end."""
     checkpoint_interval: _builtins.int
     """Write a checkpoint every this many steps, 1 to 1,000."""
+    norm_learning_rate: _builtins.float
+    """Learning rate of the norm weights (svdiff), 0 to 1."""
+    gradient_accumulation: _builtins.int
+    """Batches per optimiser step, 1 to 64; their gradients are averaged."""
+    rate_schedule: Global___FineTuneSchedule.ValueType
+    """How learning rates move after the warm-up."""
+    warmup_steps: _builtins.int
+    """Steps over which learning rates rise to their full height, 0 to 1,000."""
+    mirror: _builtins.bool
+    """Also train on the mirrored pictures."""
+    random_crops: _builtins.int
+    """How many random squares of each picture to train on, up to 16; 0 takes the one in its centre."""
+    caption_dropout: _builtins.float
+    """Share of captions replaced by the empty one, 0 to 0.5; guidance needs some."""
+    anchor_below: _builtins.int
+    """Below this timestep the base's own output is the target, 0 (off) to 1,000."""
+    ema_decay: _builtins.float
+    """Decay of the moving average that is published, 0 (off) to 0.9999."""
+    min_snr_gamma: _builtins.float
+    """Gamma of min-SNR weighting (Hang et al. 2023), 0 (off) to 100; 5 is usual."""
+    offset_noise: _builtins.float
+    """Strength of offset noise, 0 (off) to 1; 0.1 is usual."""
+    background_weight: _builtins.float
+    """What positions outside of a picture's mask weigh, 0 to 1; the inside weighs 1."""
+    cut_mix_probability: _builtins.float
+    """Probability of rows that show two subjects side by side (Cut-Mix-Unmix, Han et al. 2023), 0 (off) to 0.9."""
+    unmix_weight: _builtins.float
+    """Weight of the unmix loss on the attention of the subjects' words, 0 (off) to 100."""
+    rank: _builtins.int
+    """Rank of LoRA's branches, or that whole changes are compressed to: dreambooth, and custom_diffusion unless it is 0."""
+    alpha: _builtins.float
+    """LoRA's scale times its rank. Absent: the rank."""
+    lora_init: Global___FineTuneLoraInit.ValueType
+    """How LoRA's factors start."""
+    token_vectors: _builtins.int
+    """Embeddings of a learned word, 1 to 16."""
+    per_layer: _builtins.bool
+    """Learn a word's embedding for each cross-attention by itself."""
+    precision: Global___FineTunePrecision.ValueType
+    """What products are computed in."""
+    gradient_checkpointing: _builtins.bool
+    """Compute activations again in the backward pass: slower, for less memory."""
+    early_stop: _builtins.int
+    """End after this many checks in a row, ten steps apart, without a gain of 1 % in the loss on fixed noise; 0 is off."""
+    checkpoint_limit: _builtins.int
+    """Checkpoints kept at a time, 1 to 10."""
+    @_builtins.property
+    def unmix_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Parts of the names of the cross-attentions that the unmix loss looks at, for example `up_blocks`. Empty: all."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Endings of the names of the layers that lora and dreambooth train. Empty: those of the method that this server
+        can serve.
+        """
+
     def __init__(
         self,
         *,
@@ -149,49 +326,186 @@ class FineTuneSettings(_message.Message):
         prior_images: _builtins.int | None = ...,
         sample_interval: _builtins.int | None = ...,
         checkpoint_interval: _builtins.int | None = ...,
+        norm_learning_rate: _builtins.float | None = ...,
+        gradient_accumulation: _builtins.int | None = ...,
+        rate_schedule: Global___FineTuneSchedule.ValueType = ...,
+        warmup_steps: _builtins.int | None = ...,
+        mirror: _builtins.bool | None = ...,
+        random_crops: _builtins.int | None = ...,
+        caption_dropout: _builtins.float | None = ...,
+        anchor_below: _builtins.int | None = ...,
+        ema_decay: _builtins.float | None = ...,
+        min_snr_gamma: _builtins.float | None = ...,
+        offset_noise: _builtins.float | None = ...,
+        background_weight: _builtins.float | None = ...,
+        cut_mix_probability: _builtins.float | None = ...,
+        unmix_weight: _builtins.float | None = ...,
+        unmix_layers: _abc.Iterable[_builtins.str] | None = ...,
+        rank: _builtins.int | None = ...,
+        alpha: _builtins.float | None = ...,
+        targets: _abc.Iterable[_builtins.str] | None = ...,
+        lora_init: Global___FineTuneLoraInit.ValueType = ...,
+        token_vectors: _builtins.int | None = ...,
+        per_layer: _builtins.bool | None = ...,
+        precision: Global___FineTunePrecision.ValueType = ...,
+        gradient_checkpointing: _builtins.bool | None = ...,
+        early_stop: _builtins.int | None = ...,
+        checkpoint_limit: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_checkpoint_interval", b"_checkpoint_interval", "_identifier_learning_rate", b"_identifier_learning_rate", "_learning_rate", b"_learning_rate", "_prior_images", b"_prior_images", "_prior_weight", b"_prior_weight", "_sample_interval", b"_sample_interval", "_seed", b"_seed", "_steps", b"_steps", "batch_size", b"batch_size", "checkpoint_interval", b"checkpoint_interval", "identifier_learning_rate", b"identifier_learning_rate", "learning_rate", b"learning_rate", "prior_images", b"prior_images", "prior_weight", b"prior_weight", "sample_interval", b"sample_interval", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_anchor_below", b"_anchor_below", "_background_weight", b"_background_weight", "_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval", b"_checkpoint_interval", "_checkpoint_limit", b"_checkpoint_limit", "_cut_mix_probability", b"_cut_mix_probability", "_early_stop", b"_early_stop", "_ema_decay", b"_ema_decay", "_gradient_accumulation", b"_gradient_accumulation", "_gradient_checkpointing", b"_gradient_checkpointing", "_identifier_learning_rate", b"_identifier_learning_rate", "_learning_rate", b"_learning_rate", "_min_snr_gamma", b"_min_snr_gamma", "_mirror", b"_mirror", "_norm_learning_rate", b"_norm_learning_rate", "_offset_noise", b"_offset_noise", "_per_layer", b"_per_layer", "_prior_images", b"_prior_images", "_prior_weight", b"_prior_weight", "_random_crops", b"_random_crops", "_rank", b"_rank", "_sample_interval", b"_sample_interval", "_seed", b"_seed", "_steps", b"_steps", "_token_vectors", b"_token_vectors", "_unmix_weight", b"_unmix_weight", "_warmup_steps", b"_warmup_steps", "alpha", b"alpha", "anchor_below", b"anchor_below", "background_weight", b"background_weight", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval", b"checkpoint_interval", "checkpoint_limit", b"checkpoint_limit", "cut_mix_probability", b"cut_mix_probability", "early_stop", b"early_stop", "ema_decay", b"ema_decay", "gradient_accumulation", b"gradient_accumulation", "gradient_checkpointing", b"gradient_checkpointing", "identifier_learning_rate", b"identifier_learning_rate", "learning_rate", b"learning_rate", "min_snr_gamma", b"min_snr_gamma", "mirror", b"mirror", "norm_learning_rate", b"norm_learning_rate", "offset_noise", b"offset_noise", "per_layer", b"per_layer", "prior_images", b"prior_images", "prior_weight", b"prior_weight", "random_crops", b"random_crops", "rank", b"rank", "sample_interval", b"sample_interval", "seed", b"seed", "steps", b"steps", "token_vectors", b"token_vectors", "unmix_weight", b"unmix_weight", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_checkpoint_interval", b"_checkpoint_interval", "_identifier_learning_rate", b"_identifier_learning_rate", "_learning_rate", b"_learning_rate", "_prior_images", b"_prior_images", "_prior_weight", b"_prior_weight", "_sample_interval", b"_sample_interval", "_seed", b"_seed", "_steps", b"_steps", "batch_size", b"batch_size", "checkpoint_interval", b"checkpoint_interval", "identifier_learning_rate", b"identifier_learning_rate", "learning_rate", b"learning_rate", "prior_images", b"prior_images", "prior_weight", b"prior_weight", "sample_interval", b"sample_interval", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_anchor_below", b"_anchor_below", "_background_weight", b"_background_weight", "_batch_size", b"_batch_size", "_caption_dropout", b"_caption_dropout", "_checkpoint_interval", b"_checkpoint_interval", "_checkpoint_limit", b"_checkpoint_limit", "_cut_mix_probability", b"_cut_mix_probability", "_early_stop", b"_early_stop", "_ema_decay", b"_ema_decay", "_gradient_accumulation", b"_gradient_accumulation", "_gradient_checkpointing", b"_gradient_checkpointing", "_identifier_learning_rate", b"_identifier_learning_rate", "_learning_rate", b"_learning_rate", "_min_snr_gamma", b"_min_snr_gamma", "_mirror", b"_mirror", "_norm_learning_rate", b"_norm_learning_rate", "_offset_noise", b"_offset_noise", "_per_layer", b"_per_layer", "_prior_images", b"_prior_images", "_prior_weight", b"_prior_weight", "_random_crops", b"_random_crops", "_rank", b"_rank", "_sample_interval", b"_sample_interval", "_seed", b"_seed", "_steps", b"_steps", "_token_vectors", b"_token_vectors", "_unmix_weight", b"_unmix_weight", "_warmup_steps", b"_warmup_steps", "alpha", b"alpha", "anchor_below", b"anchor_below", "background_weight", b"background_weight", "batch_size", b"batch_size", "caption_dropout", b"caption_dropout", "checkpoint_interval", b"checkpoint_interval", "checkpoint_limit", b"checkpoint_limit", "cut_mix_probability", b"cut_mix_probability", "early_stop", b"early_stop", "ema_decay", b"ema_decay", "gradient_accumulation", b"gradient_accumulation", "gradient_checkpointing", b"gradient_checkpointing", "identifier_learning_rate", b"identifier_learning_rate", "learning_rate", b"learning_rate", "lora_init", b"lora_init", "min_snr_gamma", b"min_snr_gamma", "mirror", b"mirror", "norm_learning_rate", b"norm_learning_rate", "offset_noise", b"offset_noise", "per_layer", b"per_layer", "precision", b"precision", "prior_images", b"prior_images", "prior_weight", b"prior_weight", "random_crops", b"random_crops", "rank", b"rank", "rate_schedule", b"rate_schedule", "sample_interval", b"sample_interval", "seed", b"seed", "steps", b"steps", "targets", b"targets", "token_vectors", b"token_vectors", "unmix_layers", b"unmix_layers", "unmix_weight", b"unmix_weight", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__anchor_below: _TypeAlias = _typing.Literal["anchor_below"]  # noqa: Y015
+    _WhichOneofArgType__anchor_below: _TypeAlias = _typing.Literal["_anchor_below", b"_anchor_below"]  # noqa: Y015
+    _WhichOneofReturnType__background_weight: _TypeAlias = _typing.Literal["background_weight"]  # noqa: Y015
+    _WhichOneofArgType__background_weight: _TypeAlias = _typing.Literal["_background_weight", b"_background_weight"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__caption_dropout: _TypeAlias = _typing.Literal["caption_dropout"]  # noqa: Y015
+    _WhichOneofArgType__caption_dropout: _TypeAlias = _typing.Literal["_caption_dropout", b"_caption_dropout"]  # noqa: Y015
     _WhichOneofReturnType__checkpoint_interval: _TypeAlias = _typing.Literal["checkpoint_interval"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_interval: _TypeAlias = _typing.Literal["_checkpoint_interval", b"_checkpoint_interval"]  # noqa: Y015
+    _WhichOneofReturnType__checkpoint_limit: _TypeAlias = _typing.Literal["checkpoint_limit"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint_limit: _TypeAlias = _typing.Literal["_checkpoint_limit", b"_checkpoint_limit"]  # noqa: Y015
+    _WhichOneofReturnType__cut_mix_probability: _TypeAlias = _typing.Literal["cut_mix_probability"]  # noqa: Y015
+    _WhichOneofArgType__cut_mix_probability: _TypeAlias = _typing.Literal["_cut_mix_probability", b"_cut_mix_probability"]  # noqa: Y015
+    _WhichOneofReturnType__early_stop: _TypeAlias = _typing.Literal["early_stop"]  # noqa: Y015
+    _WhichOneofArgType__early_stop: _TypeAlias = _typing.Literal["_early_stop", b"_early_stop"]  # noqa: Y015
+    _WhichOneofReturnType__ema_decay: _TypeAlias = _typing.Literal["ema_decay"]  # noqa: Y015
+    _WhichOneofArgType__ema_decay: _TypeAlias = _typing.Literal["_ema_decay", b"_ema_decay"]  # noqa: Y015
+    _WhichOneofReturnType__gradient_accumulation: _TypeAlias = _typing.Literal["gradient_accumulation"]  # noqa: Y015
+    _WhichOneofArgType__gradient_accumulation: _TypeAlias = _typing.Literal["_gradient_accumulation", b"_gradient_accumulation"]  # noqa: Y015
+    _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
+    _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
     _WhichOneofReturnType__identifier_learning_rate: _TypeAlias = _typing.Literal["identifier_learning_rate"]  # noqa: Y015
     _WhichOneofArgType__identifier_learning_rate: _TypeAlias = _typing.Literal["_identifier_learning_rate", b"_identifier_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__min_snr_gamma: _TypeAlias = _typing.Literal["min_snr_gamma"]  # noqa: Y015
+    _WhichOneofArgType__min_snr_gamma: _TypeAlias = _typing.Literal["_min_snr_gamma", b"_min_snr_gamma"]  # noqa: Y015
+    _WhichOneofReturnType__mirror: _TypeAlias = _typing.Literal["mirror"]  # noqa: Y015
+    _WhichOneofArgType__mirror: _TypeAlias = _typing.Literal["_mirror", b"_mirror"]  # noqa: Y015
+    _WhichOneofReturnType__norm_learning_rate: _TypeAlias = _typing.Literal["norm_learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__norm_learning_rate: _TypeAlias = _typing.Literal["_norm_learning_rate", b"_norm_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__offset_noise: _TypeAlias = _typing.Literal["offset_noise"]  # noqa: Y015
+    _WhichOneofArgType__offset_noise: _TypeAlias = _typing.Literal["_offset_noise", b"_offset_noise"]  # noqa: Y015
+    _WhichOneofReturnType__per_layer: _TypeAlias = _typing.Literal["per_layer"]  # noqa: Y015
+    _WhichOneofArgType__per_layer: _TypeAlias = _typing.Literal["_per_layer", b"_per_layer"]  # noqa: Y015
     _WhichOneofReturnType__prior_images: _TypeAlias = _typing.Literal["prior_images"]  # noqa: Y015
     _WhichOneofArgType__prior_images: _TypeAlias = _typing.Literal["_prior_images", b"_prior_images"]  # noqa: Y015
     _WhichOneofReturnType__prior_weight: _TypeAlias = _typing.Literal["prior_weight"]  # noqa: Y015
     _WhichOneofArgType__prior_weight: _TypeAlias = _typing.Literal["_prior_weight", b"_prior_weight"]  # noqa: Y015
+    _WhichOneofReturnType__random_crops: _TypeAlias = _typing.Literal["random_crops"]  # noqa: Y015
+    _WhichOneofArgType__random_crops: _TypeAlias = _typing.Literal["_random_crops", b"_random_crops"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
     _WhichOneofReturnType__sample_interval: _TypeAlias = _typing.Literal["sample_interval"]  # noqa: Y015
     _WhichOneofArgType__sample_interval: _TypeAlias = _typing.Literal["_sample_interval", b"_sample_interval"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__token_vectors: _TypeAlias = _typing.Literal["token_vectors"]  # noqa: Y015
+    _WhichOneofArgType__token_vectors: _TypeAlias = _typing.Literal["_token_vectors", b"_token_vectors"]  # noqa: Y015
+    _WhichOneofReturnType__unmix_weight: _TypeAlias = _typing.Literal["unmix_weight"]  # noqa: Y015
+    _WhichOneofArgType__unmix_weight: _TypeAlias = _typing.Literal["_unmix_weight", b"_unmix_weight"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_steps: _TypeAlias = _typing.Literal["warmup_steps"]  # noqa: Y015
+    _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__anchor_below) -> _WhichOneofReturnType__anchor_below | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__background_weight) -> _WhichOneofReturnType__background_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caption_dropout) -> _WhichOneofReturnType__caption_dropout | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_interval) -> _WhichOneofReturnType__checkpoint_interval | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_limit) -> _WhichOneofReturnType__checkpoint_limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cut_mix_probability) -> _WhichOneofReturnType__cut_mix_probability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stop) -> _WhichOneofReturnType__early_stop | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema_decay) -> _WhichOneofReturnType__ema_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_accumulation) -> _WhichOneofReturnType__gradient_accumulation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__identifier_learning_rate) -> _WhichOneofReturnType__identifier_learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_snr_gamma) -> _WhichOneofReturnType__min_snr_gamma | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mirror) -> _WhichOneofReturnType__mirror | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__norm_learning_rate) -> _WhichOneofReturnType__norm_learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__offset_noise) -> _WhichOneofReturnType__offset_noise | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__per_layer) -> _WhichOneofReturnType__per_layer | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prior_images) -> _WhichOneofReturnType__prior_images | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prior_weight) -> _WhichOneofReturnType__prior_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__random_crops) -> _WhichOneofReturnType__random_crops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_interval) -> _WhichOneofReturnType__sample_interval | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_vectors) -> _WhichOneofReturnType__token_vectors | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unmix_weight) -> _WhichOneofReturnType__unmix_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
 
 Global___FineTuneSettings: _TypeAlias = FineTuneSettings  # noqa: Y015
+
+@_typing.final
+class FineTuneSubjectSpec(_message.Message):
+    """One more thing to be learned by the same job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTIFIER_FIELD_NUMBER: _builtins.int
+    CLASS_NOUN_FIELD_NUMBER: _builtins.int
+    IDENTIFIER_INIT_FIELD_NUMBER: _builtins.int
+    identifier: _builtins.str
+    """Its word, as FineTuneSpec.identifier. Required."""
+    class_noun: _builtins.str
+    """Noun of what it is."""
+    @_builtins.property
+    def identifier_init(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Known words that the word starts from."""
+
+    def __init__(
+        self,
+        *,
+        identifier: _builtins.str = ...,
+        class_noun: _builtins.str = ...,
+        identifier_init: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_noun", b"class_noun", "identifier", b"identifier", "identifier_init", b"identifier_init"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FineTuneSubjectSpec: _TypeAlias = FineTuneSubjectSpec  # noqa: Y015
 
 @_typing.final
 class PictureSpec(_message.Message):
@@ -201,21 +515,33 @@ class PictureSpec(_message.Message):
 
     CAPTION_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    REPEATS_FIELD_NUMBER: _builtins.int
+    MASK_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     caption: _builtins.str
     """What it shows, with the identifier where the learned word belongs, for example `a fluent 3d emoji of a sks animal`.
     Empty: made from the identifier and the class noun.
     """
     size_bytes: _builtins.int
     """Size of its file in bytes."""
+    subject: _builtins.int
+    """Which subject it shows: 0 is the spec's own, then those of `more_subjects` in order."""
+    repeats: _builtins.int
+    """How often it comes in one pass over the pictures, up to 100; 0 means once."""
+    mask_size_bytes: _builtins.int
+    """Size in bytes of its mask's file, a picture of the same size, white where the subject is; 0: it has none."""
     def __init__(
         self,
         *,
         caption: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        subject: _builtins.int = ...,
+        repeats: _builtins.int = ...,
+        mask_size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption", b"caption", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caption", b"caption", "mask_size_bytes", b"mask_size_bytes", "repeats", b"repeats", "size_bytes", b"size_bytes", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,6 +586,8 @@ class FineTuneSpec(_message.Message):
     PICTURES_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    MORE_SUBJECTS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id of the adapter to make or to give a new revision, as in ImportAdapterSpec. Empty: the server makes one."""
     display_name: _builtins.str
@@ -278,6 +606,8 @@ class FineTuneSpec(_message.Message):
     """Learn an embedding for the identifier too. Absent: true."""
     idempotency_key: _builtins.str
     """The same key with the same spec and pictures returns the first call's job. At most 64 characters; empty means none."""
+    validate_only: _builtins.bool
+    """Check the spec and return the job as it would be, with its cost; nothing is queued, and no pictures follow."""
     @_builtins.property
     def identifier_init(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Known words whose mean embedding the identifier starts from, for example the names of known styles. Empty: the
@@ -300,6 +630,10 @@ class FineTuneSpec(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels the adapter gets."""
 
+    @_builtins.property
+    def more_subjects(self) -> _containers.RepeatedCompositeFieldContainer[Global___FineTuneSubjectSpec]:
+        """Further subjects, at most 3. Every subject needs a picture."""
+
     def __init__(
         self,
         *,
@@ -316,10 +650,12 @@ class FineTuneSpec(_message.Message):
         pictures: _abc.Iterable[Global___PictureSpec] | None = ...,
         idempotency_key: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        more_subjects: _abc.Iterable[Global___FineTuneSubjectSpec] | None = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "learn_identifier", b"learn_identifier", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "adapter_id", b"adapter_id", "class_noun", b"class_noun", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "identifier", b"identifier", "identifier_init", b"identifier_init", "labels", b"labels", "learn_identifier", b"learn_identifier", "method", b"method", "pictures", b"pictures", "sample_prompts", b"sample_prompts", "settings", b"settings", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "adapter_id", b"adapter_id", "class_noun", b"class_noun", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "identifier", b"identifier", "identifier_init", b"identifier_init", "labels", b"labels", "learn_identifier", b"learn_identifier", "method", b"method", "more_subjects", b"more_subjects", "pictures", b"pictures", "sample_prompts", b"sample_prompts", "settings", b"settings", "subject", b"subject", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__learn_identifier: _TypeAlias = _typing.Literal["learn_identifier"]  # noqa: Y015
     _WhichOneofArgType__learn_identifier: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier"]  # noqa: Y015
@@ -335,19 +671,23 @@ class PictureChunk(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which picture of the spec, from 0. Pictures come in order."""
     data: _builtins.bytes
     """At most 1 MiB a message."""
+    mask: _builtins.bool
+    """The bytes are of the picture's mask, which follows the picture."""
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        mask: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "index", b"index", "mask", b"mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -435,6 +775,8 @@ class FineTune(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    KEPT_ENERGY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `tenants/{tenant}/fineTunes/{id}`, made by the server."""
     state: Global___FineTuneState.ValueType
@@ -457,6 +799,8 @@ class FineTune(_message.Message):
     """Times a worker took it."""
     sequence: _builtins.int
     """Number of its newest event."""
+    kept_energy: _builtins.float
+    """Share of what was learned that its adapter keeps (squared norm of the change), where it was compressed."""
     @_builtins.property
     def error(self) -> Global___FineTuneError:
         """Why it failed."""
@@ -477,6 +821,10 @@ class FineTune(_message.Message):
     def scores(self) -> Global___FineTuneScores:
         """Scores, once it succeeded."""
 
+    @_builtins.property
+    def cost(self) -> Global___FineTuneCost:
+        """What it costs in all, by jobs of its kind that ran on this server; absent before one did."""
+
     def __init__(
         self,
         *,
@@ -496,16 +844,53 @@ class FineTune(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         sequence: _builtins.int = ...,
         scores: Global___FineTuneScores | None = ...,
+        cost: Global___FineTuneCost | None = ...,
+        kept_energy: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "loss", b"loss", "scores", b"scores", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "cost", b"cost", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "scores", b"scores", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "adapter", b"adapter", "attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "loss", b"loss", "method", b"method", "name", b"name", "revision", b"revision", "scores", b"scores", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "step", b"step", "steps", b"steps", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "adapter", b"adapter", "attempt", b"attempt", "cost", b"cost", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "method", b"method", "name", b"name", "revision", b"revision", "scores", b"scores", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "step", b"step", "steps", b"steps", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kept_energy: _TypeAlias = _typing.Literal["kept_energy"]  # noqa: Y015
+    _WhichOneofArgType__kept_energy: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_energy) -> _WhichOneofReturnType__kept_energy | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___FineTune: _TypeAlias = FineTune  # noqa: Y015
+
+@_typing.final
+class FineTuneCost(_message.Message):
+    """What a job costs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_SECONDS_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_STEP_FIELD_NUMBER: _builtins.int
+    MEASURED_STEPS_FIELD_NUMBER: _builtins.int
+    gpu_seconds: _builtins.float
+    """Seconds of the training device, for steps alone: steps times seconds_per_step."""
+    seconds_per_step: _builtins.float
+    """Seconds per step, measured."""
+    measured_steps: _builtins.int
+    """Steps that the measurement is the mean of."""
+    def __init__(
+        self,
+        *,
+        gpu_seconds: _builtins.float = ...,
+        seconds_per_step: _builtins.float = ...,
+        measured_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_seconds", b"gpu_seconds", "measured_steps", b"measured_steps", "seconds_per_step", b"seconds_per_step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FineTuneCost: _TypeAlias = FineTuneCost  # noqa: Y015
 
 @_typing.final
 class FineTuneError(_message.Message):

@@ -70,7 +70,7 @@ class FineTuneServiceServicer:
 
     def CreateFineTune(self, request_iterator, context):
         """Queues a job. The first message carries the spec, the following ones the pictures. Nothing is queued unless the
-        spec and every picture pass validation.
+        spec and every picture pass validation. With `validate_only` the spec alone is checked and its cost told.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

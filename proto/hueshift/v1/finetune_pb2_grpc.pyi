@@ -37,7 +37,7 @@ class FineTuneServiceStub:
     def __new__(cls, channel: _aio.Channel) -> FineTuneServiceAsyncStub: ...
     CreateFineTune: _grpc.StreamUnaryMultiCallable[_finetune_pb2.CreateFineTuneRequest, _finetune_pb2.CreateFineTuneResponse]
     """Queues a job. The first message carries the spec, the following ones the pictures. Nothing is queued unless the
-    spec and every picture pass validation.
+    spec and every picture pass validation. With `validate_only` the spec alone is checked and its cost told.
     """
     GetFineTune: _grpc.UnaryUnaryMultiCallable[_finetune_pb2.GetFineTuneRequest, _finetune_pb2.GetFineTuneResponse]
     """Returns a job."""
@@ -59,7 +59,7 @@ class FineTuneServiceAsyncStub(FineTuneServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateFineTune: _aio.StreamUnaryMultiCallable[_finetune_pb2.CreateFineTuneRequest, _finetune_pb2.CreateFineTuneResponse]  # type: ignore[assignment]
     """Queues a job. The first message carries the spec, the following ones the pictures. Nothing is queued unless the
-    spec and every picture pass validation.
+    spec and every picture pass validation. With `validate_only` the spec alone is checked and its cost told.
     """
     GetFineTune: _aio.UnaryUnaryMultiCallable[_finetune_pb2.GetFineTuneRequest, _finetune_pb2.GetFineTuneResponse]  # type: ignore[assignment]
     """Returns a job."""
@@ -84,7 +84,7 @@ class FineTuneServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_finetune_pb2.CreateFineTuneResponse, _abc.Awaitable[_finetune_pb2.CreateFineTuneResponse]]:
         """Queues a job. The first message carries the spec, the following ones the pictures. Nothing is queued unless the
-        spec and every picture pass validation.
+        spec and every picture pass validation. With `validate_only` the spec alone is checked and its cost told.
         """
 
     @_abc_1.abstractmethod
