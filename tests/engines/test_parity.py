@@ -31,7 +31,7 @@ def test_error_of_each_plan_is_small_logged_and_handed_over(tiny: TinyParts, tmp
     seen: dict[str, float] = {}
     with capture_logs() as logs:
         build_engine(tiny.base, options(tmp_path), on_parity=seen.__setitem__)
-    assert set(seen) == set(Plan)
+    assert set(seen) == set(SLAB_PLANS)
     # Exactly zero would mean that the graph was compared with itself.
     assert all(0 < error < 1e-5 for error in seen.values())
     assert {log["plan"]: log["error"] for log in logs if log["event"] == "engine_parity"} == seen

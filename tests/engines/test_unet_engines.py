@@ -67,7 +67,7 @@ def rows_of(parts: TinyParts) -> dict[int, EngineRow]:
 def test_kind_gives_the_engine(engine: AdapterEngine, kind: EngineKind) -> None:
     assert isinstance(engine, TorchEngine if kind == "torch" else OnnxEngine)
     assert engine.name == kind
-    assert engine.plans == tuple(Plan)
+    assert engine.plans == SLAB_PLANS
     assert (engine.slots, engine.max_batch) == (SLOTS, 8)
     engine.warm()
 
