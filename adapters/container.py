@@ -184,7 +184,8 @@ def _refuse_other_formats(start: bytes) -> None:
     raise InvalidArgument(
         Reason.ADAPTER_FILE_UNSAFE,
         f"adapter file refused: by its content it is {found}; allowed: a safetensors file. Other formats "
-        "are never opened, because some run code when they are loaded.",
+        "are never opened, because some run code when they are loaded. Where you trust it, convert it: "
+        "docs/adapters.md has the lines for common programs.",
     )
 
 
