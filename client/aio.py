@@ -102,9 +102,7 @@ class AsyncClient:
 
     async def fine_tune(self, pictures: Sequence[Source], **options: Unpack[jobs.FineTuneOptions]) -> jobs.FineTune:
         """Queue a job that learns an adapter from the pictures (paths or bytes), and return it."""
-        return await self._upload(
-            jobs.create_call([await asyncio.to_thread(read_source, picture) for picture in pictures], **options)
-        )
+        return await self._upload(await asyncio.to_thread(jobs.create_call, pictures, **options))
 
     async def get_job(self, name: str) -> jobs.FineTune:
         """Return a job."""

@@ -54,6 +54,10 @@ class Method(StrEnum):
 
     SVDIFF = "svdiff"
     RESIDUALS = "residuals"
+    LORA = "lora"
+    TEXTUAL_INVERSION = "textual_inversion"
+    CUSTOM_DIFFUSION = "custom_diffusion"
+    DREAMBOOTH = "dreambooth"
     UNKNOWN = "unknown"
 
 

@@ -1,6 +1,6 @@
 """Generate: its options, its events, and the request built from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypedDict, Unpack
 
@@ -27,11 +27,39 @@ Adapters: TypeAlias = Sequence[str | AdapterUse] | Mapping[str, float]
 """Names, uses, or names with weights."""
 
 
+@dataclass(frozen=True, slots=True)
+class LagSampling:
+    """Confines the adapters' low-rank branches to where the picture shows what they taught.
+
+    `words` of the prompt say where that is; none means the adapters' own identifiers and class nouns. With
+    `return_masks` every Picture brings its `mask`.
+    """
+
+    words: Sequence[str] = ()
+    return_masks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of the picture with a prompt (empty: the picture's) and adapters of its own.
+
+    It is where `box` (x, y, width, height in pixels) or `mask` (a picture file, white where the region is) says; give
+    one of them. `feather` is the width in pixels over which its edges fade.
+    """
+
+    prompt: str = ""
+    adapters: Adapters = ()
+    box: tuple[int, int, int, int] | None = None
+    mask: bytes | None = None
+    feather: float = 0.0
+
+
 class GenerateOptions(TypedDict, total=False):
     """Options of a Generate call; what is absent takes the server's default.
 
     `seeds`: one per picture, or one to count up from. `timeout`: seconds for the whole call. `preview_interval`: steps
-    between early looks, 0 for none.
+    between early looks, 0 for none. `lag`: True for the adapters' own words. `shared_attention`: all pictures take the
+    style of the first one. The model's record tells which of the last three the server offers.
     """
 
     adapters: Adapters
@@ -48,6 +76,9 @@ class GenerateOptions(TypedDict, total=False):
     preview_interval: int
     priority: Priority
     timeout: float
+    lag: bool | LagSampling
+    shared_attention: bool
+    regions: Sequence[Region]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +131,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A finished picture, as a file, with what it was made with."""
+    """A finished picture, as a file, with what it was made with; `regions` has the adapters of each region.
+
+    `mask` is a grey PNG of where LAG sampling let the adapters act, if it was asked for.
+    """
 
     index: int
     data: bytes
@@ -113,6 +147,8 @@ class Picture:
     engine: str
     base_hash: str
     timings: Timings
+    mask: bytes = b""
+    regions: tuple[tuple[AppliedAdapter, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +177,9 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         width=options.get("width", 0),
         height=options.get("height", 0),
         preview_interval=options.get("preview_interval", 0),
+        lag=_to_lag(options.get("lag", False)),
+        shared_attention=options.get("shared_attention", False),
+        regions=[_to_region(region) for region in options.get("regions", ())],
     )
     if "guidance_scale" in options:
         request.guidance_scale = options["guidance_scale"]
@@ -190,6 +229,32 @@ def _uses(adapters: Adapters) -> list[AdapterUse]:
     return [AdapterUse(use) if isinstance(use, str) else use for use in adapters]
 
 
+def _to_lag(lag: bool | LagSampling) -> pb.LagSampling | None:
+    if isinstance(lag, bool):
+        return pb.LagSampling() if lag else None
+    if isinstance(lag.words, str):
+        raise TypeError(f"words={lag.words!r}: give a list, for example words=[{lag.words!r}]")
+    return pb.LagSampling(words=lag.words, return_masks=lag.return_masks)
+
+
+def _to_region(region: Region) -> pb.Region:
+    message = pb.Region(prompt=region.prompt, adapters=to_uses(region.adapters), feather=region.feather)
+    if region.box is not None and region.mask is not None:
+        raise ValueError("a region has both a box and a mask; give one of them")
+    if region.box is not None:
+        x, y, width, height = region.box
+        message.box.CopyFrom(pb.Box(x=x, y=y, width=width, height=height))
+    elif region.mask is not None:
+        message.mask = region.mask
+    return message
+
+
+def _to_applied(adapters: Iterable[pb.AppliedAdapter]) -> tuple[AppliedAdapter, ...]:
+    return tuple(
+        AppliedAdapter(a.adapter, a.revision, a.content_hash, a.weight, dict(a.block_weights)) for a in adapters
+    )
+
+
 def _picture(image: pb.Image) -> Picture:
     times = image.timings
     return Picture(
@@ -199,10 +264,7 @@ def _picture(image: pb.Image) -> Picture:
         seed=image.seed,
         width=image.width,
         height=image.height,
-        adapters=tuple(
-            AppliedAdapter(a.adapter, a.revision, a.content_hash, a.weight, dict(a.block_weights))
-            for a in image.adapters
-        ),
+        adapters=_to_applied(image.adapters),
         plans=tuple(image.plans),
         engine=image.engine,
         base_hash=image.base_hash,
@@ -213,4 +275,6 @@ def _picture(image: pb.Image) -> Picture:
             denoise=to_seconds(times.denoise),
             decode=to_seconds(times.decode),
         ),
+        mask=image.mask,
+        regions=tuple(_to_applied(region.adapters) for region in image.regions),
     )

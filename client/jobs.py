@@ -8,17 +8,31 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 from hueshift.client.calls import Page, Paged, Unary, Upload
 from hueshift.client.choices import JobState, Method, Subject
 from hueshift.client.errors import CorruptAnswer
-from hueshift.client.uploads import chunks, new_key
+from hueshift.client.job_spec import make_spec
+from hueshift.client.uploads import Source, chunks, read_source
 from hueshift.client.wire import from_enum, optional, to_datetime, to_enum
 from hueshift.v1 import finetune_pb2 as pb
+
+Setting: TypeAlias = float | str | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedSubject:
+    """One more thing that a job learns: its word, the noun of what it is, known words that the word starts from."""
+
+    identifier: str
+    class_noun: str = ""
+    identifier_init: Sequence[str] = ()
 
 
 class FineTuneOptions(TypedDict, total=False):
     """Options of a fine-tuning job; what is absent takes the method's default, which `model()` lists.
 
     `captions`: one per picture, with the identifier where the learned word belongs. `identifier_init`: known words the
-    identifier starts from. `settings` in the contract's words: steps, batch_size, learning_rate,
-    identifier_learning_rate, seed, prior_weight, prior_images, sample_interval, checkpoint_interval.
+    identifier starts from. `settings` in the contract's words (FineTuneSettings): steps, learning_rate, rank, ...;
+    choices as `linear`, lists as sequences. `more_subjects` follow the first one, and `picture_subjects` tells which of
+    them each picture shows, 0 being the first. `masks` are picture files by the index of the picture they mask.
+    With `validate_only` nothing is queued: the answer has no name, and its `cost` where that is known.
     """
 
     captions: Sequence[str]
@@ -28,7 +42,12 @@ class FineTuneOptions(TypedDict, total=False):
     class_noun: str
     learn_identifier: bool
     identifier_init: Sequence[str]
-    settings: Mapping[str, float]
+    settings: Mapping[str, Setting]
+    more_subjects: Sequence["LearnedSubject"]
+    picture_subjects: Sequence[int]
+    picture_repeats: Sequence[int]
+    masks: Mapping[int, Source]
+    validate_only: bool
     sample_prompts: Sequence[str]
     adapter_id: str
     display_name: str
@@ -54,8 +73,20 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a job takes of the training device, as measured over `measured_steps` of jobs of its kind."""
+
+    gpu_seconds: float
+    seconds_per_step: float
+    measured_steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class FineTune:
-    """A fine-tuning job. `loss` is None before its first step, times are None before they come."""
+    """A fine-tuning job. `loss` is None before its first step, times are None before they come.
+
+    `cost` is None until a job of its kind was measured, `kept_energy` where the adapter was not compressed.
+    """
 
     name: str
     state: JobState
@@ -73,6 +104,8 @@ class FineTune:
     ended: datetime | None
     sequence: int
     scores: Scores | None
+    cost: Cost | None = None
+    kept_energy: float | None = None
 
     @property
     def id(self) -> str:
@@ -125,19 +158,24 @@ class FineTuneFailed(Exception):
 
 
 def create_call(
-    pictures: Sequence[bytes], **options: Unpack[FineTuneOptions]
+    pictures: Sequence[Source], **options: Unpack[FineTuneOptions]
 ) -> Upload[pb.CreateFineTuneRequest, pb.CreateFineTuneResponse, FineTune]:
-    """Queue a job. Repeats of this one call, retries included, queue it once.
+    """Queue a job, reading its files. Repeats of this one call, retries included, queue it once.
 
-    Raises ValueError where captions and pictures do not match in number, or a setting is unknown.
+    Raises ValueError where captions, subjects, repeats or masks do not match the pictures, or a setting or one of its
+    choices is unknown, and OSError where a file cannot be read.
     """
-    spec = _spec(pictures, options)
+    shown = [read_source(picture) for picture in pictures]
+    masks = {index: read_source(mask) for index, mask in options.get("masks", {}).items()}
+    spec = make_spec(shown, masks, options)
 
     def messages() -> Iterator[pb.CreateFineTuneRequest]:
         yield pb.CreateFineTuneRequest(spec=spec)
-        for index, picture in enumerate(pictures):
+        for index, picture in enumerate(() if spec.validate_only else shown):
             for chunk in chunks(picture):
                 yield pb.CreateFineTuneRequest(chunk=pb.PictureChunk(index=index, data=chunk))
+            for chunk in chunks(masks.get(index, b"")):
+                yield pb.CreateFineTuneRequest(chunk=pb.PictureChunk(index=index, data=chunk, mask=True))
 
     return Upload(lambda s: s.finetune.CreateFineTune, messages, lambda r: read_job(r.fine_tune))
 
@@ -226,6 +264,11 @@ def read_job(message: pb.FineTune) -> FineTune:
             message.HasField("scores"),
             lambda: Scores(message.scores.clip_i, message.scores.clip_t, message.scores.clip_i_base),
         ),
+        cost=optional(
+            message.HasField("cost"),
+            lambda: Cost(message.cost.gpu_seconds, message.cost.seconds_per_step, message.cost.measured_steps),
+        ),
+        kept_energy=optional(message.HasField("kept_energy"), lambda: message.kept_energy),
     )
 
 
@@ -240,43 +283,6 @@ def _read_job_event(message: pb.WatchFineTuneResponse) -> JobEvent | None:
         case "sample":
             return TrainingSample(sequence, time, message.sample.step, message.sample.prompt, message.sample.data)
     return None
-
-
-def _spec(pictures: Sequence[bytes], options: FineTuneOptions) -> pb.FineTuneSpec:
-    captions = options.get("captions") or [""] * len(pictures)
-    if len(captions) != len(pictures):
-        raise ValueError(f"{len(captions)} captions for {len(pictures)} pictures: give one each, or none")
-    spec = pb.FineTuneSpec(
-        adapter_id=options.get("adapter_id", ""),
-        display_name=options.get("display_name", ""),
-        identifier=options.get("identifier", ""),
-        class_noun=options.get("class_noun", ""),
-        identifier_init=options.get("identifier_init", ()),
-        sample_prompts=options.get("sample_prompts", ()),
-        settings=_settings(options.get("settings", {})),
-        pictures=[
-            pb.PictureSpec(caption=caption, size_bytes=len(picture))
-            for caption, picture in zip(captions, pictures, strict=True)
-        ],
-        idempotency_key=options.get("idempotency_key") or new_key(),
-        labels=options.get("labels", {}),
-        learn_identifier=options.get("learn_identifier"),
-    )
-    if "method" in options:
-        spec.method = to_enum(pb.FineTuneMethod, "FINE_TUNE_METHOD", options["method"])
-    if "subject" in options:
-        spec.subject = to_enum(pb.FineTuneSubject, "FINE_TUNE_SUBJECT", options["subject"])
-    return spec
-
-
-def _settings(given: Mapping[str, float]) -> pb.FineTuneSettings:
-    fields = pb.FineTuneSettings.DESCRIPTOR.fields_by_name
-    settings = pb.FineTuneSettings()
-    for name, value in given.items():
-        if name not in fields:
-            raise ValueError(f"there is no setting {name!r}; there are {', '.join(fields)}")
-        setattr(settings, name, value)
-    return settings
 
 
 def _read_page(message: pb.ListFineTunesResponse) -> Page[FineTune]:

@@ -45,6 +45,9 @@ class Model:
     max_adapter_bytes: int
     max_picture_bytes: int
     max_pictures: int
+    lag: bool
+    shared_attention: bool
+    max_regions: int
 
 
 def get_call(name: str) -> Unary[pb.GetModelRequest, pb.GetModelResponse, Model]:
@@ -66,7 +69,8 @@ def read_model(message: pb.Model) -> Model:
     """Return the record of a message."""
     plain = (
         "name base_hash engine default_steps default_guidance_scale width height size_multiple max_size max_count "
-        "max_steps max_tokens batch_capacity default_identifier max_adapter_bytes max_picture_bytes max_pictures"
+        "max_steps max_tokens batch_capacity default_identifier max_adapter_bytes max_picture_bytes max_pictures "
+        "lag shared_attention max_regions"
     )
     return Model(
         plans=tuple(message.plans),

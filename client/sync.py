@@ -100,7 +100,7 @@ class Client:
 
     def fine_tune(self, pictures: Sequence[Source], **options: Unpack[jobs.FineTuneOptions]) -> jobs.FineTune:
         """Queue a job that learns an adapter from the pictures (paths or bytes), and return it."""
-        return self._upload(jobs.create_call([read_source(picture) for picture in pictures], **options))
+        return self._upload(jobs.create_call(pictures, **options))
 
     def get_job(self, name: str) -> jobs.FineTune:
         """Return a job."""

@@ -7,30 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from hueshift.client.choices import Method, Subject
+from hueshift.server.cli.finetune_options import chosen_settings, parse_also, parse_masks, settings_options
 from hueshift.server.cli.options import gather
 from hueshift.server.cli.parse import parse_labels, read_captions
 from hueshift.server.cli.session import Session, connected
-from hueshift.server.cli.watching import job_table, watch_job
+from hueshift.server.cli.watching import job_table, plan_table, watch_job
 
-_NUMBERS = "Training; what is absent takes the method's default, see `hueshift model`"
-
-
-def _numbers(
-    steps: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    identifier_learning_rate: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    prior_weight: Annotated[float | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    prior_images: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    sample_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-    checkpoint_interval: Annotated[int | None, typer.Option(rich_help_panel=_NUMBERS)] = None,
-) -> None:
-    """Declare the numbers of a job, named as in the contract's FineTuneSettings."""
+METHODS = tuple(method.value for method in Method if method is not Method.UNKNOWN)
 
 
 @connected
-@gather(_numbers, into="numbers")
+@gather(settings_options, into="settings")
 def finetune(
     session: Session,
     pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Training pictures.")],
@@ -50,21 +37,32 @@ def finetune(
         list[str] | None, typer.Option(help="Known word the identifier starts from; repeat for a mean.")
     ] = None,
     learn_identifier: Annotated[bool | None, typer.Option(help="Learn an embedding for the identifier.")] = None,
-    method: Annotated[str, typer.Option(metavar="svdiff|residuals", help="Method.")] = Method.SVDIFF.value,
+    method: Annotated[str, typer.Option(metavar="|".join(METHODS), help="Method.")] = Method.SVDIFF.value,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD:NOUN:PICTURE[,PICTURE]", help="One more subject, and the pictures that show it."),
+    ] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(metavar="PICTURE=MASK", help="Mask of a picture, white where the subject is.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Id of the adapter to make, or to give a new revision.")] = "",
     display_name: Annotated[str, typer.Option(help="Name for people.")] = "",
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the adapter.")] = None,
     sample_prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a sample picture; up to four.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job and tell its cost; queue nothing.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the sample pictures; with --watch.")
     ] = None,
     *,
-    numbers: Mapping[str, float | None],
+    settings: Mapping[str, Any],
 ) -> None:
     """Learn an adapter from a few pictures of one subject or of one style."""
     if out is not None and not watch:
         raise typer.BadParameter("samples are saved while the job is watched; add --watch", param_hint="--out")
+    if dry_run and watch:
+        raise typer.BadParameter("there is nothing to watch in a dry run; leave one out", param_hint="--dry-run")
+    subjects, shown = parse_also(also or (), pictures)
     options: dict[str, Any] = {
         "captions": _captions(pictures, caption or [], captions_file),
         "subject": Subject.SUBJECT if subject else Subject.STYLE,
@@ -76,11 +74,18 @@ def finetune(
         "adapter_id": name,
         "display_name": display_name,
         "labels": parse_labels(label or ()),
-        "settings": {key: value for key, value in numbers.items() if value is not None},
+        "settings": chosen_settings(settings),
+        "more_subjects": subjects,
+        "picture_subjects": shown,
+        "masks": parse_masks(mask or (), pictures),
+        "validate_only": dry_run,
     }
     if learn_identifier is not None:
         options["learn_identifier"] = learn_identifier
     job = session.client.fine_tune(pictures, **options)
+    if dry_run:
+        session.output.result(job, plan_table(job))
+        return
     if watch:
         job = watch_job(session, job.name, out=out)
     session.output.result(job, job_table(job))
@@ -101,7 +106,6 @@ def _captions(pictures: list[Path], captions: list[str], file: Path | None) -> l
 
 
 def _method(word: str) -> Method:
-    known = [method for method in Method if method is not Method.UNKNOWN]
-    if word not in known:
-        raise typer.BadParameter(f"{word!r}; allowed: {', '.join(known)}", param_hint="--method")
+    if word not in METHODS:
+        raise typer.BadParameter(f"{word!r}; allowed: {', '.join(METHODS)}", param_hint="--method")
     return Method(word)

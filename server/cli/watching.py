@@ -103,5 +103,26 @@ def job_table(job: "FineTune") -> "Table":
             "ended": time_text(job.ended),
             "CLIP-I": None if scores is None else f"{scores.clip_i:.3f} (base model: {scores.clip_i_base:.3f})",
             "CLIP-T": None if scores is None else f"{scores.clip_t:.3f}",
+            "kept": None if job.kept_energy is None else f"{job.kept_energy:.1%} of what was learned",
+            "cost": _cost_text(job),
         }
     )
+
+
+def plan_table(job: "FineTune") -> "Table":
+    """Return a job that was only checked, for people."""
+    return facts_table(
+        {
+            "method": f"{job.method.value}, {job.subject.value}",
+            "steps": str(job.steps),
+            "adapter": job.adapter or None,
+            "cost": _cost_text(job) or "not known: no job of this kind has run on this server yet",
+        }
+    )
+
+
+def _cost_text(job: "FineTune") -> str | None:
+    if job.cost is None:
+        return None
+    cost = job.cost
+    return f"{cost.gpu_seconds:.0f} s ({cost.seconds_per_step:.2f} s a step, mean of {cost.measured_steps})"
