@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hueshift.client.choices import ImageFormat, Priority, Sampler
 from hueshift.server.cli.files import free_path, picture_name, save
+from hueshift.server.cli.guides import LagFlag, LagWords, MasksFlag, Regions, SharedFlag, guide_options
 from hueshift.server.cli.output import Output, plain, rows_table
 from hueshift.server.cli.parse import parse_size, parse_use
 from hueshift.server.cli.session import Session, connected
@@ -21,24 +22,21 @@ if TYPE_CHECKING:
 
 _PREVIEW_STEPS = 2
 _PREVIEW_COLUMNS = 48
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(metavar="N", help="Seed of the first picture; repeat for one per picture. Default: random."),
+]
+USE = "NAME[@REVISION][:WEIGHT][:BLOCK=WEIGHT,...]"
 
 
 @connected
 def generate(
     session: Session,
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[@REVISION][:WEIGHT][:BLOCK=WEIGHT,...]", help="Adapter to apply; repeat to mix several."
-        ),
-    ] = None,
+    adapter: Annotated[list[str] | None, typer.Option(metavar=USE, help="Adapter; repeat to mix several.")] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", help="Seed of the first picture; repeat for one per picture. Default: random."),
-    ] = None,
+    seed: Seeds = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the server's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is without. Default: the server's.")] = None,
     sampler: Annotated[Sampler | None, typer.Option(help="Sampler; default: the server's.")] = None,
@@ -49,6 +47,11 @@ def generate(
     timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call.")] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path(),
     preview: Annotated[bool, typer.Option("--preview", help="Draw the picture in the terminal as it forms.")] = False,
+    lag: LagFlag = False,
+    lag_word: LagWords = None,
+    save_masks: MasksFlag = False,
+    shared_attention: SharedFlag = False,
+    region: Regions = None,
 ) -> None:
     """Draw pictures from a prompt, with any mix of adapters, and write them to a folder."""
     from hueshift.client.generation import AdapterUse, Picture
@@ -71,16 +74,16 @@ def generate(
         "priority": priority,
         "preview_interval": _PREVIEW_STEPS if preview else 0,
         "timeout": timeout,
+        **guide_options(lag, lag_word, save_masks, shared_attention, region),
     }
     given = {name: value for name, value in options.items() if value is not None}
     view = GenerateView(session.output, preview)
-    saved: list[tuple[Path, Picture]] = []
+    saved: list[Saved] = []
     with closing(session.client.generate(prompt, **given)) as events, view:
         for event in events:
             view.show(event)
             if isinstance(event, Picture):
-                path = free_path(out / picture_name(prompt, event.seed, event.media_type))
-                saved.append((save(path, event.data), event))
+                saved.append(_save(out / picture_name(prompt, event.seed, event.media_type), event))
     _report(session.output, saved, view.finished)
 
 
@@ -143,18 +146,40 @@ class GenerateView:
             self._live.update(Group(self._picture, self._bar), refresh=True)
 
 
-def _report(output: Output, saved: list[tuple[Path, "Picture"]], finished: "Finished | None") -> None:
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A picture that was written, and its mask's file if it has one."""
+
+    picture: "Picture"
+    path: Path
+    mask_path: Path | None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The picture without its files, as data."""
+        record: dict[str, Any] = {"path": str(self.path), **plain(self.picture)}
+        del record["data"], record["mask"]
+        return record | ({"mask_path": str(self.mask_path)} if self.mask_path is not None else {})
+
+
+def _save(wanted: Path, picture: "Picture") -> Saved:
+    path = save(free_path(wanted), picture.data)
+    mask = save(free_path(path.with_name(f"{path.stem}-mask.png")), picture.mask) if picture.mask else None
+    return Saved(picture, path, mask)
+
+
+def _report(output: Output, saved: list[Saved], finished: "Finished | None") -> None:
     rows = [
         (
-            str(path),
-            str(picture.seed),
-            ", ".join(f"{a.adapter.rsplit('/', 1)[-1]}@{a.revision}:{a.weight:g}" for a in picture.adapters) or "-",
-            "+".join(picture.plans),
-            f"{picture.timings.denoise:.2f} s",
+            str(one.path),
+            str(one.picture.seed),
+            ", ".join(f"{a.adapter.rsplit('/', 1)[-1]}@{a.revision}:{a.weight:g}" for a in one.picture.adapters) or "-",
+            "+".join(one.picture.plans),
+            f"{one.picture.timings.denoise:.2f} s",
         )
-        for path, picture in saved
+        for one in saved
     ]
-    records = [{"path": str(path), **_without_data(picture)} for path, picture in saved]
+    records = [one.record for one in saved]
     value = {"pictures": records, "finished": plain(finished)}
     output.result(value, rows_table(("picture", "seed", "adapters", "plan", "denoising"), rows))
     if finished is not None:
@@ -162,9 +187,3 @@ def _report(output: Output, saved: list[tuple[Path, "Picture"]], finished: "Fini
             output.note(f"The last {finished.truncated_tokens} tokens of the prompt were too many and had no effect.")
         noun = "picture" if finished.images == 1 else "pictures"
         output.note(f"{finished.images} {noun} in {finished.seconds:.1f} s (request {finished.request_id})")
-
-
-def _without_data(picture: "Picture") -> dict[str, Any]:
-    record: dict[str, Any] = plain(picture)
-    del record["data"]
-    return record
