@@ -27,6 +27,8 @@ _WORDS = (
     "W05hTiwgMF0=",
     "sks",
     "animal",
+    "structure",
+    "mid_block",
     "' OR 1=1 --",
     "x" * 5000,
 )
@@ -48,7 +50,7 @@ def _fill(random: Random, message: Message, field: FieldDescriptor, depth: int) 
     kind = field.message_type
     if kind is not None and kind.GetOptions().map_entry:
         for _ in range(random.choice((0, 1, 2, 20))):
-            target[random.choice(_WORDS)] = random.choice(_WORDS)
+            target[random.choice(_WORDS)] = _value(random, kind.fields_by_name["value"])
     elif kind is not None and field.is_repeated:
         for _ in range(random.choice((0, 1, 2, 6))):
             target.add().CopyFrom(random_message(random, kind, depth + 1))
