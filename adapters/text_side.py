@@ -122,6 +122,13 @@ def check_text_side(
         _check_grid(entry, layout, limits)
     for word, parts in plan.mappers.items():
         _check_mapper(word, parts, layout.token_width, limits)
+        doubled = parts["output_weight"].shape[0] == 2 * layout.token_width
+        if doubled != bool(mappers[word].bypass):
+            raise invalid(
+                f"the mapper of {word!r} gives out {parts['output_weight'].shape[0]} values and has bypass "
+                f"{mappers[word].bypass:g}; allowed: {layout.token_width} values with bypass 0, "
+                f"{2 * layout.token_width} with another one"
+            )
     if not plan.kv and not plan.gated:
         return
     names = {f"{attention}.{side}" for attention in layout.cross_attentions for side in ("to_k", "to_v")}

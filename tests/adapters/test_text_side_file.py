@@ -142,6 +142,8 @@ MAPPED = "mapper/<mapped>"
         ("mapper", stated(mappers={"<mapped>": {"norm": 10**400, "bypass": 0}}), INVALID, "a finite number"),
         ("mapper", stated(mappers={"<mapped>": {"norm": 1}}), INVALID, "exactly norm, bypass"),
         ("mapper", stated(mappers={"a b": {"norm": 1, "bypass": 0}}), INVALID, "holds a space"),
+        ("mapper", stated(mappers={"<mapped>": {"norm": 1, "bypass": 0}}), INVALID, "48 values and has bypass 0"),
+        ("mapper-plain", stated(mappers={"<mapped>": {"norm": 1, "bypass": 0.2}}), INVALID, "24 values and has bypass"),
         ("mapper", shaped(f"{MAPPED}/frequencies", 2, 4), SHAPE, "[features, 2]"),
         ("mapper", shaped(f"{MAPPED}/layers/0/weight", 4, 16), SHAPE, "[size, 8]"),
         ("mapper", shaped(f"{MAPPED}/layers/1/norm_bias", 2, 4), SHAPE, "allowed: [8]"),
@@ -292,3 +294,28 @@ def test_any_grids_come_back(words: dict[str, tuple[int, bool, int]], dtype: tor
     assert_same(
         read_adapter(write_adapter(adapter), LAYOUT, LIMITS), replace(adapter, token_grids=dict(sorted(grids.items())))
     )
+
+
+NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@FUZZ
+@given(
+    st.integers(0, 99),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.booleans(),
+    st.floats(0, 1e6),
+    NUMBERS,
+    st.floats(1e-9, 1e6),
+)
+def test_any_network_and_edit_comes_back(
+    seed: int, features: int, hidden: list[int], bypass: bool, norm: float, beta: float, tau: float
+) -> None:
+    for adapter in (
+        mapper(LAYOUT, seed=seed, features=features, hidden=tuple(hidden), bypass=bypass, norm=norm),
+        gated(LAYOUT, seed=seed, beta=beta, tau=tau),
+        kv_deltas(LAYOUT, seed=seed),
+        multi_vector(LAYOUT, vectors=features, seed=seed),
+    ):
+        assert_same(read_adapter(write_adapter(adapter), LAYOUT, LIMITS), adapter)
