@@ -89,7 +89,7 @@ def interpolate(first: Adapter, second: Adapter, position: float, max_rank: int 
 def mix_blocks(first: Adapter, second: Adapter, weight: Weight, max_rank: int | None = None) -> Adapter:
     """Return `first` times `weight` plus `second` times 1 - `weight`, block by block, with the words of both.
 
-    With weight 1 in the structure blocks and 0 elsewhere this is SVDiff's style mixing (section 4.4): structure of the
+    With weight 1 in the structure blocks and 0 elsewhere this is SVDiff's style mixing: structure of the
     first, appearance of the second. It is `first` itself where the weight is 1 everywhere, `second` itself where it is
     0. Raises InvalidArgument as `add`.
     """

@@ -1,6 +1,6 @@
 """Weights by block: how strongly an adapter acts in each part of the UNet.
 
-SVDiff (Han et al. 2023, section 4.4) mixes the structure of one picture with the appearance of another by taking some
+SVDiff (Han et al. 2023, style mixing) mixes the structure of one picture with the appearance of another by taking some
 blocks' shifts from one adapter and the rest from the other. Its structure blocks lie on the way down where the feature
 maps of a 512 pixel picture are 16 and 8 wide; here these are the last two down blocks, whatever the base model's size.
 """
