@@ -7,6 +7,7 @@ at its next look-up, which every request makes; requests that already run there 
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -44,6 +45,19 @@ class StopRequest:
         """Take one signal."""
         (self.hurry if self.drain.is_set() else self.drain).set()
 
+    def on_closed(self, descriptor: int) -> None:
+        """Take the end of a pipe for a signal; call it in the event loop. See `hueshift.server.stop`."""
+        loop = asyncio.get_running_loop()
+
+        def wait() -> None:
+            while os.read(descriptor, 4096):
+                continue
+            # The loop is closed when the server has ended by itself.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self.ask)
+
+        threading.Thread(target=wait, name="parent", daemon=True).start()
+
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
         """Take SIGTERM and SIGINT while the block runs; the main thread's loop only."""
@@ -63,9 +77,12 @@ async def serve(
     ready: Callable[[Addresses], None] | None = None,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
+    parent: int | None = None,
     build: Build | None = None,
 ) -> None:
     """Serve until `stop` asks for the end (without one: until SIGTERM or SIGINT).
+
+    `parent` is a file descriptor whose end, when its other side is closed, asks for the end too.
 
     `ready` is called once, when health turns to SERVING. Returns after the drain: accepted calls have finished, or were
     cut off after `server.drain_seconds`. Raises HueshiftError when the server cannot start.
@@ -73,6 +90,8 @@ async def serve(
     clock = SystemClock()
     make = build or (build_front_end if settings.cluster.role == "frontend" else build_services)
     own_stop = stop or StopRequest()
+    if parent is not None:
+        own_stop.on_closed(parent)
     with contextlib.nullcontext() if stop else own_stop.on_signals():
         stores = await asyncio.to_thread(open_stores, settings, clock)
         frame = Frame(settings, stores, clock)

@@ -16,6 +16,7 @@ _CLI = "hueshift.server.cli"
 COMMANDS = {
     "serve": Lazy(f"{_CLI}.serve", "serve", "Start a server; with no settings, the embedded default."),
     "worker": Lazy(f"{_CLI}.worker", "worker", "Start a fine-tuning worker beside a server's store."),
+    "cluster": Lazy(f"{_CLI}.cluster", "app", "Place replicas and workers on a Ray cluster; show what was given up."),
     "generate": Lazy(f"{_CLI}.generate", "generate", "Draw pictures from a prompt, with any mix of adapters."),
     "finetune": Lazy(f"{_CLI}.finetune", "finetune", "Learn an adapter from a few pictures."),
     "adapters": Lazy(f"{_CLI}.adapters", "app", "List, show, import, export, combine, inspect and delete adapters."),

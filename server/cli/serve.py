@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from hueshift.adapters.errors import HueshiftError
-from hueshift.server.addresses import Addresses
+from hueshift.server.addresses import Addresses, bracket, is_loopback
 from hueshift.server.cli.output import Output
 from hueshift.server.logs import configure_logs
 from hueshift.server.settings import Settings, load_settings
@@ -32,6 +32,8 @@ def serve(
     store: Annotated[Path | None, typer.Option(file_okay=False, help="Folder of all that stays. [store.path]")] = None,
     workers: Annotated[int | None, typer.Option(help="Fine-tuning processes. [training.workers]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say the addresses as one line of JSON.")] = False,
+    supervised: Annotated[bool, typer.Option(hidden=True, help="Settings and life come from standard input.")] = False,
+    node_address: Annotated[str, typer.Option(hidden=True, help="Address of the node, told to front ends.")] = "",
 ) -> None:
     """Start a server and run it until SIGTERM or Ctrl-C; a second one does not wait for calls to finish.
 
@@ -48,15 +50,19 @@ def serve(
     }
     chosen = {name: {key: value for key, value in part.items() if value is not None} for name, part in given.items()}
     try:
-        settings = _for_people(load_settings(config, **{name: part for name, part in chosen.items() if part}), output)
+        if supervised:
+            settings = _on_node(Settings.model_validate_json(sys.stdin.readline()), node_address)
+        else:
+            found = load_settings(config, **{name: part for name, part in chosen.items() if part})
+            settings = _for_people(found, output)
         configure_logs(settings.log)
-        _run(settings, output)
+        _run(settings, output, sys.stdin.fileno() if supervised else None)
     except HueshiftError as error:
         output.error(error.message, code=error.reason.value)
         raise typer.Exit(1) from error
 
 
-def _run(settings: Settings, output: Output) -> None:
+def _run(settings: Settings, output: Output, parent: int | None) -> None:
     # gRPC's core writes to standard error in a format of its own, which would break the log's lines of JSON; what it
     # tells of, a port that cannot be bound for example, comes as an error of ours too.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -72,7 +78,7 @@ def _run(settings: Settings, output: Output) -> None:
             told = {"grpc": addresses.grpc, "metrics": addresses.metrics}
             output.event(told, f"Hueshift serves gRPC on {addresses.grpc}, metrics on {addresses.metrics}")
 
-        asyncio.run(server.serve(settings, ready=ready, progress=bars.update))
+        asyncio.run(server.serve(settings, ready=ready, progress=bars.update, parent=parent))
     if any(thread.name == server.WARM_UP_THREAD for thread in threading.enumerate()):
         # Stopped during the warm-up, whose thread cannot be stopped: the interpreter's own end would pull the ground
         # from under it. Nothing is left to be written.
@@ -113,3 +119,11 @@ def _for_people(settings: Settings, output: Output) -> Settings:
     if not output.interactive or "json_lines" in settings.log.model_fields_set:
         return settings
     return settings.model_copy(update={"log": settings.log.model_copy(update={"json_lines": False})})
+
+
+def _on_node(settings: Settings, address: str) -> Settings:
+    """Tell front ends the node's own address, where the settings bind every address and name none."""
+    if not address or settings.cluster.advertise or is_loopback(settings.server.host):
+        return settings
+    cluster = settings.cluster.model_copy(update={"advertise": f"{bracket(address)}:0"})
+    return settings.model_copy(update={"cluster": cluster})
