@@ -145,13 +145,15 @@ def choose(
     backlog: Backlog | None = None,
     *,
     merged: frozenset[int] = frozenset(),
+    merging: frozenset[int] = frozenset(),
     weight_slots: int = 0,
     before: Style | None = None,
 ) -> Decision:
     """Choose how a batch of one latent size takes its next step.
 
-    `merged` are the slots whose weights are written, `weight_slots` how many can be; `before` is the style of the last
-    step, which is kept unless another saves more than HYSTERESIS of it. Every member is in exactly one run.
+    `merged` are the slots whose weights are written, `merging` those being written, `weight_slots` how many can be.
+    `before` is the style of the last step, which is kept unless another saves more than HYSTERESIS of it. Every member
+    is in exactly one run.
     """
 
     def cost(style: Style) -> float:
@@ -163,7 +165,10 @@ def choose(
         if cost(kept) * (1 - HYSTERESIS) <= cost(best):
             best = kept
     together = table.ms(_highest(batch), sum(member.rows for member in batch), size)
-    merge = _worth_merging(table, batch, backlog or Backlog(), merged, weight_slots, best, cost)
+    # The base's own weights are always there and take no weight slot; those in use now must not be overwritten.
+    room = weight_slots - len(best.merged - {BASE_SLOT}) - len(merging)
+    started = merged | merging
+    merge = _worth_merging(table, batch, backlog or Backlog(), started, best, cost) if room > 0 else None
     return Decision(arrange(table, size, batch, best), best, merge, together)
 
 
@@ -215,18 +220,14 @@ def _worth_merging(
     table: CostTable,
     batch: Sequence[Member],
     backlog: Backlog,
-    merged: frozenset[int],
-    weight_slots: int,
+    started: frozenset[int],
     style: Style,
     cost: Callable[[Style], float],
 ) -> int | None:
     """The slot whose merge saves most over the steps to come, if that is more than it costs."""
-    # The base's own weights are always there and take no weight slot; those in use now must not be overwritten.
-    if weight_slots <= len(style.merged - {BASE_SLOT}):
-        return None
     gains: dict[int, float] = {}
     now = cost(style)
-    for slot in {member.slot for member in batch if member.mergeable} - merged:
+    for slot in {member.slot for member in batch if member.mergeable} - started:
         steps = max(member.steps_left for member in batch if member.slot == slot) + backlog.steps.get(slot, 0)
         saved = now - cost(Style(style.division, style.merged | {slot}))
         gains[slot] = saved * steps - table.merge_ms * MERGE_MARGIN

@@ -33,6 +33,7 @@ class Planner:
             members_of(self._engine, samples),
             Backlog(waiting),
             merged=merging.merged if merging else frozenset(),
+            merging=merging.merging if merging else frozenset(),
             weight_slots=merging.weight_slots if merging else 0,
             before=self._before.get(size),
         )

@@ -310,6 +310,13 @@ class SlotCache:
             if held.uses == 0:
                 self._evict(mix)
 
+    def slot_of(self, mix: Mix) -> int | None:
+        """The slot that holds a mix, None if none does."""
+        if not mix:
+            return BASE_SLOT
+        held = self._held.get(mix)
+        return None if held is None else held.slot
+
     def resident(self, content_hash: str) -> bool:
         """True if some slot holds a mix with the adapter."""
         with self._lock:

@@ -49,9 +49,11 @@ class DecodeStage:
         metrics: Metrics,
         clock: Clock,
         on_batch: Callable[[], None],
+        on_error: Callable[[BaseException], object] = lambda error: None,
     ) -> None:
         self._vae, self._engine, self._base_hash = vae, engine, base_hash
         self._metrics, self._clock, self._on_batch = metrics, clock, on_batch
+        self._on_error = on_error
         self._log = structlog.get_logger()
         self._wake = threading.Condition()
         self._finished: deque[_Work] = deque()
@@ -103,6 +105,7 @@ class DecodeStage:
         try:
             self._decode([work for work in works if not work.running.ticket.ended])
         except Exception as error:  # Whatever it was, it belongs to these requests, and the stage goes on.
+            self._on_error(error)
             self._log.error("decoding failed", pictures=len(works), exc_info=error)
             for work in works:
                 work.running.ticket.end(as_ours(error, "decoding the picture"))

@@ -49,6 +49,12 @@ class Metrics:
         self.batch_adapters = Histogram(
             "hueshift_batch_adapters", "Distinct adapter mixes per step.", buckets=_BATCH_BUCKETS, registry=r
         )
+        self.batch_splits = Counter(
+            "hueshift_batch_splits",
+            "Steps of a batch in several calls: cost (that is cheaper), memory (one call did not fit).",
+            ["reason"],
+            registry=r,
+        )
         self._add_adapters_and_jobs(registry)
         self._add_engine(registry)
 

@@ -20,17 +20,20 @@ from hueshift.adapters.errors import Cancelled, Reason, Unavailable
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import Conditioner
 from hueshift.engines.interface import UNetEngine
+from hueshift.engines.planner import Planner
 from hueshift.engines.residency import PreparedMix, SlotCache, make_mix
 from hueshift.engines.vae import VaeStage
 from hueshift.server.admission import Admission, QueueLimits
 from hueshift.server.clock import Clock
 from hueshift.server.decode_stage import DecodeStage
+from hueshift.server.device_watch import DeviceWatch, device_lost
 from hueshift.server.event_stream import EventStream
 from hueshift.server.generation import GenerationEvent, GenerationHandle, GenerationRequest, QueuedEvent
 from hueshift.server.metrics import Metrics
 from hueshift.server.pace import Pace
 from hueshift.server.preparation import Preparation
 from hueshift.server.step_loop import StepLoop
+from hueshift.server.step_runner import StepRunner
 from hueshift.server.ticket import Ticket, as_ours
 
 T = TypeVar("T")
@@ -58,7 +61,8 @@ class Scheduler:
     """Runs requests; see the module. `start` it before, and `close` it after use.
 
     `weights` are the tenants' shares relative to one another, 1 where not named. `preparers` runs the preparation of
-    requests; by default two threads.
+    requests; by default two threads. `planner` divides batches into calls; without one a batch is one call. `watch`
+    knows when the device is lost.
     """
 
     def __init__(
@@ -74,14 +78,23 @@ class Scheduler:
         *,
         weights: Mapping[str, float] | None = None,
         preparers: Executor | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self._base, self._slots, self._clock = base, slots, clock
         self._log = structlog.get_logger()
         pace = Pace()
         self._admission = Admission(limits, pace)
         self._preparers = preparers or ThreadPoolExecutor(_PREPARERS, "hueshift-prepare")
+        self.watch = DeviceWatch()
+        self.watch.on_lost(self._lose)
         self._decoder = DecodeStage(
-            vae, engine=engine.name, base_hash=base.base_hash, metrics=metrics, clock=clock, on_batch=self._nudge
+            vae,
+            engine=engine.name,
+            base_hash=base.base_hash,
+            metrics=metrics,
+            clock=clock,
+            on_batch=self._nudge,
+            on_error=self.watch.heard,
         )
         self._loop = StepLoop(
             engine,
@@ -96,6 +109,8 @@ class Scheduler:
             clock,
             weights or {},
             self._post,
+            StepRunner(engine, metrics, clock, planner),
+            self.watch,
         )
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -228,6 +243,11 @@ class Scheduler:
     def _give_up(self, ticket: Ticket) -> None:
         if ticket.end(Cancelled(Reason.CANCELLED, "the caller gave the request up")):
             self._nudge()
+
+    def _lose(self) -> None:
+        """The device is gone: refuse what comes, end what is there."""
+        self._admission.drain()
+        self._post(lambda: self._loop.end_all(device_lost()))
 
     def _post(self, call: Callable[[], None]) -> None:
         with self._wake:

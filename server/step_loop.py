@@ -13,17 +13,20 @@ import structlog
 
 from hueshift.adapters.errors import DeadlineExceeded, HueshiftError, NotFound, Reason, ResourceExhausted
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.denoise import Region, Sample, advance, start_sample
+from hueshift.engines.denoise import Region, Sample, start_sample
+from hueshift.engines.device_errors import Fault, classify
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import SlotCache
 from hueshift.server.active_batch import ActiveBatch
 from hueshift.server.admission import Admission
 from hueshift.server.clock import Clock
 from hueshift.server.decode_stage import DecodeStage
+from hueshift.server.device_watch import DeviceWatch, device_lost
 from hueshift.server.fair_queue import FairQueue
 from hueshift.server.metrics import Metrics
 from hueshift.server.pace import Pace, Size
 from hueshift.server.preparation import Preparation, Prepared
+from hueshift.server.step_runner import Stepped, StepRunner
 from hueshift.server.ticket import Running, Ticket, as_ours, our_fault, outcome_of
 
 # Requests handed to the preparing threads at a time: enough to keep them busy, few enough that a newcomer is not stuck
@@ -50,8 +53,11 @@ class StepLoop:
         clock: Clock,
         weights: Mapping[str, float],
         post: Callable[[Callable[[], None]], None],
+        runner: StepRunner,
+        watch: DeviceWatch,
     ) -> None:
         self._engine, self._base, self._slots = engine, base, slots
+        self._runner, self._watch = runner, watch
         self._preparation, self._preparers, self._decoder = preparation, preparers, decoder
         self._admission, self._pace = admission, pace
         self._metrics, self._clock, self._post = metrics, clock, post
@@ -75,6 +81,10 @@ class StepLoop:
 
     def accept(self, ticket: Ticket) -> None:
         """Queue a request that admission let in."""
+        if self._watch.lost.done():
+            ticket.end(device_lost())
+            self._admission.left(ticket.request.tenant, len(ticket.waiting), ticket.work)
+            return
         self._live[ticket] = None
         self._queue.push(ticket.request.tenant, ticket, ticket.request.priority)
 
@@ -152,6 +162,7 @@ class StepLoop:
         error = done.exception()
         if error is not None:
             if not isinstance(error, HueshiftError):
+                self._watch.heard(error)
                 self._log.error("preparation failed", request_id=ticket.request.request_id, exc_info=error)
             ticket.end(as_ours(error, "preparing the request"))
             return
@@ -179,6 +190,7 @@ class StepLoop:
             try:
                 slots_out = not self._place(ticket) or slots_out
             except Exception as error:  # The engine refused the row: it belongs to this request alone.
+                self._watch.heard(error)
                 self._log.error("row refused", request_id=ticket.request.request_id, exc_info=error)
                 self._end(ticket, as_ours(error, "loading the adapters"))
 
@@ -253,32 +265,59 @@ class StepLoop:
         chosen = self._batch.choose()
         if not chosen:
             return
-        size, begin = chosen[0].size, self._clock.monotonic()
-        try:
-            plan = advance(self._engine, [running.sample for running in chosen])
-        except Exception as error:  # Whatever it was, it belongs to these requests, and the loop goes on.
-            self._log.error("engine failed", pictures=len(chosen), exc_info=error)
-            for ticket in {running.ticket: None for running in chosen}:
-                self._end(ticket, our_fault(error, "the engine"))
-            return
+        size = chosen[0].size
+        results = self._runner.step(chosen, self._waiting_steps())
         now = self._clock.monotonic()
-        rows = sum(running.sample.rows for running in chosen)
-        work = self.work_of(rows, size)
-        self._batch.charge(size, work)
-        self._pace.observe(size, work, now - begin)
-        self._metrics.step_seconds.labels(plan).observe(now - begin)
-        self._metrics.batch_rows.labels(plan).observe(rows)
-        self._metrics.batch_adapters.observe(len({part.slot for running in chosen for part in running.sample.parts}))
+        ran = [running for result in results if result.error is None for running in result.running]
+        seconds = sum(result.seconds for result in results)
+        if ran:
+            work = self.work_of(sum(running.sample.rows for running in ran), size)
+            self._batch.charge(size, work)
+            self._pace.observe(size, work, seconds)
+            self._metrics.batch_adapters.observe(len({part.slot for running in ran for part in running.sample.parts}))
         # Progress first: once the decoder has a request's last picture, it may end the request at any time.
         steps: dict[Ticket, int] = {}
-        for running in chosen:
+        for running in ran:
             steps[running.ticket] = steps.get(running.ticket, 0) + 1
         for ticket, count in steps.items():
             ticket.progress(count)
-        for running in chosen:
-            if plan not in running.plans:
-                running.plans.append(plan)
-            self._after_step(running, now)
+        for result in results:
+            self._account(result, now)
+
+    def _waiting_steps(self) -> dict[int, int]:
+        """Steps of queued pictures by the slot that holds their mix."""
+        steps: dict[int, int] = {}
+        for ticket in self._live:
+            slot = self._slots.slot_of(ticket.mixes[0]) if ticket.waiting else None
+            if slot is not None:
+                steps[slot] = steps.get(slot, 0) + len(ticket.waiting) * ticket.request.steps
+        return steps
+
+    def _account(self, result: Stepped, now: float) -> None:
+        """Do what follows from one call: pictures that are done leave, those that failed end."""
+        if result.error is not None:
+            self._fail(result, result.error)
+            return
+        self._metrics.step_seconds.labels(result.plan).observe(result.seconds)
+        self._metrics.batch_rows.labels(result.plan).observe(sum(running.sample.rows for running in result.running))
+        for running in result.running:
+            # Another picture of its request may have failed in another call, and ended it.
+            if running.ticket in self._live:
+                if result.plan not in running.plans:
+                    running.plans.append(result.plan)
+                self._after_step(running, now)
+
+    def _fail(self, result: Stepped, error: Exception) -> None:
+        self._log.error("engine failed", pictures=len(result.running), exc_info=error)
+        lost = self._watch.heard(error)
+        for ticket in {running.ticket: None for running in result.running}:
+            if lost:
+                self._end(ticket, device_lost())
+            elif classify(error) is Fault.MEMORY:
+                self._end(ticket, _no_memory(error))
+            else:
+                # Whatever it was, it belongs to these requests, and the loop goes on.
+                self._end(ticket, our_fault(error, "the engine"))
 
     def _after_step(self, running: Running, now: float) -> None:
         sample, request = running.sample, running.ticket.request
@@ -333,3 +372,13 @@ def _too_many_pinned(mixes: int) -> ResourceExhausted:
         f"the picture and its regions need {mixes} adapter slots of the engine at once, and pinned adapters leave "
         "fewer; unpin an adapter, use fewer different mixes, or raise the setting engine.slots",
     )
+
+
+def _no_memory(error: Exception) -> ResourceExhausted:
+    refused = ResourceExhausted(
+        Reason.DEVICE_MEMORY,
+        "the picture does not fit in the device's memory, even alone; ask for a smaller one, or try again later",
+        retry_after=5.0,
+    )
+    refused.__cause__ = error
+    return refused

@@ -54,6 +54,8 @@ _RETRYABLE = frozenset(
         Reason.QUEUE_FULL,
         Reason.TENANT_QUOTA,
         Reason.SLOTS_EXHAUSTED,
+        Reason.DEVICE_MEMORY,
+        Reason.DEVICE_LOST,
         Reason.STORE_UNAVAILABLE,
         Reason.NO_REPLICA,
         Reason.DRAINING,

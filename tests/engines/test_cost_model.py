@@ -107,6 +107,12 @@ def test_weights_in_use_are_not_overwritten() -> None:
     assert choose(TABLE, SIZE, batch, merged=frozenset({1}), weight_slots=2).merge == 2
 
 
+def test_a_merge_that_has_begun_is_not_begun_again() -> None:
+    assert choose(TABLE, SIZE, [spectral(1)], merging=frozenset({1}), weight_slots=2).merge is None
+    assert choose(TABLE, SIZE, [spectral(1)], merging=frozenset({2}), weight_slots=1).merge is None
+    assert choose(TABLE, SIZE, [spectral(1)], merging=frozenset({2}), weight_slots=2).merge == 1
+
+
 def test_a_choice_stands_until_another_clearly_saves() -> None:
     def table(apart: float) -> CostTable:
         times = {(Plan.DENSE, 2, SIZE): apart / 2, (Plan.FACTORED, 2, SIZE): apart / 2, (Plan.FACTORED, 4, SIZE): 10.0}
