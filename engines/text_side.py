@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hueshift.adapters import word_algebra
 from hueshift.adapters.adapter import Adapter, GatedEdit, TokenMapper
 from hueshift.adapters.blocks import Weight, layer_weight
-from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.cross_attention import CrossEdits
 from hueshift.engines.svd_cache import SpectralFactors
 
@@ -43,33 +43,17 @@ def merge_words(adapters: Sequence[Adapter]) -> dict[str, Word]:
 
     Raises InvalidArgument (ADAPTERS_INCOMPATIBLE) when two of them learned the same word differently.
     """
-    merged: dict[str, Word] = {}
-    for adapter in adapters:
-        for word, value in _words(adapter).items():
-            if word in merged and not _equal(merged[word], value):
-                raise InvalidArgument(
-                    Reason.ADAPTERS_INCOMPATIBLE,
-                    f"two of the adapters learned the word {word[:80]!r} differently; use one of them, or fine-tune "
-                    "one again with another identifier",
-                )
-            merged[word] = value
-    return merged
+    words = word_algebra.merge_words(adapters)
+    plain: dict[str, Word] = {word: vectors[None, None] for word, vectors in words.tokens.items()}
+    return {**plain, **words.token_grids, **words.mappers}
 
 
 def is_text_side(layer: str) -> bool:
-    """True for layers that the UNet's graph does not run, because their results are its input."""
-    return layer.endswith((".attn2.to_k", ".attn2.to_v"))
+    """True for layers that the UNet's graph does not run, because their results are its input.
 
-
-def _words(adapter: Adapter) -> dict[str, Word]:
-    plain: dict[str, Word] = {word: vectors[None, None] for word, vectors in adapter.tokens.items()}
-    return {**plain, **adapter.token_grids, **adapter.mappers}
-
-
-def _equal(one: Word, other: Word) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return one is other
+    Keys and values of cross-attention, and what SDXL adds to the time embedding for pooled text and sizes.
+    """
+    return layer.endswith((".attn2.to_k", ".attn2.to_v")) or layer.startswith("add_embedding.")
 
 
 def _compose_edits(mix: Sequence[tuple[Adapter, Weight]], factors: SpectralFactors) -> CrossEdits:
