@@ -12,16 +12,24 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+import structlog
+
+from hueshift.adapters.errors import Unavailable
 from hueshift.server.ingestion_process import PictureFile
+from hueshift.server.job_mirror import JobMirror
 
 _STAGED_PREFIX = "incoming-"
 _MASKS = "masks"
 
 
 class JobFolders:
-    """One folder per job under `root`, shared by the server and its workers."""
+    """One folder per job under `root`, shared by the server and its workers.
 
-    def __init__(self, root: Path, *, keep_pictures: bool = False) -> None:
+    With a `mirror` the folder is this host's own, and what other hosts need of it goes to the mirror too.
+    """
+
+    def __init__(self, root: Path, *, keep_pictures: bool = False, mirror: JobMirror | None = None) -> None:
+        self._mirror = mirror
         self._root = root.expanduser().resolve()
         self._keep_pictures = keep_pictures
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -55,6 +63,26 @@ class JobFolders:
         _sync(staged)
         staged.rename(self._root / job_id)
         _sync(self._root)
+        if self._mirror is not None:
+            self._mirror.send_pictures(job_id, self._root / job_id / "pictures")
+
+    def fetch(self, job_id: str) -> None:
+        """Bring the pictures and the newest checkpoint to this host, if they come from another.
+
+        Raises Unavailable (STORE_UNAVAILABLE).
+        """
+        if self._mirror is not None:
+            pictures = self._root / job_id / "pictures"
+            pictures.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._mirror.fetch(job_id, pictures, self.work(job_id))
+
+    def keep_checkpoint(self, job_id: str, token: int, file: Path) -> None:
+        """Let other hosts resume from a checkpoint of the attempt with that fencing token.
+
+        Raises Unavailable (STORE_UNAVAILABLE).
+        """
+        if self._mirror is not None:
+            self._mirror.send_checkpoint(job_id, token, file)
 
     def discard(self, folder: Path) -> None:
         """Remove a staged folder, if it is there."""
@@ -79,10 +107,12 @@ class JobFolders:
         folder = self._root / job_id
         for part in ("work", "upload") if self._keep_pictures else ("",):
             shutil.rmtree(folder / part, ignore_errors=True)
+        self._forget(job_id, keep_pictures=self._keep_pictures)
 
     def remove(self, job_id: str) -> None:
         """Remove the folder of a job that was not queued after all."""
         shutil.rmtree(self._root / job_id, ignore_errors=True)
+        self._forget(job_id, keep_pictures=False)
 
     def sweep(self, open_jobs: Collection[str], min_age: float) -> int:
         """End every folder older than `min_age` seconds that belongs to no open job. Returns how many there were."""
@@ -98,7 +128,18 @@ class JobFolders:
             else:
                 continue
             swept += 1
+        if self._mirror is not None:
+            swept += self._mirror.sweep(open_jobs, min_age, keep_pictures=self._keep_pictures)
         return swept
+
+    def _forget(self, job_id: str, *, keep_pictures: bool) -> None:
+        if self._mirror is None:
+            return
+        try:
+            self._mirror.remove(job_id, keep_pictures=keep_pictures)
+        except Unavailable:
+            # The job has ended all the same; the next sweep removes what is left.
+            structlog.get_logger().warning("job_folders.not_removed", job=job_id, exc_info=True)
 
 
 def _last_change(folder: Path) -> float:

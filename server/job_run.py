@@ -1,5 +1,6 @@
 """One attempt at one job: what training tells goes to the job table, what tenant and operator want goes to training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -30,7 +31,9 @@ class JobRun:
         stop: StopFlag,
         clock: Clock,
         failpoint: Failpoint,
+        keep: Callable[[Path], None] | None = None,
     ) -> None:
+        """`keep` brings a checkpoint to where other hosts find it."""
         self._job = claimed.job
         self._lease = claimed.lease
         self._jobs = jobs
@@ -38,6 +41,7 @@ class JobRun:
         self._stop = stop
         self._clock = clock
         self._failpoint = failpoint
+        self._keep = keep
         self._reported_at = float("-inf")
         self._reported_step: int | None = None
         self._losses: list[float] = []
@@ -70,6 +74,8 @@ class JobRun:
     def on_checkpoint(self, step: int, path: Path) -> None:
         """Record a checkpoint."""
         try:
+            if self._keep is not None:
+                self._keep(path)
             self._jobs.checkpoint(self._lease, path.name)
         except HueshiftError as error:
             self._note(error)

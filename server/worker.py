@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +37,9 @@ _LOG = structlog.get_logger()
 # Ours or the machine's fault: another try may go better.
 _TRANSIENT = (Internal, Unavailable, ResourceExhausted)
 _MAX_RETRY_SECONDS = 60.0
+_TIDY_SECONDS = 600.0
+# Longer than any upload: a folder of an unfinished CreateFineTune is never swept.
+_TIDY_AGE = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,13 @@ class Worker:
         self._clock = clock
         self._stop = stop
         self._failpoint = failpoint
+        self._tidy_at = clock.monotonic() + _TIDY_SECONDS
 
     def run(self) -> None:
         """Take jobs, one at a time, until the stop flag is up."""
         while not self._stop.requested:
             try:
+                self._tidy()
                 self._jobs.expire_leases()
                 claimed = self._jobs.claim(self._owner, self._settings.lease_seconds)
                 if claimed is not None:
@@ -100,6 +106,13 @@ class Worker:
                 # The database does not answer. A job in hand comes back when its lease runs out.
                 _LOG.warning("worker.store_unavailable", exc_info=True)
             time.sleep(self._settings.poll_seconds)
+
+    def _tidy(self) -> None:
+        """Remove, now and then, what jobs that ended elsewhere left on this host."""
+        now = self._clock.monotonic()
+        if now >= self._tidy_at:
+            self._tidy_at = now + _TIDY_SECONDS
+            self._folders.sweep(self._jobs.open_jobs(), _TIDY_AGE)
 
     def work(self, claimed: ClaimedJob) -> None:
         """Run one attempt at a job and record its outcome."""
@@ -119,6 +132,7 @@ class Worker:
                     stop=self._stop,
                     clock=self._clock,
                     failpoint=self._failpoint,
+                    keep=partial(self._folders.keep_checkpoint, claimed.job.job_id, claimed.lease.token),
                 )
                 self._attempt(claimed, keeper, run)
         except HueshiftError as error:
@@ -156,6 +170,7 @@ class Worker:
 
     def _train(self, claimed: ClaimedJob, run: JobRun) -> Trained:
         job = claimed.job
+        self._folders.fetch(job.job_id)
         pictures = [_open_picture(path) for path in self._folders.pictures(job.job_id)]
         if len(pictures) != len(job.spec.captions):
             raise Internal(

@@ -254,7 +254,7 @@ class AdapterStore:
         Raises NotFound (ADAPTER_DELETED) and Internal (STORE_DAMAGED) as `load`.
         """
         try:
-            file = self._blobs.path(content_hash).open("rb")
+            file = self._blobs.open(content_hash)
         except FileNotFoundError as error:
             with self._database.read() as connection:
                 if referenced(connection, (content_hash,)):

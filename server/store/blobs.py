@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from hueshift.adapters.errors import InvalidArgument, Reason, ResourceExhausted
 
@@ -120,6 +121,10 @@ class BlobStore:
         if not _HASH.fullmatch(content_hash):
             raise InvalidArgument.for_field("content_hash", f"{content_hash[:80]!r} is not a SHA-256 in hexadecimal")
         return self._folder / content_hash[:2] / content_hash
+
+    def open(self, content_hash: str) -> BinaryIO:
+        """Open a stored file. It stays readable if it is deleted. Raises FileNotFoundError."""
+        return self.path(content_hash).open("rb")
 
     def delete(self, content_hash: str) -> int:
         """Remove a file at once and return the bytes freed; 0 if there was none."""

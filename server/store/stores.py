@@ -4,12 +4,15 @@ from dataclasses import dataclass
 
 from hueshift.server.clock import Clock
 from hueshift.server.job_folders import JobFolders
+from hueshift.server.job_mirror import JobMirror
 from hueshift.server.settings import Settings
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import BlobStore
 from hueshift.server.store.database import Database
 from hueshift.server.store.job_quotas import JobQuotas
 from hueshift.server.store.job_store import JobStore
+from hueshift.server.store.object_blobs import ObjectBlobs
+from hueshift.server.store.objects import Objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,16 @@ class Stores:
 def open_stores(settings: Settings, clock: Clock) -> Stores:
     """Open, and on first use create, the stores of the settings. Raises as `Database`."""
     root = settings.store.path.expanduser()
+    blobs, mirror = BlobStore(root / "adapters"), None
+    if settings.store.objects_url:
+        objects = Objects(settings.store.objects_url, settings.store.objects_endpoint)
+        blobs, mirror = ObjectBlobs(root / "adapters", objects), JobMirror(objects)
     database = Database(settings.store.database, clock)
     limits = settings.limits
     quotas = JobQuotas(limits.tenant_running_jobs, limits.tenant_training_seconds)
     return Stores(
         database=database,
-        adapters=AdapterStore(database, BlobStore(root / "adapters"), clock),
+        adapters=AdapterStore(database, blobs, clock),
         jobs=JobStore(database, clock, max_attempts=settings.training.max_attempts, quotas=quotas),
-        folders=JobFolders(root / "jobs", keep_pictures=settings.training.keep_pictures),
+        folders=JobFolders(root / "jobs", keep_pictures=settings.training.keep_pictures, mirror=mirror),
     )

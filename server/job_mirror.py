@@ -1,0 +1,57 @@
+"""What a job needs on whichever host takes it, in the object store: its pictures and its newest checkpoint.
+
+Checkpoints lie under the fencing token of the attempt that wrote them. A worker that lost its job may still write, but
+never over a checkpoint of its successor, which reads the one of the largest token.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from hueshift.server.store.objects import Objects
+
+_PREFIX = "jobs"
+
+
+class JobMirror:
+    """Copies of job folders in an object store."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    def send_pictures(self, job_id: str, folder: Path) -> None:
+        """Upload every picture of a folder."""
+        for file in sorted(folder.glob("*.png")):
+            self._objects.put(f"{_PREFIX}/{job_id}/pictures/{file.name}", file)
+
+    def send_checkpoint(self, job_id: str, token: int, file: Path) -> None:
+        """Upload a checkpoint of the attempt with that fencing token."""
+        self._objects.put(f"{_PREFIX}/{job_id}/work/{token:012d}/{file.name}", file)
+
+    def fetch(self, job_id: str, pictures: Path, work: Path) -> None:
+        """Bring the pictures and the newest checkpoint, if any, into this host's folders."""
+        keys = sorted(entry.key for entry in self._objects.entries(f"{_PREFIX}/{job_id}"))
+        newest = max((key.split("/")[-2] for key in keys if "/work/" in key), default="")
+        for key in keys:
+            *_, part, name = key.split("/")
+            if part in ("pictures", newest):
+                target = (pictures if part == "pictures" else work) / name
+                partial = target.with_name(f"{name}.partial")
+                self._objects.get(key, partial)
+                partial.replace(target)
+
+    def remove(self, job_id: str, *, keep_pictures: bool = False) -> None:
+        """Remove a job's objects; harmless when repeated."""
+        part = "/work" if keep_pictures else ""
+        for entry in list(self._objects.entries(f"{_PREFIX}/{job_id}{part}")):
+            self._objects.delete(entry.key)
+
+    def sweep(self, open_jobs: Collection[str], min_age: float, *, keep_pictures: bool) -> int:
+        """Remove what is older than `min_age` seconds and belongs to no open job. Returns the number of objects."""
+        swept = 0
+        for entry in list(self._objects.entries(_PREFIX)):
+            _, job_id, part, *_ = entry.key.split("/")
+            if job_id in open_jobs or entry.age < min_age or (keep_pictures and part == "pictures"):
+                continue
+            self._objects.delete(entry.key)
+            swept += 1
+        return swept
