@@ -70,8 +70,12 @@ def _older(path: Path) -> list[Path]:
 
 
 def _set_aside(path: Path, keep: int) -> None:
-    with safe_open(path, framework="pt") as stored:
-        step = int((stored.metadata() or {}).get("step", 0))
+    try:
+        with safe_open(path, framework="pt") as stored:
+            step = int((stored.metadata() or {})["step"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        _log.warning("training.checkpoint_unreadable", file=path.name, error=str(error))
+        return
     aside = path.with_name(f"{path.stem}-{step:06d}{path.suffix}")
     aside.unlink(missing_ok=True)
     # A second name for the same file: the new checkpoint takes the first one's place.

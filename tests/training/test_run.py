@@ -4,20 +4,26 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tiny_training import Recorder, make_pictures, make_spec
+from tiny_training import SECOND_WORD, Recorder, make_pair_spec, make_pictures, make_spec
 from torch import Tensor, nn
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, HueshiftError, InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.conditioning import Conditioner
+from hueshift.engines.cross_attention import CrossStage
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text import TextStage
+from hueshift.engines.text_side import compose_text_side
 from hueshift.training.loop import check_finite
 from hueshift.training.run import CHECKPOINT_FILE, CLASS_FOLDER, TrainingResult, run_training
 from hueshift.training.spec import Method, TrainingSpec
+from hueshift.training.words import Captions
 
 Tiny = tuple[BaseModel, SpectralFactors]
 
@@ -80,10 +86,13 @@ def test_a_run_reports_its_steps_and_leaves_the_base_as_it_was(tiny: Tiny, metho
 
 @pytest.mark.parametrize("method", Method)
 def test_a_stopped_run_goes_on_bit_for_bit(tiny: Tiny, method: Method, tmp_path: Path) -> None:
-    spec = make_spec(method, prior_weight=0.5, prior_images=3, ema_decay=0.9)
+    given: dict[str, Any] = {"prior_weight": 0.5, "prior_images": 3} if method is Method.SVDIFF else {}
+    if method is Method.DREAMBOOTH:
+        given = {"targets": ("attn1.to_q", "conv_in")}
+    spec = make_spec(method, ema_decay=0.9, gradient_accumulation=2, random_crops=2, offset_noise=0.1, **given)
     whole = run(tiny, spec, tmp_path / "whole")
     parts = tmp_path / "parts"
-    for stop_at in (1, 3, 4):
+    for stop_at in (1, 4):
         with pytest.raises(Cancelled):
             run(tiny, spec, parts, Recorder(stop_at=stop_at))
     hooks = Recorder()
@@ -93,6 +102,76 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny: Tiny, method: Method, tmp_path:
     again = Recorder()
     assert_same(run(tiny, spec, parts, again), whole)
     assert again.steps == []
+
+
+def test_a_job_of_two_subjects_goes_on_bit_for_bit_and_teaches_both_words(tiny: Tiny, tmp_path: Path) -> None:
+    spec = make_pair_spec(
+        Method.LORA, cut_mix_probability=0.6, unmix_weight=1.0, prior_weight=0.5, prior_images=2, token_vectors=2
+    )
+    whole = run(tiny, spec, tmp_path / "whole")
+    with pytest.raises(Cancelled):
+        run(tiny, spec, tmp_path / "parts", Recorder(stop_at=3))
+    assert_same(run(tiny, spec, tmp_path / "parts"), whole)
+    width = tiny[0].layout.token_width
+    assert {word: tuple(vectors.shape) for word, vectors in whole.adapter.tokens.items()} == {
+        "sks": (2, width),
+        SECOND_WORD: (2, width),
+    }
+    assert (whole.adapter.identifier, whole.adapter.class_noun) == ("sks", "animal")
+    # Class pictures of both nouns.
+    assert len(list((tmp_path / "whole" / CLASS_FOLDER).iterdir())) == 2
+
+
+def test_words_by_layer_become_grids_that_serve_what_was_trained(tiny: Tiny, tmp_path: Path) -> None:
+    base, factors = tiny
+    spec = make_spec(Method.TEXTUAL_INVERSION, per_layer=True, token_vectors=2)
+    result = run(tiny, spec, tmp_path)
+    layers = len(base.layout.cross_attentions)
+    grid = result.adapter.token_grids["sks"]
+    assert (tuple(grid.shape), dict(result.adapter.tokens)) == ((1, layers, 2, base.layout.token_width), {})
+    assert not torch.equal(grid[0, 0], grid[0, 1])
+    text = TextStage(base)
+    side = compose_text_side([(result.adapter, 1.0)], factors)
+    cross = CrossStage(base, factors)
+    served = Conditioner(base, text, cross).condition(["a sks animal"], side, [500.0]).cross.at(0)
+    trained = Captions(base, text, spec).contexts(["a sks animal"], {"identifier": grid[0]})
+    by_layer = torch.stack(trained.chunk(layers, dim=-1))
+    assert torch.allclose(served, cross.project(by_layer, by_layer, side.edits), atol=1e-4)
+
+
+def test_a_job_ends_on_a_plateau_and_stays_ended(tiny: Tiny, tmp_path: Path) -> None:
+    # Without a learning rate worth the name nothing is gained: checks at 10 and 20 bring nothing after the first.
+    spec = make_spec(steps=60, learning_rate=1e-12, identifier_learning_rate=0.0, early_stop=1, warmup_steps=0)
+    hooks = Recorder()
+    result = run(tiny, replace(spec, norm_learning_rate=0.0), tmp_path, hooks)
+    assert len(result.losses) == 20
+    assert hooks.checkpoints[-1] == 20
+    again = Recorder()
+    assert_same(run(tiny, replace(spec, norm_learning_rate=0.0), tmp_path, again), result)
+    assert again.steps == []
+
+
+def test_older_checkpoints_are_kept_and_stand_in_for_a_lost_one(tiny: Tiny, tmp_path: Path) -> None:
+    spec = make_spec(checkpoint_limit=3, checkpoint_interval=1)
+    whole = run(tiny, spec, tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint*"))
+    assert names == ["checkpoint-000004.safetensors", "checkpoint-000005.safetensors", CHECKPOINT_FILE]
+    (tmp_path / CHECKPOINT_FILE).write_bytes(b"torn")
+    hooks = Recorder()
+    assert_same(run(tiny, spec, tmp_path, hooks), whole)
+    assert hooks.steps == [6]
+
+
+def test_a_result_tells_what_its_steps_took(tiny: Tiny, tmp_path: Path) -> None:
+    result = run(tiny, make_spec(Method.TEXTUAL_INVERSION), tmp_path)
+    assert result.steps_taken == 6
+    assert result.step_seconds > 0
+    assert run(tiny, make_spec(Method.TEXTUAL_INVERSION), tmp_path).steps_taken == 0
+
+
+def test_masks_must_be_those_of_the_spec(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="masks of"):
+        run(tiny, replace(make_spec(), masked_pictures=(1,)), tmp_path)
 
 
 class _Killed(BaseException):

@@ -1,0 +1,108 @@
+"""The UNet in training: contexts by layer, attention beside the fused one, activations computed again."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import make_pair_spec, make_spec, make_task, make_tiny_unet
+from torch import Tensor
+
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.training.loop import batch_loss, draw_batch
+from hueshift.training.methods.learnable import Rows
+from hueshift.training.spec import Method, TrainingSpec
+
+Tiny = tuple[BaseModel, SpectralFactors]
+
+
+def inputs(base: BaseModel, layers: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    context = torch.randn(2, 5, layers * base.layout.token_width, generator=generator)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([10, 700]), context
+
+
+def test_each_cross_attention_reads_its_own_part_of_a_wide_context(tiny: Tiny) -> None:
+    base = tiny[0]
+    attentions, width = base.layout.cross_attentions, base.layout.token_width
+    unet = make_tiny_unet(*tiny, make_spec(Method.TEXTUAL_INVERSION))
+    sample, steps, wide = inputs(base, len(attentions))
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name in attentions:
+        module = base.unet.get_submodule(name)
+
+        def give(_: Any, args: Any, named: dict[str, Any], *, name: str = name) -> Any:
+            begin = width * attentions.index(name)
+            seen[name] = wide[..., begin : begin + width]
+            return args, {**named, "encoder_hidden_states": seen[name]}
+
+        handles.append(module.register_forward_pre_hook(give, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            expected = base.unet(sample, steps, encoder_hidden_states=wide[..., :width]).sample
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        assert torch.allclose(unet(sample, steps, wide, Rows()), expected, atol=2e-5)
+        same = wide[..., :width].repeat(1, 1, len(attentions))
+        plain = base.unet(sample, steps, encoder_hidden_states=wide[..., :width]).sample
+        assert torch.allclose(unet(sample, steps, same, Rows()), plain, atol=2e-5)
+        assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_attention_is_what_the_layer_itself_would_compute(tiny: Tiny) -> None:
+    base = tiny[0]
+    unet = make_tiny_unet(*tiny, make_spec(Method.TEXTUAL_INVERSION))
+    sample, steps, context = inputs(base)
+    name = base.layout.cross_attentions[0]
+    module: Any = base.unet.get_submodule(name)
+    hidden: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args, named: hidden.append(args[0]), with_kwargs=True)
+    with torch.no_grad():
+        base.unet(sample, steps, encoder_hidden_states=context)
+        handle.remove()
+        query = module.head_to_batch_dim(module.to_q(hidden[0]))
+        key = module.head_to_batch_dim(module.to_k(context))
+        expected = module.get_attention_scores(query, key).unflatten(0, (2, module.heads))
+        with unet.watching([name], [1]) as maps:
+            unet(sample, steps, context, Rows())
+    assert list(maps) == [name]
+    assert list(maps[name]) == [1]
+    assert torch.allclose(maps[name][1], expected[1], atol=1e-5)
+    assert torch.allclose(maps[name][1].sum(-1), torch.ones(()), atol=1e-5)
+
+
+SPECS = [
+    make_spec(Method.SVDIFF, anchor_below=0, caption_dropout=0.0),
+    make_spec(Method.LORA, anchor_below=0, caption_dropout=0.0),
+    make_spec(Method.DREAMBOOTH, anchor_below=0, caption_dropout=0.0),
+    make_spec(Method.TEXTUAL_INVERSION, per_layer=True, caption_dropout=0.0),
+    make_pair_spec(cut_mix_probability=0.9, unmix_weight=5.0, caption_dropout=0.0),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.method}-{len(spec.subjects)}")
+def test_checkpointing_changes_no_loss_and_no_gradient(tiny: Tiny, spec: TrainingSpec) -> None:
+    found = []
+    for checkpointing in (False, True):
+        task, state = make_task(*tiny, replace(spec, gradient_checkpointing=checkpointing))
+        # Away from zero, where half of LoRA's gradients vanish.
+        generator = torch.Generator().manual_seed(9)
+        values = {
+            name: (value.detach() + 0.05 * torch.randn(value.shape, generator=generator)).requires_grad_()
+            for name, value in state.values.items()
+        }
+        loss = batch_loss(task, values, draw_batch(task, state))
+        loss.backward()  # type: ignore[no-untyped-call]
+        found.append((loss.item(), {name: value.grad for name, value in values.items()}))
+    (plain_loss, plain), (again_loss, again) = found
+    assert plain_loss == again_loss
+    for name, grad in plain.items():
+        other = again[name]
+        assert grad is not None
+        assert other is not None
+        assert torch.allclose(grad, other, rtol=1e-4, atol=1e-6 * float(grad.abs().max())), name
+        assert grad.abs().max() > 0
