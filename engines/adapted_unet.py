@@ -1,8 +1,9 @@
 """A copy of the base UNet whose layers read adapter rows. It shares the base's weights and never changes them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from hueshift.engines.adapted_layers import (
     split_branches,
     split_rows,
 )
+from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.guided_attention import CallGuides, ConfiningCrossAttention, SharedSelfAttention
@@ -34,7 +36,8 @@ class AdaptedUNet(nn.Module):
     DENSE keeps the weights and adds the low-rank branch on the targets of `rows`. FACTORED also replaces every matrix
     by its factors and every norm's weights by the row's. FULL is FACTORED with LAG masks and shared self-attention.
     Cross-attention reads `cross` in the place of `context`, unless `rows` count the text side: then it computes keys
-    and values itself, with the rows' shifts and branches, as training needs. With `channels_last` convolution weights
+    and values itself, with the rows' shifts and branches, as training needs; in SDXL the same holds for
+    `add_embedding`, in whose place the UNet reads `added`. With `channels_last` convolution weights
     are held in that layout (a copy of them unless the base has it already), which torch runs faster.
 
     A call fills a scope that all layers read, so one instance serves one thread at a time.
@@ -49,6 +52,8 @@ class AdaptedUNet(nn.Module):
         self.guides = CallGuides()
         self.unet = _shared_copy(base.unet)
         self._text_side = rows.text_side
+        if added_width(rows.layout):
+            self._take_added()
         self._sizes = {name: end - begin for name, begin, end in rows.layout.spans()}
         self._branches = [(t.name, t.rows, t.cols, t.rank) for t in rows.targets]
         self._replace_layers(factors, CrossLayout(rows.layout))
@@ -68,17 +73,19 @@ class AdaptedUNet(nn.Module):
         adapter_index: Tensor,
         spectral_slab: Tensor | None,
         lowrank_slab: Tensor,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Run with rows gathered from slabs, inside the graph.
 
         sample [N, 4, h, w], timestep [N], context [N, tokens, width] (or cross [N, tokens, cross width]),
         adapter_index [N] int64, spectral_slab [slots, spectral_size] fp32 (None under DENSE), lowrank_slab
-        [slots, lowrank_size] fp32. Returns [N, 4, h, w].
+        [slots, lowrank_size] fp32; for SDXL added [N, width] (what add_embedding gives, or reads if the rows count the
+        text side). Returns [N, 4, h, w].
         """
         spectral = None if spectral_slab is None else spectral_slab.index_select(0, adapter_index)
         lowrank = lowrank_slab.index_select(0, adapter_index) if self._branches else None
         with self._scope(spectral, lowrank, shared=False):
-            return self._run(sample, timestep, context)
+            return self._run(sample, timestep, context, added)
 
     def forward_guided(
         self,
@@ -89,11 +96,12 @@ class AdaptedUNet(nn.Module):
         guides: Guides,
         spectral_slab: Tensor,
         lowrank_slab: Tensor,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the FULL plan; see UNetEngine.denoise_guided. Also returns where the branches acted, [N, h, w] fp32."""
         self.guides.begin(guides, sample.shape[2], sample.shape[3])
         try:
-            out = self(sample, timestep, cross, adapter_index, spectral_slab, lowrank_slab)
+            out = self(sample, timestep, cross, adapter_index, spectral_slab, lowrank_slab, added)
             return out, self.guides.picture()
         finally:
             self.guides.end()
@@ -106,12 +114,14 @@ class AdaptedUNet(nn.Module):
         context: Tensor,
         spectral_rows: Tensor | None,
         lowrank_rows: Tensor | None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Run with given rows, differentiable with respect to them.
 
         spectral_rows [N or 1, spectral_size] (effective values as in EngineRow; needed under FACTORED, None under
         DENSE), lowrank_rows [N or 1, lowrank_size] or None for no branch; one row serves the whole batch. Both must
-        have the same number of rows. Raises InvalidArgument if the rows do not fit the plan or each other.
+        have the same number of rows; `added` as in `forward`. Raises InvalidArgument if the rows do not fit the plan
+        or each other, or if SDXL is run without `added`.
         """
         counts = {rows.shape[0] for rows in (spectral_rows, lowrank_rows) if rows is not None}
         if counts - {1, sample.shape[0]} or len(counts) > 1:
@@ -120,13 +130,33 @@ class AdaptedUNet(nn.Module):
             )
         shared = counts == {1}
         with self._scope(spectral_rows, lowrank_rows, shared=shared):
-            return self._run(sample, timestep, context)
+            return self._run(sample, timestep, context, added)
 
-    def _run(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def _run(self, sample: Tensor, timestep: Tensor, context: Tensor, added: Tensor | None) -> Tensor:
         if self.call_rows.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.unet(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        given = {} if added is None else {"added": added}
+        out: Tensor = self.unet(
+            sample, timestep, encoder_hidden_states=context, added_cond_kwargs=given, return_dict=False
+        )[0]
         return out
+
+    def _take_added(self) -> None:
+        """Feed `added` where diffusers computes it from pooled text and sizes."""
+        unet: Any = self.unet
+        if not self._text_side:
+            unet.add_embedding = None
+
+        def read(emb: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: Mapping[str, Tensor]) -> Tensor:
+            added = added_cond_kwargs.get("added")
+            if added is None:
+                raise InvalidArgument.for_field(
+                    "added", "absent; an SDXL model reads the embedding of its pooled text and sizes"
+                )
+            made: Tensor = added if unet.add_embedding is None else unet.add_embedding(added)
+            return made.to(emb.dtype)
+
+        unet.get_aug_embed = read
 
     @contextmanager
     def _scope(self, spectral: Tensor | None, lowrank: Tensor | None, *, shared: bool) -> Iterator[None]:

@@ -1,28 +1,49 @@
-"""Load a Stable Diffusion 1.x or 2.x folder as diffusers writes it, and say clearly when it is not one."""
+"""Load a Stable Diffusion 1.x, 2.x or XL folder as diffusers writes it, and say clearly when it is not one."""
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout, MatrixLayer, NormLayer
+from hueshift.engines.model_folder import check_parts, check_unet, check_xl, read_config, read_index
 from hueshift.engines.noise_schedule import NoiseSchedule
 
-_PARTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-}
-_HASHED_PARTS = ("unet", "text_encoder")
+# The parts whose weights say which model it is; the second one is SDXL's.
+_HASHED_PARTS = ("unet", "text_encoder", "text_encoder_2")
+_READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+class Architecture(StrEnum):
+    """What kind of model the UNet is."""
+
+    SD = "stable-diffusion"
+    """Stable Diffusion 1.x and 2.x: one text encoder."""
+
+    SDXL = "stable-diffusion-xl"
+    """Stable Diffusion XL (Podell et al. 2023): two text encoders, conditioned on pooled text and sizes too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class XlParts:
+    """What SDXL has beside the parts of Stable Diffusion 1.x and 2.x.
+
+    The second encoder's tokens are those of the first, but for its padding. With `zero_empty_prompt` an empty prompt
+    has zeros for context and pooled text, as the model saw unconditional pictures in training.
+    """
+
+    text_encoder: Any
+    tokenizer: Any
+    zero_empty_prompt: bool = True
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class BaseModel:
     """One base model: its networks (evaluation mode, no gradients), its noise schedule and what can be adapted in it.
 
     Pixels are `latent_factor` times latents along each side. `base_hash` is the SHA-256 of the UNet's and the text
-    encoder's weights.
+    encoders' weights. `xl` is None for Stable Diffusion 1.x and 2.x.
     """
 
     name: str
@@ -46,6 +67,12 @@ class BaseModel:
     latent_factor: int
     sample_size: int
     size_multiple: int
+    xl: XlParts | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """Stable Diffusion or SDXL."""
+        return Architecture.SD if self.xl is None else Architecture.SDXL
 
     @property
     def max_tokens(self) -> int:
@@ -64,23 +91,31 @@ def load_base_model(path: Path, *, device: str = "cpu", dtype: torch.dtype = tor
     Raises InvalidArgument (MODEL_UNSUPPORTED, MODEL_FILE_INVALID) naming the part that does not fit.
     """
     path = path.expanduser().resolve()
-    _check_parts(path)
-    unet_config = _read_config(path / "unet" / "config.json")
-    _check_unet(path, unet_config)
+    index = read_index(path)
+    unet_config = read_config(path / "unet" / "config.json")
+    is_xl = unet_config.get("addition_embed_type") == "text_time"
+    check_parts(path, index, is_xl=is_xl)
+    check_unet(path, unet_config)
     # Without low_cpu_mem_usage=False diffusers asks for accelerate, which nothing else here needs.
     options = {"torch_dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
     try:
         unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **options)
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **options)
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **_vae_options(path, options, is_xl=is_xl))
         text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        xl = _load_xl(path, index, dtype) if is_xl else None
+    except _READ_ERRORS as error:
         raise InvalidArgument(
             Reason.MODEL_FILE_INVALID, f"{path}: a part of the base model cannot be read: {error}"
         ) from error
-    for module in (unet, vae, text_encoder):
+    for module in (unet, vae, text_encoder, *([xl.text_encoder] if xl else [])):
         module.to(device).eval().requires_grad_(False)
     base_hash = hash_weights(path)
+    widths = [int(text_encoder.config.hidden_size)]
+    if xl is not None:
+        widths.append(int(xl.text_encoder.config.hidden_size))
+        projection = int(xl.text_encoder.config.projection_dim)
+        check_xl(path, unet.config, widths, (tokenizer, xl.tokenizer), projection)
     return BaseModel(
         name=path.name,
         path=path,
@@ -89,12 +124,13 @@ def load_base_model(path: Path, *, device: str = "cpu", dtype: torch.dtype = tor
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        schedule=NoiseSchedule.from_config(_read_config(path / "scheduler" / "scheduler_config.json")),
-        layout=read_layout(unet, base_hash, int(text_encoder.config.hidden_size)),
+        schedule=NoiseSchedule.from_config(read_config(path / "scheduler" / "scheduler_config.json")),
+        layout=read_layout(unet, base_hash, sum(widths)),
         latent_channels=int(unet.config.in_channels),
         latent_factor=2 ** (len(vae.config.block_out_channels) - 1),
         sample_size=int(unet.config.sample_size),
         size_multiple=2 ** (len(vae.config.block_out_channels) - 1) * 2 ** (len(unet.config.block_out_channels) - 1),
+        xl=xl,
     )
 
 
@@ -126,48 +162,17 @@ def hash_weights(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_parts(path: Path) -> None:
-    index_file = path / "model_index.json"
-    if not index_file.is_file():
-        raise InvalidArgument(
-            Reason.MODEL_UNSUPPORTED,
-            f"{path} is not a diffusers model folder: it has no model_index.json. Give the folder of a Stable "
-            "Diffusion 1.x or 2.x model as diffusers saves it.",
-        )
-    index = _read_config(index_file)
-    for part, expected in _PARTS.items():
-        found = index.get(part)
-        given = found[1] if isinstance(found, list) and len(found) == 2 else None
-        if given != expected and not (part == "tokenizer" and given == "CLIPTokenizerFast"):
-            raise InvalidArgument(
-                Reason.MODEL_UNSUPPORTED,
-                f"{path}: {part} is {given or 'absent'}, but a Stable Diffusion 1.x or 2.x model has {expected}",
-            )
-        if not (path / part).is_dir():
-            raise InvalidArgument(Reason.MODEL_FILE_INVALID, f"{path}: the folder {part}/ is missing")
+def _vae_options(path: Path, options: Mapping[str, Any], *, is_xl: bool) -> dict[str, Any]:
+    """In fp32 where SDXL's config asks for that: its original VAE overflows fp16 and gives black pictures."""
+    upcast = is_xl and bool(read_config(path / "vae" / "config.json").get("force_upcast", True))
+    return {**options, "torch_dtype": torch.float32} if upcast else dict(options)
 
 
-def _check_unet(path: Path, config: dict[str, Any]) -> None:
-    allowed = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-    blocks = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
-    problems = []
-    if not blocks or blocks - allowed:
-        problems.append(f"block types {sorted(blocks - allowed) or 'absent'} (supported: {sorted(allowed)})")
-    if config.get("addition_embed_type") is not None:
-        problems.append(f"addition_embed_type {config['addition_embed_type']} (supported: none; SDXL has text_time)")
-    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
-        problems.append("class embeddings (supported: none)")
-    if config.get("in_channels") != config.get("out_channels"):
-        problems.append(
-            f"{config.get('in_channels')} input and {config.get('out_channels')} output channels (they must be equal; "
-            "inpainting models differ)"
-        )
-    if problems:
-        raise InvalidArgument(Reason.MODEL_UNSUPPORTED, f"{path}: the UNet has {'; '.join(problems)}")
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(Reason.MODEL_FILE_INVALID, f"{file} cannot be read: {error}") from error
+def _load_xl(path: Path, index: Mapping[str, Any], dtype: torch.dtype) -> XlParts:
+    return XlParts(
+        CLIPTextModelWithProjection.from_pretrained(
+            path, subfolder="text_encoder_2", dtype=dtype, use_safetensors=True
+        ),
+        CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
+        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+    )

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hueshift.adapters.adapter import TokenMapper
+from hueshift.adapters.errors import InvalidArgument, Reason
+from hueshift.engines.added_embedding import AddedStage, added_width, make_time_ids
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossStage
 from hueshift.engines.svd_cache import SpectralFactors
@@ -28,15 +30,20 @@ _LEAKY_SLOPE = 0.01
 class CrossInputs:
     """`stages` of [rows, tokens, width], rows as in the request's prompts; `stage_of` has the stage of every step.
 
-    Without `stage_of` the one stage serves all steps.
+    Without `stage_of` the one stage serves all steps. `added` has SDXL's embeddings [rows, width] of every stage.
     """
 
     stages: tuple[Tensor, ...]
     stage_of: tuple[int, ...] = ()
+    added: tuple[Tensor, ...] = ()
 
     def at(self, step: int) -> Tensor:
         """Keys and values at a step, counted from 0."""
         return self.stages[self.stage_of[step] if self.stage_of else 0]
+
+    def added_at(self, step: int) -> Tensor | None:
+        """What SDXL adds to the time embedding at a step; None for other models."""
+        return self.added[self.stage_of[step] if self.stage_of else 0] if self.added else None
 
     @property
     def device(self) -> torch.device:
@@ -56,18 +63,26 @@ class Conditioning:
 class Conditioner:
     """Makes conditionings. Safe to call from several threads."""
 
-    def __init__(self, base: BaseModel, text: TextStage, cross: CrossStage) -> None:
-        self._text, self._cross = text, cross
+    def __init__(self, base: BaseModel, text: TextStage, cross: CrossStage, added: AddedStage | None = None) -> None:
+        self._text, self._cross, self._added = text, cross, added
+        self._size = (base.pixels, base.pixels)
         self._train_steps = base.schedule.train_steps
         self._layers = len(cross.layout.attentions)
 
     @torch.no_grad()
     def condition(
-        self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float], find: Sequence[str] = ()
+        self,
+        prompts: Sequence[str],
+        side: TextSide,
+        timesteps: Sequence[float],
+        find: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
     ) -> Conditioning:
         """Condition on `prompts` (the negative one first, if there is one) for steps at `timesteps`.
 
-        `find` are words whose places in the prompts are wanted; see TextStage.tokenize.
+        `find` are words whose places in the prompts are wanted; see TextStage.tokenize. `size` is the picture's width
+        and height in pixels, which SDXL wants to know; None means the native one. Raises InvalidArgument
+        (ADAPTER_TARGET_UNSUPPORTED) if a prompt for SDXL has a word that changes with the layer.
         """
         counts = {word: _vectors(value) for word, value in side.words.items()}
         rows = tuple(self._text.tokenize(prompt, counts, find) for prompt in prompts)
@@ -77,9 +92,18 @@ class Conditioner:
         for key, timestep in zip(keys, timesteps, strict=True):
             first.setdefault(key, timestep)
         order = {key: number for number, key in enumerate(first)}
-        stages = tuple(self._cross.project(*self._contexts(rows, used, t), side.edits) for t in first.values())
+        if self._added is not None:
+            _refuse_layered(used)
+        stages: list[Tensor] = []
+        added: list[Tensor] = []
+        for timestep in first.values():
+            keys_see, values_see, pooled = self._contexts(rows, used, timestep)
+            stages.append(self._cross.project(keys_see, values_see, side.edits))
+            if self._added is not None and pooled is not None:
+                added.append(self._added.embed(pooled, make_time_ids(*(size or self._size)), side.edits))
         stage_of = tuple(order[key] for key in keys) if len(stages) > 1 else ()
-        return Conditioning(CrossInputs(stages, stage_of), tuple(row.truncated for row in rows), rows)
+        cross = CrossInputs(tuple(stages), stage_of, tuple(added))
+        return Conditioning(cross, tuple(row.truncated for row in rows), rows)
 
     def _stage_key(self, words: Mapping[str, Word], timestep: float) -> tuple[float, ...]:
         return tuple(
@@ -94,9 +118,9 @@ class Conditioner:
 
     def _contexts(
         self, rows: Sequence[TokenizedPrompt], words: Mapping[str, Word], timestep: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What keys and values see: [n, tokens, width], or [layers, n, tokens, width] if a word changes with the
-        layer."""
+        layer. Also SDXL's pooled text [n, width]."""
         layered = any(isinstance(word, TokenMapper) or word.shape[1] > 1 for word in words.values())
         made = [self._values(words, timestep, layer) for layer in range(self._layers if layered else 1)]
         every = [row for _ in made for row in rows]
@@ -107,16 +131,21 @@ class Conditioner:
             for at in range(0, len(every), _ENCODER_ROWS)
         ]
         shape = (len(made), len(rows)) if layered else (len(rows),)
-        keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        return keys.view(*shape, *keys.shape[1:]), values.view(*shape, *values.shape[1:])
+        keys, values = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        pooled = [part[2] for part in parts if part[2] is not None]
+        return (
+            keys.view(*shape, *keys.shape[1:]),
+            values.view(*shape, *values.shape[1:]),
+            torch.cat(pooled) if pooled else None,
+        )
 
     def _encode(
         self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], bypasses: Sequence[Bypasses]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if any(bypasses):
-            return self._text.encode_bypassed(rows, learned, bypasses[: len(rows)])
-        context = self._text.encode_rows(rows, learned)
-        return context, context
+            return *self._text.encode_bypassed(rows, learned, bypasses[: len(rows)]), None
+        context, pooled = self._text.encode_pooled(rows, learned)
+        return context, context, pooled
 
     def _values(self, words: Mapping[str, Word], timestep: float, layer: int) -> tuple[Vectors, Bypasses]:
         """Embeddings [vectors, width] of words at a timestep and layer, and their bypasses."""
@@ -137,7 +166,8 @@ class Conditioner:
 
 def make_conditioner(base: BaseModel, factors: SpectralFactors) -> Conditioner:
     """Make the text encoder and the projection of one base model."""
-    return Conditioner(base, TextStage(base), CrossStage(base, factors))
+    added = AddedStage(base, factors) if added_width(base.layout) else None
+    return Conditioner(base, TextStage(base), CrossStage(base, factors), added)
 
 
 def map_word(word: TokenMapper, place: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -161,3 +191,15 @@ def map_word(word: TokenMapper, place: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _vectors(word: Word) -> int:
     return 1 if isinstance(word, TokenMapper) else int(word.shape[2])
+
+
+def _refuse_layered(words: Mapping[str, Word]) -> None:
+    # Pooled text belongs to no layer, so there is no saying which of the embeddings it should see; and each prompt
+    # would be encoded 70 times by both encoders.
+    layered = [name for name, word in words.items() if isinstance(word, TokenMapper) or word.shape[1] > 1]
+    if layered:
+        raise InvalidArgument(
+            Reason.ADAPTER_TARGET_UNSUPPORTED,
+            f"the word {layered[0][:80]!r} has an embedding for each layer (P+, NeTI), which SDXL models do not take; "
+            "use an adapter whose words are the same for all layers",
+        )

@@ -4,7 +4,7 @@ They depend on the prompt and the adapters only, not on the picture, so nothing 
 K/V deltas, gated edits, shifts of to_k and to_v) costs anything per step or couples the samples of a batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -45,7 +45,7 @@ class CrossLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CrossEdits:
-    """What a mix of adapters changes in to_k and to_v layers; weights are folded in. Absent layers are the base's.
+    """What a mix of adapters changes in layers of the text side; weights are folded in. Absent layers are the base's.
 
     `shifts` [rank] are relu(sigma + delta) - sigma; `branches` are A [k, cols] and B [rows, k]; `deltas` [rows, cols]
     are added to the weights; `gated` are Perfusion's edits of a layer with their weights. All fp32.
@@ -72,14 +72,7 @@ class CrossStage:
 
     def __init__(self, base: BaseModel, factors: SpectralFactors) -> None:
         self.layout = CrossLayout(base.layout)
-        self._factors = factors
-        parameters = dict(base.unet.named_parameters())
-        # fp32 whatever the base is held in: it is 2 % of a UNet's weights, and runs once per request.
-        self._weights = {name: parameters[f"{name}.weight"].detach().float() for name in self.layout.spans}
-        self._biases = {
-            name: None if (bias := parameters.get(f"{name}.bias")) is None else bias.detach().float()
-            for name in self.layout.spans
-        }
+        self._layers = EditedLayers(base, factors, self.layout.spans)
 
     @torch.no_grad()
     def project(self, keys: Tensor, values: Tensor, edits: CrossEdits) -> Tensor:
@@ -94,10 +87,25 @@ class CrossStage:
             for part, context in (("to_k", keys), ("to_v", values)):
                 begin, end = self.layout.spans[f"{attention}.{part}"]
                 x = context[number] if context.dim() == 4 else context
-                out[..., begin:end] = self._project(f"{attention}.{part}", x, edits)
+                out[..., begin:end] = self._layers.run(f"{attention}.{part}", x, edits)
         return out
 
-    def _project(self, name: str, x: Tensor, edits: CrossEdits) -> Tensor:
+
+class EditedLayers:
+    """Linear layers of the base's UNet by name, run with the edits of a mix instead of the rows of an engine."""
+
+    def __init__(self, base: BaseModel, factors: SpectralFactors, names: Iterable[str]) -> None:
+        self._factors = factors
+        parameters = dict(base.unet.named_parameters())
+        # fp32 whatever the base is held in: it is 2 % of SD1.5's UNet (6 % of SDXL's), and runs once per request.
+        self._weights = {name: parameters[f"{name}.weight"].detach().float() for name in names}
+        self._biases = {
+            name: None if (bias := parameters.get(f"{name}.bias")) is None else bias.detach().float()
+            for name in self._weights
+        }
+
+    def run(self, name: str, x: Tensor, edits: CrossEdits) -> Tensor:
+        """Map x [..., cols] fp32 to [..., rows]."""
         weight = self._weights[name]
         out = functional.linear(x, weight, self._biases[name])
         shift = edits.shifts.get(name)

@@ -179,14 +179,15 @@ def _unet_output(
     timesteps = torch.stack([sample.table.timesteps[sample.step] for sample, _ in rows]).to(device)
     crosses = [part.cross.at(sample.step) for sample, part in parts]
     cross = torch.stack([rows[-1] for rows in crosses] + [rows[0] for rows in crosses[:guided]])
+    added = _stack_added(parts, guided)
     # On the host: engines check it and look slots up there, and reading it back from a device would stall the stream.
     slots = torch.tensor([part.slot for _, part in rows])
     masks: Tensor | None = None
     if plan is Plan.FULL:
         guides = _make_guides(parts, guided, cross.shape[1])
-        out, masks = engine.denoise_guided(latents, timesteps, cross, slots, guides)
+        out, masks = engine.denoise_guided(latents, timesteps, cross, slots, guides, added)
     else:
-        out = engine.denoise(plan, latents, timesteps, cross, slots)
+        out = engine.denoise(plan, latents, timesteps, cross, slots, added)
     return out, masks
 
 
@@ -199,6 +200,15 @@ def _guide(samples: Sequence[Sample], parts: Sequence[tuple[Sample, Sample | Reg
         toward = negative + scale * (out[:guided] - negative)
         out = torch.cat([toward, out[guided:count]]) if guided < count else toward
     return out if count == len(samples) else _blend_regions(samples, out)
+
+
+def _stack_added(parts: Sequence[tuple[Sample, Sample | Region]], guided: int) -> Tensor | None:
+    """SDXL's added embeddings [N, width], rows as those of `cross`."""
+    each = [part.cross.added_at(sample.step) for sample, part in parts]
+    present = [rows for rows in each if rows is not None]
+    if not present:
+        return None
+    return torch.stack([rows[-1] for rows in present] + [rows[0] for rows in present[:guided]])
 
 
 def _make_guides(parts: Sequence[tuple[Sample, Sample | Region]], guided: int, tokens: int) -> Guides:

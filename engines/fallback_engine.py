@@ -55,21 +55,35 @@ class FallbackEngine:
         """Copy a row into a slot; see UNetEngine."""
         self._engine.load_row(slot, row)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Run the UNet once; see UNetEngine."""
         try:
-            return self._engine.denoise(plan, latents, timesteps, cross, adapter_index)
+            return self._engine.denoise(plan, latents, timesteps, cross, adapter_index, added)
         except TensorRtError as error:
             if self._tensorrt is None:
                 raise
             self._replace(self._tensorrt, error)
-        return self._engine.denoise(plan, latents, timesteps, cross, adapter_index)
+        return self._engine.denoise(plan, latents, timesteps, cross, adapter_index, added)
 
     def denoise_guided(
-        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
-        return self._engine.denoise_guided(latents, timesteps, cross, adapter_index, guides)
+        return self._engine.denoise_guided(latents, timesteps, cross, adapter_index, guides, added)
 
     def warm(self) -> None:
         """Run every plan once."""

@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion 1.x and 2.x as an ONNX graph, written from its modules.
+"""The UNet of Stable Diffusion 1.x, 2.x and XL as an ONNX graph, written from its modules.
 
 torch's own exporter traces the same network twice with symbolic sizes and names folded weights by number: 26 s for the
 dense graph of emoji-128 and 44 s for the factored one, where this takes 0.1 s (CPU time on a busy 2-core x86 CPU,
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hueshift.adapters.errors import InvalidArgument, Reason
+from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.graph_guides import MASK, GraphGuides
@@ -21,13 +22,13 @@ from hueshift.engines.graph_writer import GraphWriter
 from hueshift.engines.interface import Plan
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text_side import is_text_side
 
 OUTPUT = "out"
 _MAX_PERIOD = 10_000
 # Settings of diffusers' UNet2DConditionModel that add or change an operation, and the value the graph is written for.
 _WRITTEN_FOR: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -65,13 +66,15 @@ def write_unet(
     timestep = graph.input("timestep", torch.float32, ["batch"])
     layout = CrossLayout(rows.layout)
     cross = graph.input("cross", dtype, ["batch", base.max_tokens, layout.width])
+    width = added_width(rows.layout)
+    added = graph.input("added", dtype, ["batch", width]) if width else ""
     network = _Network(graph, GraphLayers(graph, rows, factors, plan, dtype), unet, dtype)
     if plan is Plan.FULL:
         network.guides = GraphGuides(graph, network.layers, base.max_tokens, dtype)
-    graph.output(OUTPUT, network.run(sample, timestep, network.cut(cross, layout)), dtype, size)
+    graph.output(OUTPUT, network.run(sample, timestep, network.cut(cross, layout), added), dtype, size)
     if network.guides is not None:
         graph.output(MASK, network.guides.picture(sample), torch.float32, ["batch", "height", "width"])
-    expected = {name for name, _, _ in rows.layout.spans() if name not in layout.spans}
+    expected = {name for name, _, _ in rows.layout.spans() if not is_text_side(name)}
     if network.layers.written != expected:
         odd = sorted(network.layers.written ^ expected)
         raise _refusal(base, f"its layers {', '.join(odd[:4])} have no place in the architecture")
@@ -97,10 +100,11 @@ class _Network:
         parts = self.graph.ops("Split", len(layout.spans), cross, sizes, axis=2)
         return dict(zip(layout.spans, parts, strict=True))
 
-    def run(self, sample: str, timestep: str, cross: Mapping[str, str]) -> str:
+    def run(self, sample: str, timestep: str, cross: Mapping[str, str], added: str) -> str:
         unet, layers = self.unet, self.layers
         self.cross = cross
-        self.time = self.silu(self.time_embedding(timestep))
+        time = self.time_embedding(timestep)
+        self.time = self.silu(self.graph.op("Add", time, added) if added else time)
         x = layers.conv("conv_in", unet.conv_in, sample)
         skips = [x]
         for i, block in enumerate(unet.down_blocks):

@@ -109,11 +109,20 @@ class UNetEngine(Protocol):
         """
         ...
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Run the UNet once.
 
         latents [N, 4, h, w] fp32, timesteps [N] fp32, cross [N, tokens, width] fp32 (keys and values of every
-        cross-attention, as engines.cross_attention.CrossStage makes them), adapter_index [N] int64 (slots).
+        cross-attention, as engines.cross_attention.CrossStage makes them), adapter_index [N] int64 (slots), and for
+        SDXL added [N, width] fp32 (engines.added_embedding.AddedStage); other models ignore it.
         Returns the model's output [N, 4, h, w] fp32 (epsilon or v, as the base was trained). Under Plan.DENSE only the
         low-rank part of a row counts: the caller must not send rows that need the factored plan. Plan.FULL runs with
         guides that ask for nothing.
@@ -121,7 +130,13 @@ class UNetEngine(Protocol):
         ...
 
     def denoise_guided(
-        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run Plan.FULL once, which must be one of `plans`.
 
@@ -147,6 +162,11 @@ class MergingEngine(UNetEngine, Protocol):
     @property
     def merged(self) -> frozenset[int]:
         """Slots whose weights are written, for the rows that the slots hold now. BASE_SLOT is always one."""
+        ...
+
+    @property
+    def merging(self) -> frozenset[int]:
+        """Slots whose weights are being written."""
         ...
 
     def merge(self, slot: int) -> None:

@@ -16,7 +16,7 @@ from hueshift.engines.interface import EngineRow, Guides, Plan, no_guides
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.engines.torch_engine import example_inputs
+from hueshift.engines.torch_engine import example_added, example_inputs
 
 Array = npt.NDArray[np.generic]
 
@@ -61,19 +61,34 @@ class OnnxEngine:
         """Copy a row into a slot; see UNetEngine."""
         self._slabs.load(slot, row)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Run the UNet once; see UNetEngine."""
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         slabs = self._slabs
-        return self.run_graph(plan, latents, timesteps, cross, adapter_index, slabs.spectral, slabs.lowrank)[0]
+        inputs = (latents, timesteps, cross, adapter_index, slabs.spectral, slabs.lowrank)
+        return self.run_graph(plan, *inputs, added=added)[0]
 
     def denoise_guided(
-        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         inputs = (latents, timesteps, cross, adapter_index, self._slabs.spectral, self._slabs.lowrank)
-        out, mask = self.run_graph(Plan.FULL, *inputs, guides)
+        out, mask = self.run_graph(Plan.FULL, *inputs, guides, added)
         return out, mask
 
     def run_graph(
@@ -86,6 +101,7 @@ class OnnxEngine:
         spectral_slab: Tensor,
         lowrank_slab: Tensor,
         guides: Guides | None = None,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run the graph of `plan` on any slabs; shapes and dtypes as in onnx_export. The dense one ignores spectral.
 
@@ -99,6 +115,8 @@ class OnnxEngine:
             "spectral_slab": spectral_slab,
             "lowrank_slab": lowrank_slab,
         }
+        if added is not None:
+            given["added"] = added
         if plan is Plan.FULL:
             guides = guides or no_guides(cross)
             given |= {"lag": guides.lag, "lag_source": guides.lag_source, "reference": guides.reference}
@@ -108,9 +126,9 @@ class OnnxEngine:
 
     def warm(self) -> None:
         """Run every plan once."""
-        inputs = example_inputs(self._base, 2)
+        inputs, added = example_inputs(self._base, 2), example_added(self._base, 2)
         for plan in self.plans:
-            self.denoise(plan, *inputs)
+            self.denoise(plan, *inputs, added)
 
 
 def open_session(graph: Path, threads: int) -> onnxruntime.InferenceSession:

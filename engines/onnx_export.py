@@ -1,12 +1,13 @@
 """The exported graphs of a base model: written once for each plan, kept in a cache on disk, checked when read.
 
 The graph is the same for ONNX Runtime and TensorRT. Inputs: sample [batch, 4, height, width], timestep [batch] fp32,
-cross [batch, tokens, width] (keys and values, see cross_attention), adapter_index [batch] int64 (if there is a slab),
+cross [batch, tokens, width] (keys and values, see cross_attention), added [batch, width] (SDXL's, see added_embedding),
+adapter_index [batch] int64 (if there is a slab),
 spectral_slab [slots, size] fp32 (factored and full plans), lowrank_slab [slots, size] fp32 (if there are low-rank
 targets); output: out, like sample. The full plan also has the inputs of graph_guides and the output mask.
 Batch, slots, height and width are dynamic, so one graph serves every size (height and width a multiple of 2 to the
-number of downsamplings). sample, cross and out have the dtype of the graph: the base's own, or fp16 for TensorRT. Every
-operator's inputs are of one type, so TensorRT builds it strongly typed.
+number of downsamplings). sample, cross, added and out have the dtype of the graph: the base's own, or fp16 for
+TensorRT. Every operator's inputs are of one type, so TensorRT builds it strongly typed.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ import onnx
 import structlog
 import torch
 
-from hueshift.engines import cross_attention, graph_guides, graph_layers, graph_unet, graph_writer
+from hueshift.engines import added_embedding, cross_attention, graph_guides, graph_layers, graph_unet, graph_writer
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cache_files import digest_file, exclusive, publish_folder
 from hueshift.engines.graph_unet import write_unet
@@ -76,7 +77,8 @@ def entry_folder(
         "targets": [(target.name, target.rank) for target in rows.targets],
         "dtype": str(dtype or next(base.unet.parameters()).dtype),
         "code": [
-            _code_digest(module) for module in (cross_attention, graph_guides, graph_layers, graph_unet, graph_writer)
+            _code_digest(module)
+            for module in (added_embedding, cross_attention, graph_guides, graph_layers, graph_unet, graph_writer)
         ],
         "versions": {name: version(name) for name in ("torch", "diffusers", "onnx")},
     }

@@ -12,15 +12,17 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.interface import Guides, Plan
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.engines.torch_engine import example_inputs
+from hueshift.engines.torch_engine import example_added, example_inputs
 
 _ROWS = 3
 _SEED = 20_260
 _log = structlog.get_logger()
 
-RunGraph = Callable[[Plan, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Guides | None], tuple[Tensor, ...]]
-"""run(plan, sample, timestep, cross, adapter_index, spectral_slab, lowrank_slab, guides) returns the output, and under
-Plan.FULL the masks too."""
+RunGraph = Callable[
+    [Plan, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Guides | None, Tensor | None], tuple[Tensor, ...]
+]
+"""run(plan, sample, timestep, cross, adapter_index, spectral_slab, lowrank_slab, guides, added) returns the output, and
+under Plan.FULL the masks too."""
 
 OnParity = Callable[[str, float], None]
 """on_parity(plan, error); `merged` is a plan too."""
@@ -76,14 +78,14 @@ def parity_error(
     spectral, lowrank = random_slabs(rows, factors, norms)
     unet = AdaptedUNet(base, factors, rows, plan, channels_last=False)
     guides = _example_guides(base) if plan is Plan.FULL else None
-    inputs = (latents, timesteps, cross, index)
+    inputs, added = (latents, timesteps, cross, index), example_added(base, _ROWS)
     with torch.no_grad():
         expected: tuple[Tensor, ...]
         if guides is not None:
-            expected = unet.forward_guided(*inputs, guides, spectral, lowrank)
+            expected = unet.forward_guided(*inputs, guides, spectral, lowrank, added)
         else:
-            expected = (unet(*inputs, None if plan is Plan.DENSE else spectral, lowrank),)
-    found = run_graph(plan, *inputs, spectral, lowrank, guides)
+            expected = (unet(*inputs, None if plan is Plan.DENSE else spectral, lowrank, added),)
+    found = run_graph(plan, *inputs, spectral, lowrank, guides, added)
     scale = max(1.0, float(expected[0].abs().max()))
     return max(float((one - other).abs().max()) / scale for one, other in zip(found, expected, strict=True))
 

@@ -23,7 +23,7 @@ from hueshift.engines.tensorrt_loader import Fallback, TensorRT, TensorRtError
 from hueshift.engines.tensorrt_plans import PlanRanges
 from hueshift.engines.tensorrt_refit import MergedWeights, PlanRefitter
 from hueshift.engines.tensorrt_runner import PlanRunner, Scratch
-from hueshift.engines.torch_engine import example_inputs
+from hueshift.engines.torch_engine import example_added, example_inputs
 
 MERGED = "merged"
 _log = structlog.get_logger()
@@ -102,14 +102,22 @@ class TensorRtEngine:
         """Views of what a slot holds."""
         return EngineRow(self._slabs.spectral[slot], self._slabs.lowrank[slot])
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Run the UNet once; see UNetEngine. Inputs may be on another device; the output is where the latents are.
 
         Raises TensorRtError (run) too.
         """
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         role = MERGED if self._should_run_merged(adapter_index) else plan.value
-        out = self._runners[role].run(latents, timesteps, cross, adapter_index)
+        out = self._runners[role].run(latents, timesteps, cross, adapter_index, added)
         return out.to(latents.device)
 
     def merge(self, slot: int) -> None:
@@ -128,7 +136,13 @@ class TensorRtEngine:
         self.merged_slot = slot
 
     def denoise_guided(
-        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Refuse: there is no TensorRT plan for it (see `plans`). Raises FailedPrecondition (PLAN_UNAVAILABLE)."""
         raise FailedPrecondition(
@@ -136,16 +150,17 @@ class TensorRtEngine:
             "the TensorRT engine has no full plan; set engine.kind to torch for guided sampling",
         )
 
-    def denoise_merged(self, latents: Tensor, timesteps: Tensor, cross: Tensor) -> Tensor:
+    def denoise_merged(self, latents: Tensor, timesteps: Tensor, cross: Tensor, added: Tensor | None = None) -> Tensor:
         """Run the merged plan once, on whatever it holds; shapes as in `denoise`."""
         index = torch.full((latents.shape[0],), BASE_SLOT)
-        return self._runners[MERGED].run(latents, timesteps, cross, index).to(latents.device)
+        return self._runners[MERGED].run(latents, timesteps, cross, index, added).to(latents.device)
 
     def warm(self) -> None:
         """Run every plan twice, so that the calls of the smallest batches are captured too."""
-        inputs = example_inputs(self._base, min(2, self.max_batch))
+        rows = min(2, self.max_batch)
+        inputs, added = example_inputs(self._base, rows), example_added(self._base, rows)
         for plan in (*self.plans, *self.plans):
-            self.denoise(plan, *inputs)
+            self.denoise(plan, *inputs, added)
         self.lane.wait()
 
     def _should_run_merged(self, adapter_index: Tensor) -> bool:

@@ -91,9 +91,17 @@ class PlanRunner:
             if name not in self._slabs
         }
         self._cross_shape = shapes["cross"][1:]
+        self._added_width = shapes["added"][1] if "added" in shapes else 0
         self._channels = shapes["sample"][1]
 
-    def run(self, sample: Tensor, timestep: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def run(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Run the plan on N rows; shapes as in onnx_export. Returns out [N, 4, h, w] fp32 on the lane's device.
 
         The batch is filled up to a bucket with rows of the base: a few shapes serve every batch. Raises InvalidArgument
@@ -102,6 +110,10 @@ class PlanRunner:
         rows, _, height, width = sample.shape
         self._check_sides(height, width)
         given = {"sample": sample, "timestep": timestep, "cross": cross, "adapter_index": adapter_index}
+        if "added" in self._buffers:
+            if added is None:
+                raise InvalidArgument.for_field("added", "absent; an SDXL plan reads it")
+            given["added"] = added
         with self._lane.running():
             shape = self._shape(bucket_of(rows, self._ranges.max_batch), height, width)
             for name, values in given.items():
@@ -159,6 +171,7 @@ class PlanRunner:
             "timestep": (batch,),
             "cross": (batch, *self._cross_shape),
             "adapter_index": (batch,),
+            "added": (batch, self._added_width),
             OUTPUT: picture,
         }
         views = {name: buffer[: prod(shapes[name])].view(shapes[name]) for name, buffer in self._buffers.items()}
@@ -178,7 +191,7 @@ class PlanRunner:
         engine, mode = self._engine, self._trt.module.TensorIOMode
         ours = {theirs: dtype for dtype, theirs in self._trt.dtypes.items()}
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
-        known = {"sample", "timestep", "cross", "adapter_index", "spectral_slab", "lowrank_slab", OUTPUT}
+        known = {"sample", "timestep", "cross", "added", "adapter_index", "spectral_slab", "lowrank_slab", OUTPUT}
         odd = [name for name in names if name not in known or engine.get_tensor_dtype(name) not in ours]
         if odd or not {"sample", "timestep", "cross", OUTPUT} <= set(names):
             raise TensorRtError(Fallback.PLAN, f"the plan has other tensors than its graph: {', '.join(names)}")

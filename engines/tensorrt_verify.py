@@ -17,7 +17,7 @@ from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
 from hueshift.engines.parity import random_slabs
 from hueshift.engines.tensorrt_engine import MERGED, TensorRtEngine
 from hueshift.engines.tensorrt_loader import Fallback, TensorRtError
-from hueshift.engines.torch_engine import example_inputs
+from hueshift.engines.torch_engine import example_added, example_inputs
 
 _log = structlog.get_logger()
 OnParity = Callable[[str, float], None]
@@ -53,13 +53,13 @@ def verify(
 def _error(engine: TensorRtEngine, base: BaseModel, plan: Plan) -> float:
     count = min(3, engine.slots, engine.max_batch)
     rows, inputs, index = _sample(engine, base, count)
-    expected = _reference(engine, base, plan, inputs, index, rows)
+    expected, added = _reference(engine, base, plan, inputs, index, rows), example_added(base, count)
     try:
         for slot in range(BASE_SLOT + 1, count):
             engine.load_row(slot, EngineRow(rows[0][slot], rows[1][slot]))
-        found = engine.denoise(plan, *inputs, index)
+        found = engine.denoise(plan, *inputs, index, added)
         # Once more: the second call is the captured one.
-        again = engine.denoise(plan, *inputs, index)
+        again = engine.denoise(plan, *inputs, index, added)
     finally:
         _restore(engine, count)
     return max(_distance(found, expected), _distance(again, expected))
@@ -77,7 +77,7 @@ def _merged_error(engine: TensorRtEngine, base: BaseModel) -> float:
         outputs = []
         for slot in (BASE_SLOT, BASE_SLOT + 1, BASE_SLOT):
             engine.merge(slot)
-            outputs.append(engine.denoise_merged(*inputs))
+            outputs.append(engine.denoise_merged(*inputs, example_added(base, count)))
     finally:
         _restore(engine, 2)
     if not torch.equal(outputs[0], outputs[2]):
@@ -102,8 +102,10 @@ def _reference(
     device = engine.lane.device
     unet = AdaptedUNet(base, engine.factors, engine.rows, plan, channels_last=False).to(device, torch.float32)
     slab = rows[0].to(device) if plan is Plan.FACTORED else None
+    added = example_added(base, len(index))
+    added = None if added is None else added.to(device)
     with torch.no_grad():
-        out: Tensor = unet(*(part.to(device) for part in inputs), index.to(device), slab, rows[1].to(device))
+        out: Tensor = unet(*(part.to(device) for part in inputs), index.to(device), slab, rows[1].to(device), added)
     return out.cpu()
 
 

@@ -1,19 +1,21 @@
 """Prompts to contexts, with learned words. One encoding per request; nothing of a request outlives it here."""
 
-import copy
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hueshift.adapters.errors import InvalidArgument
+from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.text_tower import Learned, TextTower
+
+# The start and the end of a prompt.
+_MARKS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,35 +36,34 @@ class TokenizedPrompt:
     places: Mapping[str, tuple[tuple[int, ...], ...]]
     truncated: int
     found: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    length: int = 0
+    """Tokens before the padding, both end marks included."""
 
 
 Vectors = Mapping[str, Tensor]
-"""Embeddings [vectors, width] of learned words."""
+"""Embeddings [vectors, width] of learned words; in SDXL those of the first encoder, then those of the second."""
 
 Bypasses = Mapping[str, tuple[Tensor, float]]
 """Textual bypasses v [width] of learned words, with their share."""
 
 
 class TextStage:
-    """The text encoder. Safe to call from several threads, which take turns.
+    """The text encoder, or SDXL's two. Safe to call from several threads, which take turns.
 
-    The stage runs its own tree of modules over the base's weights, so its hook for learned words is never seen by
-    others who use the same encoder, and transformers' own signatures do not matter.
+    SDXL's context is the hidden states of both encoders side by side, and its pooled text is the second's.
     """
 
     def __init__(self, base: BaseModel) -> None:
-        encoder: Any = base.text_encoder
-        shared = {id(t): t for t in chain(encoder.parameters(), encoder.buffers())}
-        self._encoder: Any = copy.deepcopy(encoder, shared)
+        self._towers = [TextTower(base.text_encoder, penultimate=base.xl is not None)]
+        self._pads = [int(base.tokenizer.pad_token_id)]
+        if base.xl is not None:
+            self._towers.append(TextTower(base.xl.text_encoder, penultimate=True))
+            self._pads.append(int(base.xl.tokenizer.pad_token_id))
+        self._zero_empty = base.xl is not None and base.xl.zero_empty_prompt
         self._tokenizer = base.tokenizer
         self._max_tokens = base.max_tokens
         self._width = base.layout.token_width
         self._lock = threading.RLock()
-        self._learned: tuple[Tensor, Tensor, Tensor] | None = None
-        self._encoder.get_input_embeddings().register_forward_hook(self._replace)
-        self._last_norm: Any = next(m for n, m in self._encoder.named_modules() if n.endswith("final_layer_norm"))
-        self._hidden: list[Tensor] | None = None
-        self._last_norm.register_forward_pre_hook(self._keep)
         self._empty = self.encode([""], {}).context[0]
 
     @property
@@ -93,24 +94,29 @@ class TextStage:
 
         A row's `learned` must have every word of its `places`, with as many vectors. Keeps gradients.
         """
-        device = self._encoder.device
-        ids = torch.tensor([row.ids for row in rows], device=device)
-        places: list[tuple[int, int]] = []
-        vectors: list[Tensor] = []
-        for number, (row, words) in enumerate(zip(rows, learned, strict=True)):
-            for word, groups in row.places.items():
-                for group in groups:
-                    places.extend((number, position) for position in group)
-                    vectors.append(words[word])
+        return self.encode_pooled(rows, learned)[0]
+
+    def encode_pooled(
+        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode as `encode_rows` does; also return SDXL's pooled text [n, pooled width] fp32, None for other models.
+
+        Where the base says so, both are zeros for an empty prompt.
+        """
+        places = self._placed(rows, learned)
+        contexts: list[Tensor] = []
+        pooled: Tensor | None = None
+        begin = 0
         with self._lock:
-            if places:
-                where = torch.tensor(places, device=device)
-                self._learned = (where[:, 0], where[:, 1], torch.cat(vectors))
-            try:
-                context: Tensor = self._encoder(input_ids=ids)[0]
-            finally:
-                self._learned = None
-        return context.float()
+            for tower, pad in zip(self._towers, self._pads, strict=True):
+                context, pooled = tower.run(self._ids(rows, pad), _cut(places, begin, tower.width))
+                contexts.append(context)
+                begin += tower.width
+        context = torch.cat(contexts, -1) if len(contexts) > 1 else contexts[0]
+        if self._zero_empty and pooled is not None:
+            filled = torch.tensor([row.length > _MARKS for row in rows], device=context.device)
+            context, pooled = context * filled[:, None, None], pooled * filled[:, None]
+        return context, pooled
 
     @torch.no_grad()
     def encode_bypassed(
@@ -119,22 +125,41 @@ class TextStage:
         """Encode as `encode_rows` does; also return the contexts that values see.
 
         There the last hidden state e at a word's places became e + share |e| v / |v| before the final layer norm
-        (Alaluf et al. 2023, section 4.2).
+        (Alaluf et al. 2023, section 4.2). Raises InvalidArgument (ADAPTER_TARGET_UNSUPPORTED) for SDXL, which reads
+        hidden states before the last layer.
         """
+        if len(self._towers) > 1:
+            raise InvalidArgument(
+                Reason.ADAPTER_TARGET_UNSUPPORTED, "a textual bypass needs a model with one text encoder, not SDXL"
+            )
+        tower = self._towers[0]
         with self._lock:
-            self._hidden = []
-            try:
-                context = self.encode_rows(rows, learned)
-                hidden = self._hidden[-1].clone()
-            finally:
-                self._hidden = None
+            context, hidden = tower.run_hidden(self._ids(rows, self._pads[0]), self._placed(rows, learned))
+            hidden = hidden.clone()
             for number, (row, words) in enumerate(zip(rows, bypasses, strict=True)):
                 for word, (vector, share) in words.items():
                     for position in chain.from_iterable(row.places.get(word, ())):
                         encoded = hidden[number, position]
                         change = functional.normalize(vector.to(encoded), dim=0)
                         hidden[number, position] = encoded + share * encoded.norm() * change
-            return context, self._last_norm(hidden).float()
+            return context, tower.last_norm(hidden).float()
+
+    def _ids(self, rows: Sequence[TokenizedPrompt], pad: int) -> Tensor:
+        padded = [(*row.ids[: row.length], *[pad] * (self._max_tokens - row.length)) for row in rows]
+        return torch.tensor(padded, device=self._towers[0].device)
+
+    def _placed(self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors]) -> Learned | None:
+        places: list[tuple[int, int]] = []
+        vectors: list[Tensor] = []
+        for number, (row, words) in enumerate(zip(rows, learned, strict=True)):
+            for word, groups in row.places.items():
+                for group in groups:
+                    places.extend((number, position) for position in group)
+                    vectors.append(words[word])
+        if not places:
+            return None
+        where = torch.tensor(places, device=self._towers[0].device)
+        return where[:, 0], where[:, 1], torch.cat(vectors)
 
     def tokenize(self, prompt: str, words: Mapping[str, int], find: Sequence[str] = ()) -> TokenizedPrompt:
         """Tokenise a prompt in which each word of `words` takes the given number of places.
@@ -162,9 +187,10 @@ class TextStage:
             spans += [(begin, begin + len(piece))] * words[word]
         cut = max(0, len(body) - room)
         ids = [tokenizer.bos_token_id, *body[:room], tokenizer.eos_token_id]
+        length = len(ids)
         ids += [tokenizer.pad_token_id] * (self._max_tokens - len(ids))
         found = {word: _occurrences(prompt, word, spans, room) for word in find}
-        return TokenizedPrompt(tuple(ids), {word: tuple(groups) for word, groups in places.items()}, cut, found)
+        return TokenizedPrompt(tuple(ids), {word: tuple(groups) for word, groups in places.items()}, cut, found, length)
 
     def token_id(self, word: str) -> int:
         """Return the id of a word that is a single token. Raises InvalidArgument when it is not."""
@@ -190,15 +216,13 @@ class TextStage:
             )
         return vectors.reshape(-1, self._width)
 
-    def _keep(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if self._hidden is not None:
-            self._hidden.append(args[0])
 
-    def _replace(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self._learned is None:
-            return None
-        rows, positions, vectors = self._learned
-        return output.index_put((rows, positions), vectors.to(output))
+def _cut(learned: Learned | None, begin: int, width: int) -> Learned | None:
+    """The embeddings of one encoder of several."""
+    if learned is None:
+        return None
+    rows, positions, vectors = learned
+    return rows, positions, vectors[:, begin : begin + width]
 
 
 def _split(prompt: str, words: Mapping[str, int]) -> list[tuple[int, str, str | None]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan, no_guides
@@ -55,20 +56,34 @@ class TorchEngine:
         """Copy a row into a slot; see UNetEngine."""
         self._slabs.load(slot, row)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Run the UNet once; see UNetEngine. Inputs may be on another device; the output is where the latents are."""
         if plan is Plan.FULL:
             guides = no_guides(cross)
-            return self.denoise_guided(latents, timesteps, cross, adapter_index, guides)[0]
+            return self.denoise_guided(latents, timesteps, cross, adapter_index, guides, added)[0]
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         spectral = self._slabs.spectral if plan is Plan.FACTORED else None
         inputs = self._placed(latents, timesteps, cross, adapter_index)
         with torch.no_grad():
-            out: Tensor = self._unets[plan](*inputs, spectral, self._slabs.lowrank)
+            out: Tensor = self._unets[plan](*inputs, spectral, self._slabs.lowrank, self._place_added(added))
         return out.to(latents.device, torch.float32)
 
     def denoise_guided(
-        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
@@ -76,7 +91,8 @@ class TorchEngine:
         placed = Guides(*(part.to(self._device) for part in (guides.lag, guides.lag_source, guides.reference)))
         with torch.no_grad():
             unet = self._unets[Plan.FULL]
-            out, mask = unet.forward_guided(*inputs, placed, self._slabs.spectral, self._slabs.lowrank)
+            slabs = (self._slabs.spectral, self._slabs.lowrank)
+            out, mask = unet.forward_guided(*inputs, placed, *slabs, self._place_added(added))
         return out.to(latents.device, torch.float32), mask.to(latents.device)
 
     def _placed(
@@ -85,11 +101,14 @@ class TorchEngine:
         device, dtype = self._device, self._dtype
         return latents.to(device, dtype), timesteps.to(device), cross.to(device, dtype), index.to(device)
 
+    def _place_added(self, added: Tensor | None) -> Tensor | None:
+        return None if added is None else added.to(self._device, self._dtype)
+
     def warm(self) -> None:
         """Run every plan once."""
-        inputs = example_inputs(self._base, 2)
+        inputs, added = example_inputs(self._base, 2), example_added(self._base, 2)
         for plan in self.plans:
-            self.denoise(plan, *inputs)
+            self.denoise(plan, *inputs, added)
 
 
 def example_inputs(base: BaseModel, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,3 +119,9 @@ def example_inputs(base: BaseModel, rows: int) -> tuple[Tensor, Tensor, Tensor, 
     timesteps = torch.rand(rows, generator=generator) * (base.schedule.train_steps - 1)
     cross = torch.randn(rows, base.max_tokens, CrossLayout(base.layout).width, generator=generator)
     return latents, timesteps, cross, torch.full((rows,), BASE_SLOT)
+
+
+def example_added(base: BaseModel, rows: int) -> Tensor | None:
+    """What such rows take beside those inputs in SDXL [rows, width], from a fixed seed; None for other models."""
+    width = added_width(base.layout)
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) if width else None

@@ -61,7 +61,8 @@ class Preparation:
         rows = tuple(self._slots.prepare(mix) for mix in mixes)
         words = self._lag_words(request, mixes[0])
         loaded = self._clock.monotonic()
-        own = self._conditioner.condition(_prompts(request, request.prompt), rows[0].text, timesteps, words)
+        size = (request.width, request.height)
+        own = self._conditioner.condition(_prompts(request, request.prompt), rows[0].text, timesteps, words, size)
         lag = mark_tokens(request, words, own.prompts[-1]).to(own.cross.device) if request.lag is not None else None
         regions = self._regions(request, rows[1:], timesteps)
         seconds = self._clock.monotonic() - loaded
@@ -79,8 +80,9 @@ class Preparation:
     ) -> tuple[PreparedRegion, ...]:
         areas = [(region.area, region.feather) for region in request.regions]
         masks = make_masks(areas, request.width, request.height, self._factor)
+        size = (request.width, request.height)
         crosses = [
-            self._conditioner.condition(_prompts(request, region.prompt), row.text, timesteps).cross
+            self._conditioner.condition(_prompts(request, region.prompt), row.text, timesteps, size=size).cross
             for region, row in zip(request.regions, rows, strict=True)
         ]
         return tuple(PreparedRegion(mask.to(cross.device), cross) for mask, cross in zip(masks, crosses, strict=True))

@@ -40,12 +40,26 @@ class RowsEngine:
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Do nothing: the one slot's rows are given when the engine is made."""
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Run the UNet with the rows, whatever the index. `cross` is a context: this UNet projects it itself."""
         return self.unet(latents, timesteps, cross, self.rows).float()
 
     def denoise_guided(
-        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Refuse: sample pictures ask for no guides. Raises FailedPrecondition (PLAN_UNAVAILABLE)."""
         raise FailedPrecondition(Reason.PLAN_UNAVAILABLE, "pictures drawn while training have no full plan")

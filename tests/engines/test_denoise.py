@@ -143,7 +143,15 @@ def test_a_failing_engine_leaves_the_samples_as_they_were() -> None:
 class _FreeEngine(FakeEngine):
     """Costs next to nothing, so that what is measured is the loop."""
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         return latents
 
 

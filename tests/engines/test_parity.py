@@ -72,6 +72,7 @@ def test_what_the_comparison_must_notice(tiny: TinyParts, wrong: str) -> None:
         spectral: Tensor,
         lowrank: Tensor,
         guides: Guides | None,
+        added: Tensor | None,
     ) -> tuple[Tensor]:
         if wrong == "ignores spectral":
             spectral = spectral[:1].repeat(len(spectral), 1)

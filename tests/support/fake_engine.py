@@ -12,7 +12,7 @@ class FakeEngine:
     """Deterministic and small. `on_call` runs before each call with (plan, slots), and may raise."""
 
     name = "fake"
-    plans = (Plan.DENSE, Plan.FACTORED, Plan.FULL)
+    plans: tuple[Plan, ...] = (Plan.DENSE, Plan.FACTORED, Plan.FULL)
 
     def __init__(
         self, slots: int = 8, max_batch: int = 8, on_call: Callable[[Plan, Tensor], None] | None = None
@@ -33,7 +33,15 @@ class FakeEngine:
         self.factored[slot] = row.needs_factored
         self.loads.append(slot)
 
-    def denoise(self, plan: Plan, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor) -> Tensor:
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
         """Mix latents, time, cross and mark, row by row."""
         if self.on_call is not None:
             self.on_call(plan, adapter_index)
@@ -48,7 +56,13 @@ class FakeEngine:
         return torch.tanh(0.5 * latents + shift.view(-1, 1, 1, 1))
 
     def denoise_guided(
-        self, latents: Tensor, timesteps: Tensor, cross: Tensor, adapter_index: Tensor, guides: Guides
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add what the guides ask for: the reference's latents, and the sum of the tokens that confine."""
         self.guides.append(guides)

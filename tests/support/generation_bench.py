@@ -20,8 +20,10 @@ from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import HueshiftError, NotFound, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import Conditioner, Conditioning, CrossInputs
+from hueshift.engines.cost_model import CostTable
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.pictures import PictureFormat
+from hueshift.engines.planner import Planner
 from hueshift.engines.residency import HostCache, SlotCache
 from hueshift.engines.samplers import SamplerKind
 from hueshift.engines.text import TokenizedPrompt
@@ -48,7 +50,12 @@ class FakeConditioner:
     """Keys and values that depend on the prompt and the learned words."""
 
     def condition(
-        self, prompts: Sequence[str], side: TextSide, timesteps: Sequence[float], find: Sequence[str] = ()
+        self,
+        prompts: Sequence[str],
+        side: TextSide,
+        timesteps: Sequence[float],
+        find: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
     ) -> Conditioning:
         """Draw them from the prompts' hashes; a token is a word, as far as there are tokens."""
         learned = sum(float(word.sum()) for _, word in sorted(side.words.items()) if isinstance(word, Tensor))
@@ -157,6 +164,7 @@ class Bench:
         weights: Mapping[str, float] | None = None,
         threads: bool = False,
         engine: FakeEngine | None = None,
+        table: CostTable | None = None,
     ) -> None:
         self.clock = clock or (SystemClock() if threads else FakeClock())
         self.metrics = Metrics(CollectorRegistry())
@@ -176,6 +184,7 @@ class Bench:
             limits or Limits(),
             weights=weights,
             preparers=None if threads else InlineExecutor(),
+            planner=None if table is None else Planner(self.engine, table),
         )
         self._ids = itertools.count()
 
