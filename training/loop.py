@@ -1,7 +1,7 @@
 """One optimiser step, from drawing the batch to updating the tensors."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from hueshift.training.latents import PictureSet
 from hueshift.training.methods.learnable import Learnable
 from hueshift.training.objectives.denoising import denoising_loss, draw_timesteps
 from hueshift.training.objectives.objective import Batch, Objective
-from hueshift.training.precision import mixed_precision
 from hueshift.training.spec import TrainingSpec
 from hueshift.training.state import TrainingState
-from hueshift.training.unet import TrainingUNet
+from hueshift.training.stepping import StepAlone, Stepper, StepWork, work_loss
+from hueshift.training.unet import Maps, TrainingUNet
 from hueshift.training.words import Captions
 
 
@@ -31,6 +31,7 @@ class TrainingTask:
     pictures: PictureSet
     objectives: Sequence[Objective]
     device: torch.device
+    stepper: Stepper = field(default_factory=StepAlone)
 
 
 def draw_batch(task: TrainingTask, state: TrainingState) -> Batch:
@@ -51,30 +52,42 @@ def draw_batch(task: TrainingTask, state: TrainingState) -> Batch:
     return batch
 
 
-def batch_loss(task: TrainingTask, values: dict[str, Tensor], batch: Batch) -> Tensor:
-    """Loss of one batch as a scalar, differentiable with respect to `values`."""
+def make_work(task: TrainingTask, values: dict[str, Tensor], batch: Batch) -> StepWork:
+    """What the UNet is given for a batch, differentiable with respect to `values`, and the loss of what comes out."""
     device = task.device
     context = task.captions.contexts(batch.captions, values).to(device)
-    rows = task.learnable.rows(values).to(device)
-    noisy = task.schedule.add_noise(batch.clean, batch.noise, batch.timesteps).to(device)
-    timesteps = batch.timesteps.to(device)
     target = task.schedule.target(batch.clean, batch.noise, batch.timesteps).to(device)
-    anchored = timesteps < task.spec.anchor_below
-    watched = {name for objective in task.objectives for name in objective.watched}
-    with mixed_precision(device, task.spec.precision):
-        with task.unet.watching(watched, batch.halves) as maps:
-            output = task.unet(noisy, timesteps, context, rows)
-        if bool(anchored.any()):
-            with torch.no_grad():
-                base_rows = task.learnable.base_rows().to(device)
-                base = task.unet(noisy[anchored], timesteps[anchored], context[anchored], base_rows)
+    # Found before anything is moved: looking at a device's numbers waits for it.
+    marked = (batch.timesteps < task.spec.anchor_below).nonzero().flatten()
+    anchored = marked.to(device)
+
+    def loss_of(output: Tensor, base: Tensor | None, maps: Maps) -> Tensor:
+        if base is not None:
             target[anchored] = base.float()
-    pixel_weights = None if batch.pixel_weights is None else batch.pixel_weights.to(device)
-    loss = denoising_loss(target, batch.weights.to(device), output, pixel_weights)
-    for objective in task.objectives:
-        if (added := objective.loss(batch, maps)) is not None:
-            loss = loss + added
-    return loss
+        pixel_weights = None if batch.pixel_weights is None else batch.pixel_weights.to(device)
+        loss = denoising_loss(target, batch.weights.to(device), output, pixel_weights)
+        for objective in task.objectives:
+            if (added := objective.loss(batch, maps)) is not None:
+                loss = loss + added
+        return loss
+
+    return StepWork(
+        noisy=task.schedule.add_noise(batch.clean, batch.noise, batch.timesteps).to(device),
+        timesteps=batch.timesteps.to(device),
+        context=context,
+        rows=task.learnable.rows(values).to(device),
+        anchored=anchored,
+        base_rows=task.learnable.base_rows().to(device) if len(marked) else None,
+        watched=frozenset(name for objective in task.objectives for name in objective.watched),
+        halves=tuple(sorted(batch.halves)),
+        precision=task.spec.precision,
+        loss_of=loss_of,
+    )
+
+
+def batch_loss(task: TrainingTask, values: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Loss of one batch as a scalar, differentiable with respect to `values`."""
+    return work_loss(task.unet, make_work(task, values, batch))
 
 
 def train_step(task: TrainingTask, state: TrainingState, failpoint: Callable[[str], None]) -> float:
@@ -85,10 +98,11 @@ def train_step(task: TrainingTask, state: TrainingState, failpoint: Callable[[st
     count = task.spec.gradient_accumulation
     total = 0.0
     for number in range(count):
-        loss = batch_loss(task, state.values, draw_batch(task, state))
-        check_finite(loss.detach(), state.step + 1, "loss")
-        total += loss.item()
-        state.backward(loss / count, first=number == 0)
+        work = make_work(task, state.values, draw_batch(task, state))
+        stepped = task.stepper.step(task.unet, work, count)
+        check_finite(stepped.loss, state.step + 1, "loss")
+        total += stepped.loss.item()
+        state.backward(stepped.roots, stepped.gradients, first=number == 0)
     failpoint("mid-step")
     state.update(total / count)
     return total / count

@@ -15,7 +15,6 @@ from PIL import Image
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, InvalidArgument, Reason
-from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.pictures import PictureFormat, encode_picture
 from hueshift.engines.svd_cache import SpectralFactors
@@ -33,9 +32,11 @@ from hueshift.training.objectives.prior import ClassPictures
 from hueshift.training.plateau import CHECK_INTERVAL, LEAST_GAIN, fixed_loss
 from hueshift.training.samples import Sampler
 from hueshift.training.scores import ClipScorer, Scores
+from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.spec import TrainingSpec
 from hueshift.training.state import TrainingState
-from hueshift.training.unet import TrainingUNet
+from hueshift.training.stepping import StepAlone, Stepper
+from hueshift.training.unet import TrainingUNet, make_unet
 from hueshift.training.words import Captions
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -95,13 +96,16 @@ def run_training(
     hooks: TrainingHooks,
     masks: Mapping[int, Image.Image] = MappingProxyType({}),
     class_folder: Path | None = None,
+    sharing: SharedTraining | None = None,
 ) -> TrainingResult:
     """Train one adapter on `pictures`, one for each caption of the spec, with `masks` for some of them by index.
 
-    Class pictures are shared by all jobs that get the same `class_folder`; without one they stay in `workdir`.
+    Class pictures are shared by all jobs that get the same `class_folder`; without one they stay in `workdir`. With
+    `sharing`, steps are taken together with the jobs that run in other threads with the same one, where the method
+    allows it; then the result is the same within rounding only.
 
-    The result depends on spec, pictures, masks and base alone, bit for bit on one machine with one number of threads,
-    however often the run was stopped and called again with the same `workdir`. `base` is never changed. Raises
+    Else the result depends on spec, pictures, masks and base alone, bit for bit on one machine with one number of
+    threads, however often the run was stopped and called again with the same `workdir`. `base` is never changed. Raises
     Cancelled when the hooks ask to stop, HueshiftError (TRAINING_DIVERGED) with the step when the loss is not finite,
     InvalidArgument when spec, pictures and base do not fit each other.
     """
@@ -109,8 +113,11 @@ def run_training(
         raise InvalidArgument.for_field("pictures", f"{len(pictures)} given for {len(spec.captions)} captions")
     if sorted(masks) != sorted(spec.masked_pictures):
         raise InvalidArgument.for_field("pictures", f"masks of {sorted(masks)} given for {spec.masked_pictures}")
-    job = _Job(spec, pictures, masks, base, factors, workdir, class_folder or workdir / CLASS_FOLDER, hooks)
-    job.train()
+    job = _Job(spec, pictures, masks, base, factors, workdir, class_folder or workdir / CLASS_FOLDER, hooks, sharing)
+    try:
+        job.train()
+    finally:
+        job.leave()
     return job.finish(clip)
 
 
@@ -127,7 +134,10 @@ class _Job:
         workdir: Path,
         class_folder: Path,
         hooks: TrainingHooks,
+        sharing: SharedTraining | None,
     ) -> None:
+        if sharing is not None:
+            base = sharing.own_words(base)
         self._spec, self._pictures, self._base, self._hooks = spec, pictures, base, hooks
         shown = (*pictures, *(masks[index] for index in sorted(masks)))
         self._fingerprint = fingerprint_job(spec, shown, base.base_hash)
@@ -135,9 +145,12 @@ class _Job:
         self._taken = (0, 0.0)
         text, vae = TextStage(base), VaeStage(base)
         self._learnable = make_learnable(spec, base, factors)
-        adapted = AdaptedUNet(base, factors, self._learnable.layout, self._learnable.plan)
-        attentions, width = base.layout.cross_attentions, base.layout.token_width
-        unet = TrainingUNet(adapted, attentions, width, checkpointing=spec.gradient_checkpointing)
+        unet: TrainingUNet
+        self._stepper: Stepper
+        if sharing is None:
+            unet, self._stepper = make_unet(base, factors, self._learnable, spec), StepAlone()
+        else:
+            unet, self._stepper = sharing.join(spec, self._learnable)
         self._captions = Captions(base, text, spec)
         self._sampler = Sampler(base, unet, vae, text.empty, self._stop_if_asked)
         self._state = self._make_state(self._learnable)
@@ -150,6 +163,7 @@ class _Job:
             pictures=make_picture_set(vae, spec, pictures, masks, base.pixels),
             objectives=(),
             device=text.empty.device,
+            stepper=self._stepper,
         )
 
     def train(self) -> None:
@@ -177,6 +191,10 @@ class _Job:
             if self._spec.sample_interval and step % self._spec.sample_interval == 0 and not self._state.ended:
                 self._show(self._spec.sample_prompts, self._draw(self._spec.sample_prompts))
 
+    def leave(self) -> None:
+        """Let nobody wait for this job's steps."""
+        self._stepper.leave()
+
     def finish(self, clip: ClipScorer | None) -> TrainingResult:
         """Check the result, show its pictures, score it."""
         values = self._state.result
@@ -203,6 +221,7 @@ class _Job:
         loss = train_step(self._task, self._state, self._hooks.at)
         step = self._state.step
         if self._spec.early_stop and step % CHECK_INTERVAL == 0:
+            self._stepper.leave()
             self._state.judge(fixed_loss(self._task, self._state), LEAST_GAIN)
             if self._state.ended and step < self._spec.steps:
                 _log.info("training.plateau", step=step, steps=self._spec.steps)
@@ -211,6 +230,7 @@ class _Job:
         self._hooks.on_step(step, loss, seconds)
 
     def _keep(self, path: Path) -> None:
+        self._stepper.leave()
         write_checkpoint(path, self._state.capture(), self._fingerprint, self._spec.checkpoint_limit)
         self._hooks.on_checkpoint(self._state.step, path)
 
@@ -255,6 +275,7 @@ class _Job:
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str], *, of_base: bool = False) -> list[Image.Image]:
         """Draw one picture a prompt, seeds counting from 0, as the adapter has them now or as the base has them."""
+        self._stepper.leave()
         values = self._state.result
         rows = self._learnable.base_rows() if of_base else self._learnable.rows(values)
         contexts = self._captions.contexts(prompts, None if of_base else values)

@@ -1,7 +1,7 @@
 """The moving parts of a run: tensors in training, their optimiser and average, what is drawn at random, the losses."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,13 +45,18 @@ class TrainingState:
         """The values to use: the moving average where there is one."""
         return self.average or self.values
 
-    def backward(self, loss: Tensor, *, first: bool = True) -> None:
-        """Compute the gradients of a scalar loss; add them to those there are unless it is the step's `first`."""
+    def backward(
+        self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None] = (None,), *, first: bool = True
+    ) -> None:
+        """Carry gradients from `roots` to the values, None standing for 1 at a scalar loss.
+
+        They are added to those there are unless it is the step's `first` time.
+        """
         if first:
             self._optimizer.zero_grad()
         # A batch whose captions were all dropped says nothing about a word, and a job may learn words alone.
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+        if roots:
+            torch.autograd.backward(roots, gradients)
 
     def update(self, loss: float) -> None:
         """Take the optimiser step, move the average, count the step."""

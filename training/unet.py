@@ -1,5 +1,6 @@
 """The UNet in training: rows, changed weights, contexts by layer, attention to look at, activation checkpoints."""
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from hueshift.engines.adapted_unet import AdaptedUNet
-from hueshift.training.methods.learnable import Rows
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.training.methods.learnable import Learnable, Rows
+from hueshift.training.spec import TrainingSpec
 
 Maps = dict[str, dict[int, Tensor]]
 """Attention [heads, positions, tokens] by cross-attention and row."""
@@ -21,12 +25,16 @@ class TrainingUNet:
 
     `attentions` are its cross-attentions in the order it runs them. With `checkpointing` activations within blocks are
     computed again in the backward pass: about a third more time, for a fraction of the memory.
+
+    Jobs that share one take turns: calls hold `lock`, and who looks at attention or runs backward with `checkpointing`
+    holds it for as long.
     """
 
     def __init__(
         self, unet: AdaptedUNet, attentions: tuple[str, ...], width: int, *, checkpointing: bool = False
     ) -> None:
         self.plan = unet.plan
+        self.lock = threading.RLock()
         self._unet = unet
         self._called = _Called(unet)
         self._width = width
@@ -40,14 +48,18 @@ class TrainingUNet:
             model.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpointed)
 
     def __call__(self, sample: Tensor, timesteps: Tensor, context: Tensor, rows: Rows) -> Tensor:
-        """Run on sample [n, 4, h, w], timesteps [n] and context [n, tokens, width or layers * width]; all at once share
-        the rows. Differentiable with respect to the rows and the context."""
+        """Run on sample [n, 4, h, w], timesteps [n] and context [n, tokens, width or layers * width].
+
+        Rows are one for all, or one for each sample; changed weights are for all. Differentiable with respect to the
+        rows and the context.
+        """
         inputs = (sample, timesteps, context, rows.spectral, rows.lowrank)
-        if not rows.weights:
-            return self._unet.forward_rows(*inputs)
-        weights = {f"unet.unet.{name}.weight": self._laid_out(weight) for name, weight in rows.weights.items()}
-        out: Tensor = functional_call(self._called, weights, inputs)
-        return out
+        with self.lock:
+            if not rows.weights:
+                return self._unet.forward_rows(*inputs)
+            weights = {f"unet.unet.{name}.weight": self._laid_out(weight) for name, weight in rows.weights.items()}
+            out: Tensor = functional_call(self._called, weights, inputs)
+            return out
 
     @contextmanager
     def watching(self, names: Collection[str], rows: Collection[int]) -> Iterator[Maps]:
@@ -67,10 +79,14 @@ class TrainingUNet:
                 context = context[..., begin : begin + self._width]
             names, rows = self._watched
             if rows and name in names:
-                self._maps[name] = _attention(module, args[0], context, rows)
+                self._maps[name] = _attention(module, args[0], context, rows, shared=self._rows_shared())
             return args, {**named, "encoder_hidden_states": context}
 
         return hook
+
+    def _rows_shared(self) -> bool:
+        scope = self._unet.call_rows
+        return scope.shared or not (scope.values or scope.branches)
 
     def _laid_out(self, weight: Tensor) -> Tensor:
         if weight.dim() == 4 and self._unet.call_rows.channels_last:
@@ -99,6 +115,13 @@ class TrainingUNet:
         return checkpoint(again, *args, use_reentrant=False)
 
 
+def make_unet(base: BaseModel, factors: SpectralFactors, learnable: Learnable, spec: TrainingSpec) -> TrainingUNet:
+    """The UNet that jobs of this kind train with, on the base's weights."""
+    adapted = AdaptedUNet(base, factors, learnable.layout, learnable.plan)
+    layout = base.layout
+    return TrainingUNet(adapted, layout.cross_attentions, layout.token_width, checkpointing=spec.gradient_checkpointing)
+
+
 class _Called(nn.Module):
     """What functional_call can call: it runs a module's `forward`, and rows go another way."""
 
@@ -111,11 +134,16 @@ class _Called(nn.Module):
         return self.unet.forward_rows(*inputs)
 
 
-def _attention(module: Any, hidden: Tensor, context: Tensor, rows: tuple[int, ...]) -> dict[int, Tensor]:
+def _attention(
+    module: Any, hidden: Tensor, context: Tensor, rows: tuple[int, ...], *, shared: bool
+) -> dict[int, Tensor]:
     """Attention of some rows of a diffusers Attention, computed beside it: fused kernels do not give theirs."""
     chosen = list(rows)
-    query = module.to_q(hidden[chosen])
-    key = module.to_k(context[chosen])
+    if shared:
+        query, key = module.to_q(hidden[chosen]), module.to_k(context[chosen])
+    else:
+        # Every sample has a row of its own: the layers know them by their places in the whole batch.
+        query, key = module.to_q(hidden)[chosen], module.to_k(context)[chosen]
     heads = module.heads
     query, key = (part.unflatten(-1, (heads, -1)).transpose(1, 2).float() for part in (query, key))
     scores = (query @ key.transpose(-1, -2)) * module.scale

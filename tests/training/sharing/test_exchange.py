@@ -1,0 +1,165 @@
+"""The meeting place: rounds, comings and goings, and that nobody waits for ever whatever a member does."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from hueshift.training.sharing.exchange import Exchange
+
+FOREVER = 60.0
+LIMIT = 20.0
+
+
+class Rounds:
+    """Doubles numbers, and remembers which it got together. A number below zero fails."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+        self.before: Callable[[], None] = lambda: None
+
+    def __call__(self, works: Sequence[int]) -> list[int | Exception]:
+        self.before()
+        self.seen.append(sorted(works))
+        return [2 * work if work >= 0 else ValueError(f"{work}") for work in works]
+
+
+def started(pool: ThreadPoolExecutor, exchange: Exchange[int, int], member: str, work: int) -> Future[int]:
+    future = pool.submit(exchange.hand_in, member, work)
+    time.sleep(0.02)
+    return future
+
+
+def test_one_member_alone_never_waits() -> None:
+    rounds = Rounds()
+    exchange = Exchange(rounds, FOREVER)
+    assert [exchange.hand_in("a", work) for work in (1, 2, 3)] == [2, 4, 6]
+    assert rounds.seen == [[1], [2], [3]]
+
+
+def test_members_go_in_step_and_each_gets_its_own() -> None:
+    rounds = Rounds()
+    exchange = Exchange(rounds, FOREVER)
+    results: dict[int, list[int]] = {}
+
+    def run(member: int) -> None:
+        results[member] = [exchange.hand_in(member, 10 * step + member) for step in range(50)]
+        exchange.leave(member)
+
+    # All are present before the first step, so that no one runs ahead.
+    with ThreadPoolExecutor(4) as pool:
+        gate = threading.Barrier(4)
+
+        def gated(member: int) -> None:
+            if gate.wait() == 0:
+                rounds.before = lambda: time.sleep(0.001)
+            run(member)
+
+        for future in [pool.submit(gated, member) for member in range(4)]:
+            future.result(LIMIT)
+    assert results == {m: [2 * (10 * step + m) for step in range(50)] for m in range(4)}
+    # Latecomers join within a round or two.
+    assert sum(len(seen) == 4 for seen in rounds.seen) >= 45
+
+
+def test_a_failed_work_is_its_members_alone() -> None:
+    exchange = Exchange(Rounds(), FOREVER)
+    exchange._present |= {"a", "b"}
+    with ThreadPoolExecutor(2) as pool:
+        bad, good = started(pool, exchange, "a", -1), started(pool, exchange, "b", 4)
+        assert good.result(LIMIT) == 8
+        with pytest.raises(ValueError, match="-1"):
+            bad.result(LIMIT)
+
+
+def test_who_leaves_is_not_waited_for() -> None:
+    exchange = Exchange(Rounds(), FOREVER)
+    exchange.hand_in("b", 1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = started(pool, exchange, "a", 5)
+        assert not waiting.done()
+        exchange.leave("b")
+        assert waiting.result(LIMIT) == 10
+    exchange.leave("nobody")
+
+
+def test_a_slow_member_holds_the_others_up_for_the_patience_and_once() -> None:
+    exchange = Exchange(Rounds(), patience=0.2)
+    exchange.hand_in("slow", 1)
+    begun = time.monotonic()
+    assert exchange.hand_in("a", 2) == 4
+    waited = time.monotonic() - begun
+    assert 0.2 <= waited < 5
+    begun = time.monotonic()
+    assert exchange.hand_in("a", 3) == 6
+    assert time.monotonic() - begun < 0.2
+
+
+def test_who_comes_during_a_long_round_still_waits_for_the_others_after_it() -> None:
+    rounds = Rounds()
+    exchange = Exchange(rounds, patience=0.5)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        rounds.before = lambda: None
+        entered.set()
+        assert go_on.wait(LIMIT)
+
+    rounds.before = block
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(exchange.hand_in, "a", 1)
+        assert entered.wait(LIMIT)
+        late = pool.submit(exchange.hand_in, "b", 2)
+        time.sleep(0.6)
+        go_on.set()
+        assert first.result(LIMIT) == 2
+        assert exchange.hand_in("a", 3) == 6
+        assert late.result(LIMIT) == 4
+    assert rounds.seen == [[1], [2, 3]]
+
+
+class _Killed(BaseException):
+    """Stands for what ends a thread."""
+
+
+def test_the_others_go_on_when_the_one_that_works_for_all_goes_down() -> None:
+    rounds = Rounds()
+    exchange = Exchange(rounds, FOREVER)
+
+    def kill() -> None:
+        rounds.before = lambda: None
+        raise _Killed
+
+    rounds.before = kill
+    exchange._present |= {"a", "b", "c"}
+    with ThreadPoolExecutor(3) as pool:
+        futures = [started(pool, exchange, member, work) for member, work in (("a", 1), ("b", 2), ("c", 3))]
+        ended = [future.exception(LIMIT) for future in futures]
+    assert sum(isinstance(error, _Killed) for error in ended) == 1
+    survivors = [future.result() for future, error in zip(futures, ended, strict=True) if error is None]
+    assert len(survivors) == 2
+    assert exchange.hand_in("d", 4) == 8 if not exchange._present else True
+
+
+def test_members_that_come_and_go_at_random_all_come_to_their_end() -> None:
+    rounds = Rounds()
+    exchange = Exchange(rounds, patience=0.05)
+
+    def live(member: int) -> int:
+        total = 0
+        for step in range(40):
+            total += exchange.hand_in(member, step)
+            if (step * 7 + member) % 5 == 0:
+                exchange.leave(member)
+            if (step * 3 + member) % 13 == 0:
+                time.sleep(0.01)
+        exchange.leave(member)
+        return total
+
+    with ThreadPoolExecutor(8) as pool:
+        totals = [future.result(LIMIT) for future in [pool.submit(live, member) for member in range(8)]]
+    assert totals == [2 * sum(range(40))] * 8
+    assert sum(map(len, rounds.seen)) == 320
+    assert max(map(len, rounds.seen)) > 1

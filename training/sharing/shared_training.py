@@ -1,0 +1,84 @@
+"""What the jobs of one process share on one device: UNets by family, and the steps taken on them."""
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from weakref import WeakValueDictionary
+
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.training.methods.learnable import Learnable
+from hueshift.training.sharing.exchange import Exchange
+from hueshift.training.sharing.family import Family, family_of
+from hueshift.training.sharing.together import Share, SharedStep
+from hueshift.training.spec import TrainingSpec
+from hueshift.training.stepping import StepAlone, Stepped, Stepper, StepWork
+from hueshift.training.unet import TrainingUNet, make_unet
+
+# A member that is this late is drawing pictures, or stuck: what it would save is less than what the others lose.
+PATIENCE_SECONDS = 2.0
+
+
+class SharedTraining:
+    """Given to every `run_training` whose steps are to be taken together, each in a thread of its own.
+
+    `max_rows` is the most UNet rows of one forward pass, 0 for no limit; `patience` how long, in seconds, one job may
+    keep the others of its family waiting at a step. `rounds` counts the shared steps by how many jobs were in them.
+    """
+
+    def __init__(
+        self, base: BaseModel, factors: SpectralFactors, *, max_rows: int = 0, patience: float = PATIENCE_SECONDS
+    ) -> None:
+        self.rounds: Counter[int] = Counter()
+        self._base, self._factors = base, factors
+        self._max_rows, self._patience = max_rows, patience
+        self._lock = threading.Lock()
+        # A UNet lives as long as a job that uses it: families come and go, and each takes as much memory as the base.
+        self._companies: WeakValueDictionary[Family, _Company] = WeakValueDictionary()
+
+    def join(self, spec: TrainingSpec, learnable: Learnable) -> tuple[TrainingUNet, Stepper]:
+        """Return the UNet and the stepper of a job; both its own if its method does not share."""
+        family = family_of(spec)
+        if family is None:
+            return make_unet(self._base, self._factors, learnable, spec), StepAlone()
+        with self._lock:
+            company = self._companies.get(family)
+            if company is None:
+                unet = make_unet(self._base, self._factors, learnable, spec)
+                company = self._companies[family] = _Company(unet, self._max_rows, self._patience, self.rounds)
+        return company.unet, SharedStepper(company)
+
+    def own_words(self, base: BaseModel) -> BaseModel:
+        """The same base with a tokenizer for one thread: tokenizers do not stand two callers at once."""
+        return replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+
+
+class _Company:
+    """The jobs of one family."""
+
+    def __init__(self, unet: TrainingUNet, max_rows: int, patience: float, rounds: Counter[int]) -> None:
+        self.unet = unet
+        self._rounds = rounds
+        self._step = SharedStep(unet, max_rows)
+        self.exchange: Exchange[Share, Stepped] = Exchange(self._run, patience)
+
+    def _run(self, shares: Sequence[Share]) -> list[Stepped | Exception]:
+        self._rounds[len(shares)] += 1
+        return self._step(shares)
+
+
+class SharedStepper:
+    """One job's place in a company (a `Stepper`)."""
+
+    def __init__(self, company: _Company) -> None:
+        self._company = company
+
+    def step(self, unet: TrainingUNet, work: StepWork, count: int) -> Stepped:
+        """Wait for the others, and take the step with them."""
+        return self._company.exchange.hand_in(self, Share(work, count))
+
+    def leave(self) -> None:
+        """Let the others go on without this job."""
+        self._company.exchange.leave(self)
