@@ -78,6 +78,36 @@ def test_finetune_without_watch_tells_how_to_follow(run: Run, pictures: list[Pat
     assert "hueshift jobs watch job-1" in ran.err
 
 
+def test_finetune_sends_settings_subjects_and_masks(fake: FakeServer, run: Run, pictures: list[Path]) -> None:
+    ran = run(
+        *("finetune", *pictures, "--class-noun", "cat", "--method", "lora", "--also", "idk:dog:two.png"),
+        *("--mask", f"two.png={pictures[0]}", "--rank", 4, "--targets", "proj_out", "--targets", "attn2.to_k"),
+        *("--rate-schedule", "cosine", "--mirror", "--no-per-layer"),
+    )
+    assert ran.code == 0, ran.err
+    spec, *chunks = (message for message in fake.service.seen["CreateFineTune"][0])
+    settings = spec.spec.settings
+    assert (settings.rank, list(settings.targets), settings.rate_schedule) == (4, ["proj_out", "attn2.to_k"], 3)
+    assert (settings.mirror, settings.per_layer, settings.HasField("per_layer")) == (True, False, True)
+    assert [(s.identifier, s.class_noun) for s in spec.spec.more_subjects] == [("idk", "dog")]
+    assert [(p.subject, p.mask_size_bytes) for p in spec.spec.pictures] == [(0, 0), (1, len(png()))]
+    assert [(c.chunk.index, c.chunk.mask) for c in chunks] == [(0, False), (1, False), (1, True)]
+
+
+def test_a_dry_run_tells_the_cost(fake: FakeServer, run: Run, pictures: list[Path]) -> None:
+    ran = run("finetune", *pictures, "--class-noun", "cat", "--dry-run")
+    assert ran.code == 0
+    assert "not known" in ran.out
+    fake.service.job.cost.gpu_seconds = 90.0
+    fake.service.job.cost.seconds_per_step = 0.75
+    fake.service.job.cost.measured_steps = 30
+    ran = run("finetune", *pictures, "--class-noun", "cat", "--dry-run")
+    assert "90 s (0.75 s a step, mean of 30)" in ran.out
+    for messages in fake.service.seen["CreateFineTune"]:
+        assert [message.WhichOneof("part") for message in messages] == ["spec"]
+        assert messages[0].spec.validate_only
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -86,6 +116,10 @@ def test_finetune_without_watch_tells_how_to_follow(run: Run, pictures: list[Pat
         (["--captions-file", "{captions}"], "no caption for two.png"),
         (["--captions-file", "{broken}"], "not readable JSON"),
         (["--method", "magic"], "svdiff, residuals"),
+        (["--dry-run", "--watch"], "nothing to watch"),
+        (["--also", "idk:ball"], "WORD:NOUN:PICTURE"),
+        (["--also", "idk:ball:three.png"], "'three.png' is 0 of the pictures"),
+        (["--mask", "one.png=missing.png"], "PICTURE=MASK"),
         (["--out", "."], "--watch"),
     ],
 )

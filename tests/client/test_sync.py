@@ -14,7 +14,7 @@ from hueshift.client import errors
 from hueshift.client.choices import AdapterKind, JobState, Method, Sampler, Subject
 from hueshift.client.combination import AdapterRef, BlockMix, Interpolation, Sum
 from hueshift.client.generation import AdapterUse, Finished, Picture, Progress, Queued
-from hueshift.client.jobs import FineTuneFailed, StateChanged, TrainingSample
+from hueshift.client.jobs import FineTuneFailed, LearnedSubject, StateChanged, TrainingSample
 from hueshift.client.retry import RetryPolicy
 from hueshift.client.sync import Client
 
@@ -234,7 +234,46 @@ def test_fine_tune_sends_spec_and_pictures(fake: FakeServer, client: Client, tmp
     assert [(m.chunk.index, len(m.chunk.data)) for m in messages[1:]] == [(0, len(png())), (1, 1024 * 1024), (1, 5)]
 
 
+def test_fine_tune_sends_what_every_method_takes(fake: FakeServer, client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    path.write_bytes(png())
+    fake.service.job.kept_energy = 0.5
+    fake.service.job.cost.gpu_seconds = 12.0
+    job = client.fine_tune(
+        [b"one", b"two"],
+        method=Method.CUSTOM_DIFFUSION,
+        class_noun="cat",
+        more_subjects=[LearnedSubject("idk", "dog", ["old"])],
+        picture_subjects=[0, 1],
+        picture_repeats=[2, 1],
+        masks={1: path},
+        settings={"rate_schedule": "constant", "unmix_layers": ["up_blocks"], "mirror": True, "precision": "fp32"},
+    )
+    assert job.kept_energy == 0.5
+    assert job.cost is not None
+    assert job.cost.gpu_seconds == 12.0
+    (messages,) = fake.service.seen["CreateFineTune"]
+    spec = messages[0].spec
+    assert (spec.method, spec.settings.rate_schedule, spec.settings.precision) == (5, 2, 2)
+    assert list(spec.settings.unmix_layers) == ["up_blocks"]
+    assert [(p.subject, p.repeats, p.mask_size_bytes) for p in spec.pictures] == [(0, 2, 0), (1, 1, len(png()))]
+    assert [(s.identifier, s.class_noun, list(s.identifier_init)) for s in spec.more_subjects] == [
+        ("idk", "dog", ["old"])
+    ]
+    assert [(m.chunk.index, m.chunk.mask, m.chunk.data) for m in messages[1:]] == [
+        (0, False, b"one"),
+        (1, False, b"two"),
+        (1, True, png()),
+    ]
+
+
 def test_fine_tune_refuses_what_cannot_be_meant(client: Client) -> None:
+    with pytest.raises(ValueError, match="allowed are linear, constant, cosine"):
+        client.fine_tune([b"a"], settings={"rate_schedule": "wild"})
+    with pytest.raises(ValueError, match="1 picture_subjects for 2 pictures"):
+        client.fine_tune([b"a", b"b"], picture_subjects=[0])
+    with pytest.raises(ValueError, match="a mask of picture 2"):
+        client.fine_tune([b"a", b"b"], masks={2: b"m"})
     with pytest.raises(ValueError, match="1 captions for 2 pictures"):
         client.fine_tune([b"a", b"b"], captions=["one"])
     with pytest.raises(ValueError, match="no setting 'stepz'"):

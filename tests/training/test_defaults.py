@@ -1,5 +1,6 @@
 """Defaults are complete, requests are checked field by field."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,8 +8,11 @@ import pytest
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
 from hueshift.training.checks import RANGES
-from hueshift.training.defaults import check_identifier, complete_spec, method_defaults
-from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+from hueshift.training.defaults import LORA_TARGETS, check_identifier, complete_spec, method_defaults
+from hueshift.training.spec import LoraInit, Method, Precision, RateSchedule, Subject, SubjectKind, TrainingSpec
+
+BALL = Subject(identifier="idk", class_noun="ball")
+PAIR: dict[str, Any] = {"captions": ("", ""), "more_subjects": (BALL,), "picture_subjects": (0, 1)}
 
 
 def complete(**changes: Any) -> TrainingSpec:
@@ -32,10 +36,39 @@ def test_defaults_are_complete_and_allowed(method: Method, kind: SubjectKind) ->
 
 
 def test_a_spec_survives_the_job_table() -> None:
-    import json
-
     spec = complete(identifier_init=("noto",), sample_prompts=("a sks animal on a hill",), seed=2**64 - 1)
     assert TrainingSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_spec_of_two_subjects_survives_too_and_so_does_one_of_before() -> None:
+    spec = complete(**PAIR, rate_schedule="cosine", unmix_layers=["up_blocks"], picture_repeats=[2, 1])
+    assert spec.captions == ("a sks animal", "a idk ball")
+    assert (spec.rate_schedule, spec.subject_of(1), spec.subjects[1]) == (RateSchedule.COSINE, 1, BALL)
+    data = json.loads(json.dumps(spec.to_json()))
+    assert TrainingSpec.from_json(data) == spec
+    old = complete(method=Method.RESIDUALS)
+    known = ("caption_dropout", "mirror", "anchor_below", "ema_decay", "min_snr_gamma", "sample_prompts")
+    required = [*list(old.to_json())[: list(old.to_json()).index("sample_prompts")], *known]
+    assert TrainingSpec.from_json({name: json.loads(json.dumps(old.to_json()))[name] for name in required}) == old
+
+
+def test_settings_that_belong_together_are_filled_in_together() -> None:
+    lora = complete(method=Method.LORA, rank=16)
+    assert (lora.rank, lora.alpha, lora.targets) == (16, 16.0, LORA_TARGETS)
+    assert complete(method=Method.LORA, alpha=4.0).alpha == 4.0
+    pissa = complete(method=Method.LORA, lora_init="pissa", precision=Precision.FP32)
+    assert (pissa.lora_init, pissa.precision) == (LoraInit.PISSA, Precision.FP32)
+    pair = complete(**PAIR)
+    assert (pair.cut_mix_probability, pair.unmix_weight) == (0.6, 1.0)
+    apart = complete(**PAIR, cut_mix_probability=0.0)
+    assert (apart.cut_mix_probability, apart.unmix_weight) == (0.0, 0.0)
+    assert complete(**PAIR, method=Method.LORA).cut_mix_probability == 0
+
+
+def test_what_is_the_same_for_all_pictures_is_not_written_down() -> None:
+    plain = complete(captions=("", ""))
+    assert complete(captions=("", ""), picture_subjects=(0, 0), picture_repeats=(1, 1)) == plain
+    assert (plain.picture_subjects, plain.picture_repeats) == ((), ())
 
 
 def test_what_is_left_open_is_filled_in() -> None:
@@ -77,6 +110,44 @@ def test_what_is_left_open_is_filled_in() -> None:
         ({"class_noun": "n" * 65}, "class_noun"),
         ({"identifier_init": ("a", " ")}, "identifier_init[1]"),
         ({"sample_prompts": ("a",) * 5}, "sample_prompts"),
+        ({"rate_schedule": "wild"}, "settings.rate_schedule"),
+        ({"precision": "fp16"}, "settings.precision"),
+        ({"mirror": 1}, "settings.mirror"),
+        ({"gradient_accumulation": 0}, "settings.gradient_accumulation"),
+        ({"cut_mix_probability": 1.0}, "settings.cut_mix_probability"),
+        ({"cut_mix_probability": 0.6}, "settings.cut_mix_probability"),
+        ({"unmix_weight": 1.0}, "settings.unmix_weight"),
+        ({"targets": ("to_q",)}, "settings.targets"),
+        ({"method": Method.LORA, "targets": ("",)}, "settings.targets"),
+        ({"method": Method.LORA, "targets": ()}, "settings.targets"),
+        ({"method": Method.LORA, "rank": 0, "alpha": 1.0}, "settings.rank"),
+        ({"method": Method.LORA, "alpha": 0.0}, "settings.alpha"),
+        ({"method": Method.DREAMBOOTH, "rank": 0}, "settings.rank"),
+        ({"method": Method.TEXTUAL_INVERSION, "learn_identifier": False}, "learn_identifier"),
+        (
+            {"method": Method.TEXTUAL_INVERSION, "identifier_learning_rate": 0.0},
+            "settings.identifier_learning_rate",
+        ),
+        ({"picture_repeats": (101,)}, "pictures[0].repeats"),
+        ({"picture_subjects": (1,)}, "pictures[0].subject"),
+        ({"more_subjects": (BALL,)}, "pictures"),
+        ({**PAIR, "more_subjects": (Subject(identifier="SKS", class_noun="x"),)}, "more_subjects[0].identifier"),
+        ({**PAIR, "more_subjects": (Subject(identifier="a b", class_noun="x"),)}, "more_subjects[0].identifier"),
+        ({**PAIR, "more_subjects": (Subject(identifier="idk", class_noun=""),)}, "pictures[1].caption"),
+        ({**PAIR, "captions": ("", "a sks ball")}, "more_subjects[0].identifier"),
+        (
+            {**PAIR, "more_subjects": (Subject(identifier="idk", class_noun="x", identifier_init=(" ",)),)},
+            "more_subjects[0].identifier_init[0]",
+        ),
+        (
+            {
+                **PAIR,
+                "captions": ("", "a idk"),
+                "more_subjects": (Subject(identifier="idk", class_noun=""),),
+                "prior_weight": 1.0,
+            },
+            "more_subjects[0].class_noun",
+        ),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_given(changes: dict[str, Any], field: str) -> None:

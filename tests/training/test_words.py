@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_training import make_spec
+from tiny_training import SECOND_WORD, make_pair_spec, make_spec
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
@@ -67,3 +67,47 @@ def test_words_that_do_not_fit_are_refused(base_model: BaseModel, text: TextStag
         Captions(base_model, text, replace(make_spec(), identifier="zzyzxqwv"))
     with pytest.raises(InvalidArgument, match="vocabulary"):
         Captions(base_model, text, replace(make_spec(), identifier_init=("<|endoftext|>",))).initial()
+
+
+def test_several_vectors_take_several_places_and_start_from_words_in_turn(
+    base_model: BaseModel, text: TextStage
+) -> None:
+    spec = replace(make_spec(token_vectors=3), identifier_init=("flat", "modern"))
+    captions = Captions(base_model, text, spec)
+    start = captions.initial()["identifier"]
+    assert start.shape == (1, 3, 256)
+    flat, modern = (own_embedding(base_model, word) for word in ("flat", "modern"))
+    assert [torch.equal(start[0, i], expected) for i, expected in enumerate((flat, modern, flat))] == [True] * 3
+    assert captions.places("a noto sks animal", "sks") == [3, 4, 5]
+    assert captions.places("a noto animal", "sks") == []
+    # The vectors are different places, so they learn apart even from equal starts.
+    alike = Captions(base_model, text, make_spec(token_vectors=2))
+    embedding = alike.initial()["identifier"].requires_grad_()
+    alike.contexts(["a sks animal"], {"identifier": embedding}).square().sum().backward()  # type: ignore[no-untyped-call]
+    assert embedding.grad is not None
+    assert not torch.equal(embedding.grad[0, 0], embedding.grad[0, 1])
+
+
+def test_each_subject_has_its_word_and_its_gradient(base_model: BaseModel, text: TextStage) -> None:
+    captions = Captions(base_model, text, make_pair_spec())
+    values = {name: start.requires_grad_() for name, start in captions.initial().items()}
+    assert list(values) == ["identifier", "identifier/1"]
+    captions.contexts([f"a {SECOND_WORD} ball"], values).square().sum().backward()  # type: ignore[no-untyped-call]
+    assert values["identifier"].grad is None or not values["identifier"].grad.any()
+    assert values["identifier/1"].grad is not None
+    assert values["identifier/1"].grad.any()
+    assert set(captions.tokens(values)[0]) == {"sks", SECOND_WORD}
+
+
+def test_words_by_layer_make_a_context_for_each(base_model: BaseModel, text: TextStage) -> None:
+    captions = Captions(base_model, text, make_spec(per_layer=True))
+    layers = len(base_model.layout.cross_attentions)
+    start = captions.initial()["identifier"]
+    assert start.shape == (layers, 1, 256)
+    moved = start + torch.arange(layers).view(-1, 1, 1) * 0.05
+    contexts = captions.contexts(["a sks animal", ""], {"identifier": moved}).chunk(layers, dim=-1)
+    for layer, context in enumerate(contexts):
+        expected = text.encode(["a sks animal"], {"sks": moved[layer]}).context[0]
+        assert torch.allclose(context[0], expected, atol=1e-5)
+        assert torch.equal(context[1], text.empty)
+    assert captions.tokens({"identifier": moved})[1]["sks"].shape == (1, layers, 1, 256)
