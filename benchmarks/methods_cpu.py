@@ -25,10 +25,9 @@ from hueshift.engines.base_model import load_base_model
 from hueshift.models.embedded import EMBEDDED_CLIP, EMBEDDED_MODEL
 from hueshift.training.evaluation.drawing import make_painter
 from hueshift.training.evaluation.encoders import load_dino
-from hueshift.training.evaluation.grids import GridRow, draw_grid
-from hueshift.training.evaluation.matrix import REAL, Cell, Matrix, list_cells
-from hueshift.training.evaluation.plan import CasePlan, Plan, read_plan
-from hueshift.training.evaluation.prompts import case_prompts, fill
+from hueshift.training.evaluation.matrix import Matrix, list_cells
+from hueshift.training.evaluation.matrix_report import grid_name, write_grids
+from hueshift.training.evaluation.plan import Plan, read_plan
 from hueshift.training.evaluation.protocol import Judges
 from hueshift.training.evaluation.rows import read_rows
 from hueshift.training.evaluation.tables import case_table, missing_words, summary_table
@@ -71,41 +70,6 @@ def sections(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return {"where": [*told, missing_words(rows)], "summary": summary, "pictures": pictures, "cells": table}
 
 
-def grid_name(case: str, budget: str) -> str:
-    """File name of a grid."""
-    return f"methods-{case}-{budget.replace(' ', '-')}.png"
-
-
-def draw_grids(matrix: Matrix, plan: Plan) -> list[Path]:
-    """Write a grid for each case and budget that has cells, and return their paths."""
-    paths: list[Path] = []
-    results = {row["cell"]: row for row in matrix.results()}
-    for case in plan.cases:
-        for budget in plan.budgets:
-            cells = [
-                cell
-                for cell in list_cells(plan)
-                if cell.case == case and cell.budget in (None, budget) and cell.seed in (0, plan.seeds[0])
-            ]
-            rows = [_grid_row(matrix, cell, results[cell.name]) for cell in cells if cell.name in results]
-            if any(cell.budget == budget and cell.name in results for cell in cells):
-                path = PAGE.parent / grid_name(case.name, budget.name)
-                draw_grid(rows, _headings(plan, case)).save(path, optimize=True)
-                paths.append(path)
-    return paths
-
-
-def _grid_row(matrix: Matrix, cell: Cell, row: dict[str, Any]) -> GridRow:
-    measures = row.get("measures", {})
-    note = f"truth {measures['truth']:.2f}" if "truth" in measures else ""
-    return GridRow(cell.method if cell.method != REAL else "learned from", matrix.strip(cell)[:_COLUMNS], note)
-
-
-def _headings(plan: Plan, case: CasePlan) -> list[str]:
-    prompts = [*(case.prompts or case_prompts(case.kind, plan.prompts)), *(truth.prompt for truth in case.truths)]
-    return [fill(prompt, f"{case.identifier} {case.class_noun}") for prompt in prompts][:_COLUMNS]
-
-
 def _open(plan: Plan, options: argparse.Namespace, progress: Progress, console: Console) -> Matrix:
     base = load_base_model(EMBEDDED_MODEL)
     painter = make_painter(base, options.cache, steps=plan.sampler_steps, guidance=plan.guidance)
@@ -134,7 +98,7 @@ def _measure(options: argparse.Namespace, console: Console) -> None:
             console.print(f"{len(matrix.missing())} of {len(list_cells(plan))} cells to do")
             for row in matrix.run(None if options.max_minutes is None else 60 * options.max_minutes):
                 console.print(f"{row['cell']}: {json.dumps(row.get('measures', row.get('error')))}, {row['seconds']} s")
-        grids = draw_grids(matrix, plan)
+        grids = write_grids(matrix, PAGE.parent, _COLUMNS)
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), read_rows(ROWS)), encoding="utf-8")
     left = len(matrix.missing())
     console.print(

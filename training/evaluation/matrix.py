@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -76,9 +76,11 @@ class Matrix:
         judges: Judges,
         rows: Path | None = None,
         progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Read every picture. Raises InvalidArgument naming what cannot be read or is set wrong."""
         self.plan, self.out = plan, out
+        self._clock = clock
         self.rows = rows or out / "rows.jsonl"
         self._painter, self._judges = painter, judges
         self._progress = progress or (lambda what, done, total: None)
@@ -89,26 +91,30 @@ class Matrix:
             for method in plan.methods:
                 make_spec(case, method, 1, 0)
 
+    def questions(self, case: CasePlan) -> Questions:
+        """What is asked of a case."""
+        return self._questions[case.name]
+
     def missing(self) -> list[Cell]:
         """Cells without a row, or whose row is of another question."""
         done = {(row["cell"], row["key"]) for row in read_rows(self.rows)}
         return [cell for cell in list_cells(self.plan) if (cell.name, self.key(cell)) not in done]
 
-    def run(self, max_seconds: float | None = None) -> Iterator[Row]:
+    def run(self, max_seconds: float | None = None) -> Generator[Row, None, None]:
         """Do what is missing and yield each new row, which is in the file by then.
 
         With `max_seconds` no cell is begun that would, taking as long as the longest so far, end after it. A cell that
         fails because its training diverged is a result too: its row has `error` in the place of measures.
         """
-        begun, longest = time.monotonic(), 0.0
+        begun, longest = self._clock(), 0.0
         for cell in self.missing():
-            start = time.monotonic()
+            start = self._clock()
             if max_seconds is not None and start - begun + longest > max_seconds:
                 return
             row = self._row(cell)
             append_row(self.rows, row)
             yield row
-            longest = max(longest, time.monotonic() - start)
+            longest = max(longest, self._clock() - start)
 
     def key(self, cell: Cell) -> str:
         """Hash of all that a cell's result depends on."""
@@ -139,7 +145,7 @@ class Matrix:
         return read_strip(self._strip_path(cell))
 
     def _row(self, cell: Cell) -> Row:
-        begun = time.monotonic()
+        begun = self._clock()
         self._progress(cell.name, 0, 1)
         questions = self._questions[cell.case.name]
         row = {
@@ -158,7 +164,7 @@ class Matrix:
                 raise
             row["error"] = error.message
         self._progress(cell.name, 1, 1)
-        return {**row, "seconds": round(time.monotonic() - begun, 1), **_where()}
+        return {**row, "seconds": round(self._clock() - begun, 1), **_where()}
 
     def _result(self, cell: Cell, questions: Questions) -> dict[str, Any]:
         if cell.method == REAL:

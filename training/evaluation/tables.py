@@ -27,11 +27,13 @@ def summary_table(rows: Rows, budget: str, *, style: bool) -> list[str]:
     chosen = [row for row in rows if row["budget"] in (None, budget) and (row["kind"] == "style") is style]
     methods = list(dict.fromkeys(row["method"] for row in chosen))
     measures = _present(chosen)
-    head = ["method", *(_HEADINGS[name] for name in measures), "steps", "s a step", "s to train", "size", "cells"]
+    trained = any("steps" in row for row in chosen)
+    costs = ["steps", "s a step", "s to train", "size", "cells"] if trained else []
+    head = ["method", *(_HEADINGS[name] for name in measures), *costs]
     lines = [_line(head), _line(["---"] * len(head))]
     for method in methods:
         own = [row for row in chosen if row["method"] == method]
-        lines.append(_line([method, *_cells(own, measures), *_costs(own)]))
+        lines.append(_line([method, *_cells(own, measures), *(_costs(own) if trained else [])]))
     return lines
 
 
