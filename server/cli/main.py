@@ -19,6 +19,7 @@ COMMANDS = {
     "cluster": Lazy(f"{_CLI}.cluster", "app", "Place replicas and workers on a Ray cluster; show what was given up."),
     "generate": Lazy(f"{_CLI}.generate", "generate", "Draw pictures from a prompt, with any mix of adapters."),
     "finetune": Lazy(f"{_CLI}.finetune", "finetune", "Learn an adapter from a few pictures."),
+    "evaluate": Lazy(f"{_CLI}.evaluate", "app", "Measure adapters, or compare ways to learn them, with grids."),
     "adapters": Lazy(f"{_CLI}.adapters", "app", "List, show, import, export, combine, inspect and delete adapters."),
     "jobs": Lazy(f"{_CLI}.jobs", "app", "List, show, watch and cancel fine-tuning jobs."),
     "keys": Lazy(f"{_CLI}.keys", "app", "Create, list and revoke API keys, on the server's machine."),
