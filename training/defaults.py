@@ -155,19 +155,14 @@ def complete_spec(
     problems += check_subjects(subjects, shown)
     problems += check_pictures(captions, shown, subjects, picture_repeats)
     problems += check_prompts(sample_prompts)
-    if not problems:
-        problems += check_together(method, chosen, subjects)
-        problems += check_learning(method, learn, chosen["identifier_learning_rate"])
-    filled: tuple[str, ...] = ()
-    if not problems:
-        filled = tuple(
-            caption if caption.strip() else f"a {subjects[of].identifier} {subjects[of].class_noun}"
-            for caption, of in zip(captions, shown, strict=True)
-        )
-        problems += _check_words_stand(subjects, filled, shown) if learn else []
-    if problems:
-        text = "; ".join(f"{problem.field}: {problem.description}" for problem in problems)
-        raise InvalidArgument(Reason.INVALID_FIELD, text, violations=problems)
+    _refuse(problems)
+    problems += check_together(method, chosen, subjects)
+    problems += check_learning(method, learn, chosen["identifier_learning_rate"])
+    filled = tuple(
+        caption if caption.strip() else f"a {subjects[of].identifier} {subjects[of].class_noun}"
+        for caption, of in zip(captions, shown, strict=True)
+    )
+    _refuse(problems + (_check_words_stand(subjects, filled, shown) if learn else []))
     return TrainingSpec(
         method=method,
         subject_kind=subject_kind,
@@ -184,6 +179,12 @@ def complete_spec(
         masked_pictures=tuple(masked_pictures),
         **chosen,
     )
+
+
+def _refuse(problems: list[FieldViolation]) -> None:
+    if problems:
+        text = "; ".join(f"{problem.field}: {problem.description}" for problem in problems)
+        raise InvalidArgument(Reason.INVALID_FIELD, text, violations=problems)
 
 
 def _complete_settings(

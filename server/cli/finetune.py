@@ -16,14 +16,7 @@ from hueshift.server.cli.watching import job_table, plan_table, watch_job
 METHODS = tuple(method.value for method in Method if method is not Method.UNKNOWN)
 
 
-@connected
-@gather(settings_options, into="settings")
-def finetune(
-    session: Session,
-    pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Training pictures.")],
-    subject: Annotated[
-        bool, typer.Option("--subject/--style", help="What the pictures share: one thing, or one manner of drawing.")
-    ] = True,
+def _lesson_options(
     caption: Annotated[
         list[str] | None,
         typer.Option(help="What a picture shows, with the identifier in it; one per picture, in order."),
@@ -49,12 +42,26 @@ def finetune(
     display_name: Annotated[str, typer.Option(help="Name for people.")] = "",
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the adapter.")] = None,
     sample_prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a sample picture; up to four.")] = None,
+) -> None:
+    """Declare what is learned, from what, and what it is called."""
+
+
+@connected
+@gather(_lesson_options, into="lesson")
+@gather(settings_options, into="settings")
+def finetune(
+    session: Session,
+    pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Training pictures.")],
+    subject: Annotated[
+        bool, typer.Option("--subject/--style", help="What the pictures share: one thing, or one manner of drawing.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job and tell its cost; queue nothing.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the sample pictures; with --watch.")
     ] = None,
     *,
+    lesson: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> None:
     """Learn an adapter from a few pictures of one subject or of one style."""
@@ -62,26 +69,10 @@ def finetune(
         raise typer.BadParameter("samples are saved while the job is watched; add --watch", param_hint="--out")
     if dry_run and watch:
         raise typer.BadParameter("there is nothing to watch in a dry run; leave one out", param_hint="--dry-run")
-    subjects, shown = parse_also(also or (), pictures)
-    options: dict[str, Any] = {
-        "captions": _captions(pictures, caption or [], captions_file),
-        "subject": Subject.SUBJECT if subject else Subject.STYLE,
-        "method": _method(method),
-        "identifier": identifier,
-        "class_noun": class_noun,
-        "identifier_init": identifier_init or (),
-        "sample_prompts": sample_prompt or (),
-        "adapter_id": name,
-        "display_name": display_name,
-        "labels": parse_labels(label or ()),
-        "settings": chosen_settings(settings),
-        "more_subjects": subjects,
-        "picture_subjects": shown,
-        "masks": parse_masks(mask or (), pictures),
-        "validate_only": dry_run,
-    }
-    if learn_identifier is not None:
-        options["learn_identifier"] = learn_identifier
+    options = _options(pictures, lesson)
+    options["settings"] = chosen_settings(settings)
+    options["subject"] = Subject.SUBJECT if subject else Subject.STYLE
+    options["validate_only"] = dry_run
     job = session.client.fine_tune(pictures, **options)
     if dry_run:
         session.output.result(job, plan_table(job))
@@ -91,6 +82,27 @@ def finetune(
     session.output.result(job, job_table(job))
     if not watch:
         session.output.note(f"`hueshift jobs watch {job.id}` follows it.")
+
+
+def _options(pictures: list[Path], lesson: Mapping[str, Any]) -> dict[str, Any]:
+    subjects, shown = parse_also(lesson["also"] or (), pictures)
+    options: dict[str, Any] = {
+        "captions": _captions(pictures, lesson["caption"] or [], lesson["captions_file"]),
+        "method": _method(lesson["method"]),
+        "identifier": lesson["identifier"],
+        "class_noun": lesson["class_noun"],
+        "identifier_init": lesson["identifier_init"] or (),
+        "sample_prompts": lesson["sample_prompt"] or (),
+        "adapter_id": lesson["name"],
+        "display_name": lesson["display_name"],
+        "labels": parse_labels(lesson["label"] or ()),
+        "more_subjects": subjects,
+        "picture_subjects": shown,
+        "masks": parse_masks(lesson["mask"] or (), pictures),
+    }
+    if lesson["learn_identifier"] is not None:
+        options["learn_identifier"] = lesson["learn_identifier"]
+    return options
 
 
 def _captions(pictures: list[Path], captions: list[str], file: Path | None) -> list[str]:
