@@ -16,7 +16,7 @@ WORKDIR /src
 # Dependencies first: they change seldom and are most of the image.
 COPY pyproject.toml constraints.txt ./
 RUN /opt/hueshift/bin/pip install --upgrade pip==25.3 \
- && /opt/hueshift/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] + p['optional-dependencies']['onnx'] + p['optional-dependencies']['gpu']))" > requirements.txt \
+ && /opt/hueshift/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; print('\n'.join(sum([e[k] for k in ('onnx', 'gpu', 'postgres', 's3', 'ray')], p['dependencies'])))" > requirements.txt \
  && /opt/hueshift/bin/pip install -c constraints.txt -r requirements.txt
 COPY LICENSE README.md ./
 COPY proto proto

@@ -1,8 +1,8 @@
 """Check the deployment files without a container engine (part of `make lint`).
 
-The Dockerfile goes through hadolint, the compose file through the Compose specification's own schema, every YAML file
-through yamllint; alert rules may only name metrics that the server has. promtool checks the rules too where it is
-installed, and its absence is said.
+The Dockerfile goes through hadolint, the compose file through the Compose specification's own schema, the Kubernetes
+files through check_kubernetes.py, every YAML file through yamllint; rules may only name metrics that the server has.
+promtool checks the rules too where it is installed, and its absence is said.
 """
 
 import re
@@ -75,8 +75,9 @@ def main() -> int:
             str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")
         ),
         *(run_tool(str(BIN / "yamllint"), "-d", YAMLLINT, str(file)) for file in yaml_files),
+        run_tool(sys.executable, "-P", str(DEPLOY / "check_kubernetes.py")),
         check_copied_folders(),
-        check_metric_names([rules, *DEPLOY.rglob("*.json")]),
+        check_metric_names([rules, *(DEPLOY / "kubernetes").glob("[ce]*.yaml"), *DEPLOY.glob("grafana/*.json")]),
     ]
     promtool = shutil.which("promtool")
     if promtool is None:
