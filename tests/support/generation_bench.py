@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,6 +24,7 @@ from hueshift.engines.cost_model import CostTable
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.planner import Planner
+from hueshift.engines.region_masks import Box
 from hueshift.engines.residency import HostCache, SlotCache
 from hueshift.engines.samplers import SamplerKind
 from hueshift.engines.text import TokenizedPrompt
@@ -37,6 +38,7 @@ from hueshift.server.generation import (
     GenerationHandle,
     GenerationRequest,
     ImageEvent,
+    RegionRequest,
 )
 from hueshift.server.metrics import Metrics
 from hueshift.server.residency_metrics import ResidencyMetrics
@@ -113,7 +115,8 @@ class Limits:
 
 
 class AdapterFolder:
-    """Loads adapters by a hash that says what they are: `low-0.3` or `spec-0.3` is one of that mark."""
+    """Loads adapters by a hash that says what they are: `low-0.3` or `spec-0.3` is one of that mark, `fox-0.3` a
+    low-rank one that taught "fox", which is a kind of "animal"."""
 
     def __init__(self) -> None:
         self.deleted: set[str] = set()
@@ -125,6 +128,8 @@ class AdapterFolder:
         if content_hash in self.deleted:
             raise NotFound(Reason.ADAPTER_DELETED, "the adapter has been deleted")
         kind, _, mark = content_hash.partition("-")
+        if kind == "fox":
+            return replace(lowrank_adapter(float(mark)), identifier="fox", class_noun="animal")
         tokens = {"sks": torch.full((1, WIDTH), float(mark))}
         return lowrank_adapter(float(mark)) if kind == "low" else spectral_adapter(float(mark), tokens)
 
@@ -213,6 +218,11 @@ class Bench:
             "deadline": self.clock.monotonic() + 1000,
         }
         return GenerationRequest(tenant=tenant, adapters=applied, **(fields | given))
+
+    def region(self, adapters: Mapping[str, float] | None = None, **given: Any) -> RegionRequest:
+        """A region of tenant a's request: the left half of the picture, by default."""
+        fields: dict[str, Any] = {"prompt": "a hat", "area": Box(0, 0, 32, 64), "feather": 0.0}
+        return RegionRequest(adapters=self.request("a", adapters).adapters, **(fields | given))
 
     def submit(self, tenant: str = "a", adapters: Mapping[str, float] | None = None, **given: Any) -> GenerationHandle:
         """Submit such a request."""
