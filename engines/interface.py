@@ -170,8 +170,9 @@ class MergingEngine(UNetEngine, Protocol):
         ...
 
     def merge(self, slot: int) -> None:
-        """Begin to write a slot's weights, behind the steps that run; `merged` has it once it is done.
+        """Begin to write a slot's weights, beside the steps that run; `merged` has it once it is done.
 
-        The least recently used of the other mixes makes room. Raises InvalidArgument on a slot that does not exist.
+        The least recently used of the other mixes makes room; a slot that is written already counts as used. Raises
+        InvalidArgument on a slot that does not exist.
         """
         ...

@@ -41,7 +41,9 @@ class Planner:
             _log.debug("plan_changed", height=size[0], width=size[1], choice=decision.explain())
         self._before[size] = decision.style
         if merging and decision.merge is not None:
-            merging.merge(decision.merge)
+            # Those that this step reads count as used first, so that none of them makes room.
+            for slot in (*sorted(decision.style.merged), decision.merge):
+                merging.merge(slot)
         return decision
 
 

@@ -12,8 +12,9 @@ from hueshift.engines.svd_cache import SpectralFactors
 
 
 class Slabs:
-    """`spectral` [slots, spectral_size] and `lowrank` [slots, lowrank_size], fp32, filled with the base's own values.
+    """`spectral` [slots, spectral_size] fp32 and `lowrank` [slots, lowrank_size], filled with the base's own values.
 
+    `lowrank` is held in `lowrank_dtype`: fp16 where the layers convert it for their products anyway.
     They are allocated once and never move: graphs read them by address, and loading a row is a copy into them.
     """
 
@@ -24,6 +25,8 @@ class Slabs:
         norms: Mapping[str, Tensor],
         slots: int,
         device: torch.device | None = None,
+        *,
+        lowrank_dtype: torch.dtype = torch.float32,
     ) -> None:
         if slots < 2:
             raise InvalidArgument.for_field(
@@ -31,7 +34,7 @@ class Slabs:
             )
         base = rows.base_spectral(factors, norms)
         self.spectral = base.to(device).repeat(slots, 1)
-        self.lowrank = torch.zeros(slots, rows.lowrank_size, device=device)
+        self.lowrank = torch.zeros(slots, rows.lowrank_size, device=device, dtype=lowrank_dtype)
 
     @property
     def slots(self) -> int:
@@ -52,11 +55,11 @@ class Slabs:
                     f"{values.dtype} {tuple(values.shape)} does not fit; it must be torch.float32 "
                     f"{tuple(slab.shape[1:])}",
                 )
-        self.spectral[slot].copy_(self.spectral[BASE_SLOT] if row.spectral is None else row.spectral)
+        self.spectral[slot].copy_(self.spectral[BASE_SLOT] if row.spectral is None else row.spectral, non_blocking=True)
         if row.lowrank is None:
             self.lowrank[slot].zero_()
         else:
-            self.lowrank[slot].copy_(row.lowrank)
+            self.lowrank[slot].copy_(row.lowrank, non_blocking=True)
 
     def check_call(self, rows: int, max_batch: int, adapter_index: Tensor) -> None:
         """Raise InvalidArgument if a call's batch is too large or names a slot that does not exist."""

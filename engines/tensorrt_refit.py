@@ -5,7 +5,6 @@ traces of the one before.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +12,13 @@ from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.interface import EngineRow
-from hueshift.engines.rows import LowRankTarget, RowLayout
+from hueshift.engines.merged_weights import WeightWriter, WrittenMatrix
+from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.tensorrt_lane import Lane
 from hueshift.engines.tensorrt_loader import Fallback, TensorRT, TensorRtError
 from hueshift.engines.tensorrt_weights import RefitWeight, refit_weights
-from hueshift.kernels.lowrank_merge import LowRankFactors, MergeLayer, lowrank_merge, mix_adapters, plan_merge
-from hueshift.kernels.spectral_plan import SpectralLayer, plan_spectral
-from hueshift.kernels.spectral_reassemble import spectral_reassemble
-
-
-@dataclass(frozen=True, slots=True)
-class _Branch:
-    """The place of one target's A and B in a row, and the fp16 buffers that the kernel reads."""
-
-    target: LowRankTarget
-    a: Tensor
-    b: Tensor
-    is_transposed: bool
+from hueshift.kernels.spectral_plan import SpectralLayer
 
 
 class MergedWeights:
@@ -51,49 +39,21 @@ class MergedWeights:
     ) -> None:
         self.weights = refit_weights(base.layout)
         self.outputs: dict[str, Tensor] = {}
-        self._norms: list[tuple[Tensor, int]] = []
-        layers: list[SpectralLayer] = []
-        places: dict[str, int] = {}
+        matrices: list[WrittenMatrix] = []
+        written: dict[str, Tensor] = {}
         for weight in self.weights:
             if weight.is_norm:
-                out = norms[weight.layer].to(device, torch.float16).clone()
-                self._norms.append((out, base.layout.norm_offsets[weight.layer]))
+                out = written[weight.layer] = norms[weight.layer].to(device, torch.float16).clone()
             else:
                 layer = _spectral_layer(base, factors, weight, device)
-                places[weight.layer] = len(layers)
-                layers.append(layer)
+                matrices.append(WrittenMatrix(weight.layer, layer, weight.is_transposed))
                 out = layer.out
             self.outputs[weight.name] = out
-        self._row = torch.zeros(1, rows.spectral_size, device=device)
-        self._one = torch.ones(1, device=device)
-        self._spectral = plan_spectral(layers)
-        self._branches = [_make_branch(target, self._weight_of(target.name), device) for target in rows.targets]
-        self._merge = None
-        if self._branches:
-            # Onto what the reassembly has just written, so base and out are one tensor.
-            merged = [
-                MergeLayer(layers[places[b.target.name]].out, layers[places[b.target.name]].out) for b in self._branches
-            ]
-            self._merge = plan_merge(merged, in_place=True)
-            parts = {number: LowRankFactors(b.a, b.b) for number, b in enumerate(self._branches)}
-            self._mix = mix_adapters(self._merge, [parts])
+        self._writer = WeightWriter(base.layout, rows, matrices, written)
 
     def write(self, row: EngineRow) -> None:
         """Queue W' of a row that has both parts, on the current stream. The base's own row gives the base's bits."""
-        spectral, lowrank = row.spectral, row.lowrank
-        if spectral is None or lowrank is None:
-            raise ValueError("a merge takes both parts of a row, as the slabs hold them")
-        self._row[0].copy_(spectral, non_blocking=True)
-        spectral_reassemble(self._spectral, self._row, self._one, effective=True)
-        for out, begin in self._norms:
-            out.copy_(self._row[0, begin : begin + out.numel()])
-        if self._merge is not None:
-            for branch in self._branches:
-                _fill(branch, lowrank)
-            lowrank_merge(self._merge, self._mix, self._one)
-
-    def _weight_of(self, layer: str) -> RefitWeight:
-        return next(weight for weight in self.weights if weight.layer == layer)
+        self._writer.write(row)
 
 
 class PlanRefitter:
@@ -162,22 +122,6 @@ def _spectral_layer(
     pristine = half(matrix).clone()
     offset = base.layout.matrix_offsets[name]
     return SpectralLayer(half(u), factors.sigma[name].to(device), half(vh), pristine, pristine.clone(), offset)
-
-
-def _make_branch(target: LowRankTarget, weight: RefitWeight, device: torch.device) -> _Branch:
-    rows, cols = (target.cols, target.rows) if weight.is_transposed else (target.rows, target.cols)
-    a = torch.zeros(target.rank, cols, dtype=torch.float16, device=device)
-    b = torch.zeros(rows, target.rank, dtype=torch.float16, device=device)
-    return _Branch(target, a, b, weight.is_transposed)
-
-
-def _fill(branch: _Branch, lowrank: Tensor) -> None:
-    target = branch.target
-    size_a, _ = target.sizes
-    a = lowrank[target.begin : target.begin + size_a].view(target.rank, target.cols)
-    b = lowrank[target.begin + size_a : target.end].view(target.rows, target.rank)
-    branch.a.copy_(b.T if branch.is_transposed else a, non_blocking=True)
-    branch.b.copy_(a.T if branch.is_transposed else b, non_blocking=True)
 
 
 def _some(names: Sequence[str]) -> str:

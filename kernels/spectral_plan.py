@@ -5,7 +5,7 @@ of the smaller ones (0.4 GB, 2.2 GB) where the launch configuration pre-scales t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -102,6 +102,24 @@ def plan_spectral(layers: Sequence[SpectralLayer], *, config: LaunchConfig | Non
     return SpectralPlan(tuple(layers), device, row_size, tables)
 
 
+def share_plan(plan: SpectralPlan, outs: Sequence[Tensor]) -> SpectralPlan:
+    """Return the plan of the same layers with other `out` tensors. It reads the same packed factors.
+
+    Launches of both must follow each other on one stream: the scratch copy of scaled factors is shared too. Raises
+    KernelArgumentError unless each of `outs` fits its layer as plan_spectral demands.
+    """
+    if len(outs) != len(plan.layers):
+        raise KernelArgumentError(f"{len(outs)} outs (needed: {len(plan.layers)}, one for each layer)")
+    layers = tuple(replace(layer, out=out) for layer, out in zip(plan.layers, outs, strict=True))
+    for number, layer in enumerate(layers):
+        check_layer(f"layers[{number}]", layer, plan.device, layers[0].base.dtype)
+    tables = plan.tables
+    if tables is not None:
+        # The addresses are all that differs.
+        tables = replace(tables, layers=_layer_table(layers, _vectors(layers, tables.config)).to(plan.device))
+    return SpectralPlan(layers, plan.device, plan.row_size, tables)
+
+
 def check_layer(name: str, layer: SpectralLayer, device: torch.device, dtype: torch.dtype) -> None:
     """Raise KernelArgumentError if one layer's tensors do not fit each other or the kernels."""
     check_dtype(f"{name}.base", layer.base, HALF_TYPES if device.type == "cuda" else REFERENCE_TYPES)
@@ -157,7 +175,7 @@ def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchC
             v_start = spare
         starts.append((u_start, v_start))
         position += u_rows + v_rows + scratch
-    vectors = [config["VECTOR"] if layer.vh.shape[1] % config["VECTOR"] == 0 else 1 for layer in layers]
+    vectors = _vectors(layers, config)
     return GpuTables(
         packed=packed,
         a_source=block_descriptor(packed, (block_m, block_k)) if config["TMA"] else packed,
@@ -197,6 +215,10 @@ def _tile_table(
             a_row, b_row = u_start + tile.row * deep * block_m, v_start + tile.col * deep * block_n
             records.append((a_row, b_row, deep, tile.matrix, tile.row, tile.col, 0, 0))
     return torch.tensor(records, dtype=torch.int32)
+
+
+def _vectors(layers: Sequence[SpectralLayer], config: LaunchConfig) -> list[int]:
+    return [config["VECTOR"] if layer.vh.shape[1] % config["VECTOR"] == 0 else 1 for layer in layers]
 
 
 def _layer_table(layers: Sequence[SpectralLayer], vectors: Sequence[int]) -> Tensor:

@@ -36,8 +36,11 @@ class MergingFakeEngine(FakeEngine):
 
     def merge(self, slot: int) -> None:
         """Begin one."""
-        if not BASE_SLOT < slot < self.slots:
+        if not BASE_SLOT <= slot < self.slots:
             raise InvalidArgument.for_field("slot", f"{slot} does not exist")
+        if slot in self.merged:
+            self._touch(slot)
+            return
         self.merges.append(slot)
         self._pending[slot] = 2
 

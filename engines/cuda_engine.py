@@ -1,0 +1,233 @@
+"""The CUDA engine: fp16 networks in captured graphs over buffers that never move.
+
+A call copies its inputs into static buffers, replays the graph of its plan, bucket and size, and copies the output out.
+Adapters change what the graphs read (slabs, merged weights), never the graphs: a swap costs no capture and no compile,
+which `captures` and `compiles` prove.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hueshift.adapters.errors import InvalidArgument
+from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cuda_buffers import NO_BRANCH, CallBuffers, CallShape, bucket_for, buckets_up_to
+from hueshift.engines.cuda_graphs import GraphKey, GraphStore
+from hueshift.engines.cuda_lane import GraphLane, Mark
+from hueshift.engines.cuda_networks import Network, NetworkSet
+from hueshift.engines.cuda_options import CompileKind, CudaOptions, EngineObserver, Silent
+from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Guides, Plan, no_guides
+from hueshift.engines.merged_slots import MergedSlots
+from hueshift.engines.rows import RowLayout
+from hueshift.engines.slabs import Slabs
+from hueshift.engines.svd_cache import SpectralFactors
+
+# Steps that may be queued ahead of the device: one hides the host's work, more would only delay who joins or cancels.
+_AHEAD = 1
+
+
+class CudaEngine:
+    """Implements MergingEngine. `lane` is the device's stream, or a HostLane to run the same on a CPU in fp32."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        base: BaseModel,
+        factors: SpectralFactors,
+        rows: RowLayout,
+        norms: Mapping[str, Tensor],
+        *,
+        slots: int,
+        max_batch: int,
+        lane: GraphLane,
+        options: CudaOptions,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self.rows, self.factors, self.norms = rows, factors, norms
+        self.max_batch = max_batch
+        self.base, self.lane, self.options = base, lane, options
+        self.observer = observer or Silent()
+        self.buckets = buckets_up_to(max_batch)
+        self.dtype = torch.float32 if lane.device.type == "cpu" else torch.float16
+        self._slabs = Slabs(rows, factors, norms, slots, lane.device, lowrank_dtype=self.dtype)
+        # The branch index of every slot, on the host: rows without a branch are skipped by the kernels.
+        self._branches = torch.full((slots,), NO_BRANCH, dtype=torch.int64)
+        self.graphs = GraphStore(
+            lane,
+            limit=options.graphs,
+            enabled=options.compile is not CompileKind.NONE,
+            on_capture=self.observer.captured,
+        )
+        self.networks = NetworkSet(base, factors, rows, self._slabs, options, self.dtype, self.observer)
+        self.buffers = CallBuffers(
+            rows=max_batch,
+            area=options.max_area,
+            channels=base.latent_channels,
+            cross=(base.max_tokens, self.networks.cross_width),
+            added=self.networks.added_width,
+            device=lane.device,
+            dtype=self.dtype,
+        )
+        self._queued: deque[Mark] = deque()
+        self._merged: MergedSlots | None = None
+        if options.weight_slots:
+            with lane.apart():
+                self._merged = self.networks.make_merged(lane, options)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Plans it can run."""
+        return (*SLAB_PLANS, Plan.MERGED) if self._merged is not None else SLAB_PLANS
+
+    @property
+    def slots(self) -> int:
+        """Slots in all, the base's own included."""
+        return self._slabs.slots
+
+    @property
+    def weight_slots(self) -> int:
+        """Mixes whose weights it holds at a time."""
+        return 0 if self._merged is None else self._merged.count
+
+    @property
+    def merged(self) -> frozenset[int]:
+        """Slots whose weights are written; see MergingEngine."""
+        return frozenset() if self._merged is None else self._merged.ready | {BASE_SLOT}
+
+    @property
+    def merging(self) -> frozenset[int]:
+        """Slots whose weights are being written."""
+        return frozenset() if self._merged is None else self._merged.writing
+
+    def load_row(self, slot: int, row: EngineRow) -> None:
+        """Copy a row into a slot; see UNetEngine. The copy is queued: steps that run are not held up."""
+        with self.lane.running():
+            self._slabs.load(slot, row)
+        self._branches[slot] = NO_BRANCH if row.lowrank is None else slot
+        if self._merged is not None:
+            self._merged.loaded(slot)
+
+    def row(self, slot: int) -> EngineRow:
+        """Views of what a slot holds."""
+        return EngineRow(self._slabs.spectral[slot], self._slabs.lowrank[slot])
+
+    def merge(self, slot: int) -> None:
+        """Begin to write a slot's weights; see MergingEngine."""
+        if not BASE_SLOT <= slot < self.slots or self._merged is None:
+            raise InvalidArgument.for_field("slot", f"{slot} cannot be merged; allowed are 0 to {self.slots - 1}")
+        if slot != BASE_SLOT:
+            begun = self._merged.merges
+            self._merged.merge(slot, self.row(slot))
+            if self._merged.merges > begun:
+                self.observer.merge_began()
+
+    def denoise(
+        self,
+        plan: Plan,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """Run the UNet once; see UNetEngine. Inputs may be on another device; the output is where the latents are.
+
+        Under Plan.MERGED all rows must name one slot. If its weights are not written the factored plan runs, which
+        reads the same row.
+        """
+        if plan is Plan.FULL:
+            return self.denoise_guided(latents, timesteps, cross, adapter_index, no_guides(cross), added)[0]
+        count, _, height, width = latents.shape
+        self._slabs.check_call(count, self.max_batch, adapter_index)
+        self._check_area(height, width)
+        shape = CallShape(bucket_for(count, self.buckets), height, width)
+        views = self.buffers.at(shape)
+        network = self._network(plan, adapter_index)
+        branches = self._branches[adapter_index.cpu()]
+        self._throttle()
+        with torch.no_grad(), self.lane.running():
+            views.fill(latents, timesteps, cross, added, adapter_index, branches)
+            self.graphs.run(GraphKey(network.role, shape), partial(network.call, views))
+            out = views.out[:count].clone() if latents.device == self.lane.device else views.out[:count].cpu()
+        if network.held is not None and self._merged is not None:
+            self._merged.used(network.held)
+        self._queued.append(self.lane.mark())
+        return out
+
+    def denoise_guided(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        guides: Guides,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the full plan once, eagerly: what it does depends on the guides, and it is rare. See UNetEngine."""
+        self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
+        device, dtype = self.lane.device, self.dtype
+        self._throttle()
+        with torch.no_grad(), self.lane.running():
+            placed = Guides(*(part.to(device) for part in (guides.lag, guides.lag_source, guides.reference)))
+            network: AdaptedUNet = self.networks.full
+            out, mask = network.forward_guided(
+                latents.to(device, dtype),
+                timesteps.to(device),
+                cross.to(device, dtype),
+                adapter_index.to(device),
+                placed,
+                self._slabs.spectral,
+                self._slabs.lowrank,
+                None if added is None else added.to(device, dtype),
+            )
+            found = out.to(latents.device, torch.float32), mask.to(latents.device)
+        self._queued.append(self.lane.mark())
+        return found
+
+    def warm(self) -> None:
+        """Capture every plan at the usual sizes, the largest batch first: the smaller ones then fit in its memory."""
+        for role, shape, _ in self.captures_to_warm():
+            self.warm_one(role, shape)
+        with self.lane.apart():
+            self.lane.mark().wait()
+
+    def captures_to_warm(self) -> list[tuple[str, CallShape, Plan]]:
+        """What `warm` captures: role, shape and plan, in that order."""
+        shapes = [CallShape(rows, *size) for size in self.options.warm_sizes for rows in self.buckets]
+        shapes.sort(key=lambda shape: -shape.work)
+        roles = self.networks.roles()
+        return [(role, shape, plan) for shape in shapes for role, plan in roles]
+
+    def warm_one(self, role: str, shape: CallShape) -> Callable[[], None]:
+        """Compile and capture one call for good; return what queues it on the lane."""
+        views = self.buffers.at(shape)
+        with torch.no_grad():
+            call = partial(self.networks.compiled(role, shape).call, views)
+            return self.graphs.warm(GraphKey(role, shape), call)
+
+    def _network(self, plan: Plan, adapter_index: Tensor) -> Network:
+        if plan is Plan.MERGED and self._merged is not None:
+            slot = int(adapter_index[0])
+            if bool((adapter_index != slot).any()):
+                raise InvalidArgument.for_field("adapter_index", "rows of the merged plan must share one slot")
+            if slot == BASE_SLOT:
+                return self.networks.base
+            if slot in self.merged:
+                return self.networks.merged(self._merged.use(slot))
+            plan = Plan.FACTORED
+        return self.networks.of(plan)
+
+    def _throttle(self) -> None:
+        while len(self._queued) > _AHEAD:
+            self._queued.popleft().wait()
+
+    def _check_area(self, height: int, width: int) -> None:
+        if height * width > self.buffers.area:
+            raise InvalidArgument.for_field(
+                "latents", f"{height}x{width} has more than the {self.buffers.area} positions this engine was made for"
+            )

@@ -1,0 +1,119 @@
+"""Captured calls by role and shape: warmed ones stay, others come with use and go with disuse.
+
+Only a shape that was never seen costs a capture; adapters come and go through memory that the graphs read, so no swap
+ever does. `captures` counts them, and a server's count stands still once its sizes are known.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from hueshift.engines.cuda_buffers import CallShape
+from hueshift.engines.cuda_lane import GraphLane, Work
+
+# A shape pays for its capture when it is called again; one picture calls it once a step.
+_CAPTURE_AT_CALL = 2
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """What is captured: `role` names the network (`dense`, `factored`, `merged 0`), `shape` what it is called with."""
+
+    role: str
+    shape: CallShape
+
+
+class GraphStore:
+    """Runs calls, by replaying their graph where there is one. For the thread that runs the engine.
+
+    At most `limit` graphs beside the warmed ones, least recently used out first. With `enabled` False every call is
+    eager. `on_capture` hears the role of every capture.
+    """
+
+    def __init__(
+        self, lane: GraphLane, *, limit: int, enabled: bool = True, on_capture: Callable[[str], None] | None = None
+    ) -> None:
+        self._lane, self._limit = lane, limit
+        self._enabled = enabled
+        self._on_capture = on_capture or (lambda role: None)
+        self._warmed: dict[GraphKey, Work] = {}
+        self._others: OrderedDict[GraphKey, Work] = OrderedDict()
+        self._calls: Counter[GraphKey] = Counter()
+        self._refused: set[GraphKey] = set()
+        self.captures = 0
+
+    def run(self, key: GraphKey, call: Work) -> None:
+        """Queue a call on the lane, which the caller has entered. `call` is what the graph was or will be made of."""
+        replay = self._find(key)
+        if replay is not None:
+            replay()
+            return
+        call()
+        self._calls[key] += 1
+        if self._enabled and self._calls[key] >= _CAPTURE_AT_CALL and key not in self._refused:
+            self._keep(key, self._capture(key, call))
+
+    def warm(self, key: GraphKey, call: Work) -> Work:
+        """Capture a call for good and return what queues it: the graph's replay, or the call where there is none."""
+        if key in self._warmed:
+            return self._warmed[key]
+        # Twice before the capture: the first sets up cuBLAS, cuDNN and Triton, the second settles the allocator.
+        for _ in range(2):
+            with self._lane.apart():
+                call()
+        replay = self._capture(key, call) if self._enabled else None
+        if replay is None:
+            return call
+        self._warmed[key] = replay
+        return replay
+
+    def forget(self, role: str) -> None:
+        """Drop every graph of a role."""
+        self._lane.mark().wait()
+        for graphs in (self._warmed, self._others):
+            for key in [key for key in graphs if key.role == role]:
+                del graphs[key]
+
+    def __len__(self) -> int:
+        """Graphs held."""
+        return len(self._warmed) + len(self._others)
+
+    def __contains__(self, key: GraphKey) -> bool:
+        """True if a call of this key would be a replay."""
+        return key in self._warmed or key in self._others
+
+    def _find(self, key: GraphKey) -> Work | None:
+        if key in self._others:
+            self._others.move_to_end(key)
+            return self._others[key]
+        return self._warmed.get(key)
+
+    def _capture(self, key: GraphKey, call: Work) -> Work | None:
+        try:
+            replay = self._lane.capture(call)
+        except torch.cuda.OutOfMemoryError:
+            # Another time there may be room; the call itself has run.
+            self._calls[key] = 0
+            _log.warning("cuda_graph_without_memory", role=key.role, rows=key.shape.rows)
+            return None
+        except RuntimeError as error:
+            _log.warning("cuda_graph_refused", role=key.role, error=str(error).splitlines()[0])
+            self._refused.add(key)
+            return None
+        self.captures += 1
+        self._on_capture(key.role)
+        return replay
+
+    def _keep(self, key: GraphKey, replay: Work | None) -> None:
+        if replay is None:
+            return
+        while len(self._others) >= self._limit:
+            # Its memory must not go while its last replay runs.
+            self._lane.mark().wait()
+            old, _ = self._others.popitem(last=False)
+            del self._calls[old]
+        self._others[key] = replay

@@ -1,0 +1,225 @@
+"""Streams as the CUDA engine uses them: work in order, captured in graphs, marked, timed. And a stand-in on the host.
+
+The engine's steps run on one lane and the writing of merged weights on another. `HostLane` does the same at once on the
+CPU, so that everything but the timing can be tested, and profiled for its Python, without a GPU.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+Work = Callable[[], None]
+
+
+class Mark(Protocol):
+    """A point in a lane's work."""
+
+    def done(self) -> bool:
+        """True once the lane has passed it; does not block."""
+        ...
+
+    def wait(self) -> None:
+        """Block until the lane has passed it."""
+        ...
+
+
+class GraphLane(Protocol):
+    """One stream of work in order."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its memory lies."""
+        ...
+
+    def running(self) -> AbstractContextManager[None]:
+        """Enter it: it waits for what the caller's stream has queued, and that waits for it afterwards."""
+        ...
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Enter it without waiting, either way."""
+        ...
+
+    def capture(self, work: Work) -> Work:
+        """Record what `work` queues, without running it, and return what replays it.
+
+        `work` must have run before, so that nothing is set up inside; all captures of a lane share their memory, so
+        what a replay leaves there lasts until the next one. Raises RuntimeError where something cannot be captured.
+        """
+        ...
+
+    def mark(self) -> Mark:
+        """Mark what is queued so far."""
+        ...
+
+    def after(self, mark: Mark) -> None:
+        """Let what is queued from now on wait for a mark of another lane."""
+        ...
+
+    def beside(self) -> "GraphLane":
+        """A lane of the same device whose work runs at the same time."""
+        ...
+
+    def milliseconds(self, work: Work, repeats: int) -> float:
+        """Median time of one run of `work`."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Bytes of the device that nothing holds, caches of the allocator included; None if that is not known."""
+        ...
+
+    def peak_bytes(self, work: Work) -> int | None:
+        """The most bytes that `work` held beside what was there; None if that is not known."""
+        ...
+
+
+class CudaLane:
+    """A CUDA stream with a memory pool for its graphs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Enter the stream; see GraphLane."""
+        caller = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Enter the stream alone; see GraphLane."""
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def capture(self, work: Work) -> Work:
+        """Record what `work` queues; see GraphLane. Other threads of the server may go on allocating meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        replay: Work = graph.replay
+        return replay
+
+    def mark(self) -> Mark:
+        """Mark what is queued so far."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return _CudaMark(event)
+
+    def after(self, mark: Mark) -> None:
+        """Wait, on the stream, for a mark."""
+        if isinstance(mark, _CudaMark):
+            self._stream.wait_event(mark.event)
+
+    def beside(self) -> "CudaLane":
+        """Another stream."""
+        return CudaLane(self.device)
+
+    def milliseconds(self, work: Work, repeats: int) -> float:
+        """Median time between events around each run."""
+        pairs = []
+        with self.apart():
+            for _ in range(repeats):
+                begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                begin.record(self._stream)
+                work()
+                end.record(self._stream)
+                pairs.append((begin, end))
+        self._stream.synchronize()
+        return float(sorted(begin.elapsed_time(end) for begin, end in pairs)[repeats // 2])
+
+    def free_bytes(self) -> int | None:
+        """What the driver has left, and what torch holds but does not use."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def peak_bytes(self, work: Work) -> int | None:
+        """Peak of torch's allocator over one run."""
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with self.apart():
+            work()
+        torch.cuda.synchronize(self.device)
+        return int(torch.cuda.max_memory_allocated(self.device) - before)
+
+
+class _CudaMark:
+    """An event."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def done(self) -> bool:
+        """True once the stream has passed it."""
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Block until then."""
+        self.event.synchronize()
+
+
+class HostLane:
+    """Work is done when it is queued; a capture calls `work` again at every replay."""
+
+    device = torch.device("cpu")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Nothing to enter."""
+        yield
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Nothing to enter."""
+        yield
+
+    def capture(self, work: Work) -> Work:
+        """Keep the work itself."""
+        return work
+
+    def mark(self) -> Mark:
+        """Everything queued is done."""
+        return _HostMark()
+
+    def after(self, mark: Mark) -> None:
+        """Nothing to wait for."""
+
+    def beside(self) -> "HostLane":
+        """Another one like it."""
+        return HostLane()
+
+    def milliseconds(self, work: Work, repeats: int) -> float:
+        """Median on the wall clock."""
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            work()
+            times.append((time.perf_counter() - begin) * 1000)
+        return sorted(times)[repeats // 2]
+
+    def free_bytes(self) -> int | None:
+        """Not known: the host's memory belongs to all processes."""
+        return None
+
+    def peak_bytes(self, work: Work) -> int | None:
+        """Not known."""
+        work()
+        return None
+
+
+class _HostMark:
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None

@@ -1,0 +1,172 @@
+"""The networks of the CUDA engine: one for each plan and each copy of merged weights, sharing all memory they can."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.engines.added_embedding import added_width
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cross_attention import CrossLayout
+from hueshift.engines.cuda_buffers import CallShape, CallViews
+from hueshift.engines.cuda_compile import compile_network
+from hueshift.engines.cuda_lane import GraphLane
+from hueshift.engines.cuda_layers import slab_rows
+from hueshift.engines.cuda_options import CompileKind, CudaOptions, EngineObserver, KernelUse
+from hueshift.engines.cuda_unet import CudaUNet
+from hueshift.engines.interface import Plan
+from hueshift.engines.merged_slots import BASE_ROLE, MergedSlots, WeightSlot
+from hueshift.engines.rows import RowLayout
+from hueshift.engines.slabs import Slabs
+from hueshift.engines.svd_cache import SpectralFactors
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network to be called: `role` names its graphs; `held` is the copy of weights it reads, if it has its own."""
+
+    role: str
+    unet: CudaUNet
+    compute: Callable[..., Tensor]
+    held: WeightSlot | None = field(default=None, compare=False)
+
+    def call(self, views: CallViews) -> None:
+        """Run on the buffers and write their `out`."""
+        out = self.compute(views.sample, views.timestep, views.cross, views.slots, views.branches, views.added)
+        views.out.copy_(out)
+
+
+class NetworkSet:
+    """Makes networks and knows which serves what. For one thread at a time."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        factors: SpectralFactors,
+        rows: RowLayout,
+        slabs: Slabs,
+        options: CudaOptions,
+        dtype: torch.dtype,
+        observer: EngineObserver,
+    ) -> None:
+        self._base, self._factors, self._rows, self._slabs = base, factors, rows, slabs
+        self._options, self._dtype, self._observer = options, dtype, observer
+        self._slab_rows = slab_rows(rows, slabs.spectral, slabs.lowrank)
+        self.cross_width = CrossLayout(rows.layout).width
+        self.added_width = added_width(rows.layout)
+        kernels = options.kernels is KernelUse.ON
+        self._chosen = {plan: self.make(plan, kernels=kernels) for plan in (Plan.DENSE, Plan.FACTORED)}
+        self._merged: list[Network] = []
+        self._compiled: dict[str, Network] = {}
+
+    def of(self, plan: Plan) -> Network:
+        """The network of a slab plan that is captured."""
+        return self._chosen[plan]
+
+    @cached_property
+    def base(self) -> Network:
+        """The base's own weights, without branches."""
+        network = self._plain()
+        share_parameters(network, self._chosen[Plan.DENSE].unet)
+        return Network(BASE_ROLE, network, network.compute)
+
+    @cached_property
+    def full(self) -> AdaptedUNet:
+        """The network of Plan.FULL, on the factored one's memory. It is called eagerly."""
+        network = AdaptedUNet(self._base, self._factors, self._rows, Plan.FULL)
+        network.to(device=self._slabs.lowrank.device, dtype=self._dtype)
+        share_parameters(network, self._chosen[Plan.FACTORED].unet)
+        return network
+
+    def merged(self, held: WeightSlot) -> Network:
+        """The network of a copy of weights."""
+        return next(network for network in self._merged if network.role == held.role)
+
+    def make(self, plan: Plan, *, kernels: bool, role: str | None = None) -> Network:
+        """A network of a slab plan, its adapted layers on the Triton kernels or in torch's form."""
+        unet = CudaUNet(
+            self._base,
+            self._factors,
+            self._rows,
+            plan,
+            slab_rows=self._slab_rows,
+            spectral=self._slabs.spectral,
+            lowrank=self._slabs.lowrank,
+            attention=self._options.attention,
+            kernels=kernels,
+            dtype=self._dtype,
+        )
+        return Network(role or plan.value, unet, unet.compute)
+
+    def choose(self, plan: Plan, *, kernels: bool) -> None:
+        """Serve a plan in this form from now on. Its graphs must be forgotten."""
+        if bool(self._chosen[plan].unet.kernel_layers) != kernels:
+            made = self.make(plan, kernels=kernels)
+            share_parameters(made.unet, self._chosen[plan].unet)
+            self._chosen[plan] = made
+            self._compiled.pop(plan.value, None)
+
+    def make_merged(self, lane: GraphLane, options: CudaOptions) -> MergedSlots:
+        """Networks with weights of their own, and what writes those."""
+        networks: list[nn.Module] = [self._plain() for _ in range(options.weight_slots)]
+        capture = options.compile is not CompileKind.NONE
+        pristine = self._chosen[Plan.DENSE].unet
+        layout = self._rows.layout
+        made = MergedSlots(layout, self._rows, self._factors, pristine, networks, lane, capture=capture)
+        for held in made.slots:
+            network = held.network
+            if isinstance(network, CudaUNet):
+                self._merged.append(Network(held.role, network, network.compute, held))
+        return made
+
+    def roles(self) -> list[tuple[str, Plan]]:
+        """What is captured: role and plan of each network."""
+        found = [(plan.value, plan) for plan in self._chosen]
+        if self._merged:
+            found += [(BASE_ROLE, Plan.MERGED), *((network.role, Plan.MERGED) for network in self._merged)]
+        return found
+
+    def compiled(self, role: str, shape: CallShape) -> Network:
+        """The network of a role as it is warmed: compiled if the options say so."""
+        network = self._named(role)
+        if self._options.compile is not CompileKind.INDUCTOR:
+            return network
+        self._observer.compiled(role)
+        if role not in self._compiled:
+            compute = compile_network(network.compute, autotune=self._options.autotune)
+            self._compiled[role] = replace(network, compute=compute)
+        return self._compiled[role]
+
+    def _named(self, role: str) -> Network:
+        if role == BASE_ROLE:
+            return self.base
+        return next(network for network in (*self._chosen.values(), *self._merged) if network.role == role)
+
+    def _plain(self) -> CudaUNet:
+        """The dense network without branches: its adapter is in its weights."""
+        return CudaUNet(
+            self._base,
+            self._factors,
+            RowLayout(self._rows.layout, (), self._rows.lowrank_rank, text_side=False),
+            Plan.DENSE,
+            slab_rows=self._slab_rows,
+            spectral=self._slabs.spectral,
+            lowrank=self._slabs.lowrank,
+            attention=self._options.attention,
+            kernels=False,
+            dtype=self._dtype,
+        )
+
+
+def share_parameters(network: nn.Module, source: nn.Module) -> None:
+    """Let `network` use the memory of `source` for every parameter of the same name and size."""
+    given = dict(source.named_parameters())
+    for name, parameter in list(network.named_parameters()):
+        other = given.get(name)
+        if other is not None and other.numel() == parameter.numel() and other.dtype == parameter.dtype:
+            shared = other.detach() if other.shape == parameter.shape else other.detach().view(parameter.shape)
+            parent, _, key = name.rpartition(".")
+            setattr(network.get_submodule(parent), key, nn.Parameter(shared, requires_grad=False))

@@ -1,0 +1,79 @@
+"""How the CUDA engine runs, as the operator set it, and what it tells of."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from hueshift.engines.cuda_attention import AttentionTable
+
+
+class CompileKind(StrEnum):
+    """How a UNet becomes calls of the device."""
+
+    NONE = "none"
+    """Eagerly: every call launches its thousands of kernels one by one. For finding faults."""
+
+    GRAPH = "graph"
+    """Eager kernels, captured in a CUDA graph for each shape."""
+
+    INDUCTOR = "inductor"
+    """torch.compile's kernels, captured in the same graphs; other sizes than the warmed ones as with `graph`."""
+
+
+class KernelUse(StrEnum):
+    """Whether adapted layers run on the Triton kernels."""
+
+    AUTO = "auto"
+    """What was measured to be faster on this GPU, for each plan."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaOptions:
+    """`warm_sizes` are latent sizes (h, w) that are captured at start and stay; `max_area` the most latent positions of
+    a picture; `graphs` the most captures of other shapes; `weight_slots` the mixes that can be merged at a time.
+    `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start.
+    """
+
+    warm_sizes: tuple[tuple[int, int], ...]
+    max_area: int
+    compile: CompileKind = CompileKind.GRAPH
+    autotune: bool = False
+    attention: AttentionTable = field(default_factory=AttentionTable)
+    kernels: KernelUse = KernelUse.AUTO
+    weight_slots: int = 0
+    graphs: int = 64
+
+
+class EngineObserver(Protocol):
+    """Hears what an engine does beside its steps."""
+
+    def captured(self, role: str) -> None:
+        """A call was captured in a graph."""
+
+    def compiled(self, role: str) -> None:
+        """A network was compiled for a shape."""
+
+    def merge_began(self) -> None:
+        """The weights of a mix are being written."""
+
+    def capacity(self, size: tuple[int, int], rows: int, free_bytes: int | None) -> None:
+        """UNet rows of a latent size that fit in one call, with what is free on the device; None if not known."""
+
+
+class Silent:
+    """An EngineObserver that tells nobody."""
+
+    def captured(self, role: str) -> None:
+        """Nothing."""
+
+    def compiled(self, role: str) -> None:
+        """Nothing."""
+
+    def merge_began(self) -> None:
+        """Nothing."""
+
+    def capacity(self, size: tuple[int, int], rows: int, free_bytes: int | None) -> None:
+        """Nothing."""
