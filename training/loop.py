@@ -62,10 +62,9 @@ def make_work(task: TrainingTask, values: dict[str, Tensor], batch: Batch) -> St
     anchored = marked.to(device)
 
     def loss_of(output: Tensor, base: Tensor | None, maps: Maps) -> Tensor:
-        if base is not None:
-            target[anchored] = base.float()
+        aims = target if base is None else target.index_copy(0, anchored, base.float())
         pixel_weights = None if batch.pixel_weights is None else batch.pixel_weights.to(device)
-        loss = denoising_loss(target, batch.weights.to(device), output, pixel_weights)
+        loss = denoising_loss(aims, batch.weights.to(device), output, pixel_weights)
         for objective in task.objectives:
             if (added := objective.loss(batch, maps)) is not None:
                 loss = loss + added

@@ -32,6 +32,27 @@ def started(pool: ThreadPoolExecutor, exchange: Exchange[int, int], member: str,
     return future
 
 
+def gathered(
+    pool: ThreadPoolExecutor, exchange: Exchange[int, int], rounds: Rounds, works: dict[str, int]
+) -> list[Future[int]]:
+    """Let all members meet in one round, behind one that was there before them."""
+    entered, go_on = threading.Event(), threading.Event()
+    after = rounds.before
+
+    def block() -> None:
+        rounds.before = after
+        entered.set()
+        assert go_on.wait(LIMIT)
+
+    rounds.before = block
+    pool.submit(exchange.hand_in, "first", 0)
+    assert entered.wait(LIMIT)
+    futures = [started(pool, exchange, member, work) for member, work in works.items()]
+    exchange.leave("first")
+    go_on.set()
+    return futures
+
+
 def test_one_member_alone_never_waits() -> None:
     rounds = Rounds()
     exchange = Exchange(rounds, FOREVER)
@@ -48,16 +69,10 @@ def test_members_go_in_step_and_each_gets_its_own() -> None:
         results[member] = [exchange.hand_in(member, 10 * step + member) for step in range(50)]
         exchange.leave(member)
 
-    # All are present before the first step, so that no one runs ahead.
+    # A round takes longer than threads take to start.
+    rounds.before = lambda: time.sleep(0.001)
     with ThreadPoolExecutor(4) as pool:
-        gate = threading.Barrier(4)
-
-        def gated(member: int) -> None:
-            if gate.wait() == 0:
-                rounds.before = lambda: time.sleep(0.001)
-            run(member)
-
-        for future in [pool.submit(gated, member) for member in range(4)]:
+        for future in [pool.submit(run, member) for member in range(4)]:
             future.result(LIMIT)
     assert results == {m: [2 * (10 * step + m) for step in range(50)] for m in range(4)}
     # Latecomers join within a round or two.
@@ -65,13 +80,14 @@ def test_members_go_in_step_and_each_gets_its_own() -> None:
 
 
 def test_a_failed_work_is_its_members_alone() -> None:
-    exchange = Exchange(Rounds(), FOREVER)
-    exchange._present |= {"a", "b"}
-    with ThreadPoolExecutor(2) as pool:
-        bad, good = started(pool, exchange, "a", -1), started(pool, exchange, "b", 4)
+    rounds = Rounds()
+    exchange = Exchange(rounds, FOREVER)
+    with ThreadPoolExecutor(3) as pool:
+        bad, good = gathered(pool, exchange, rounds, {"a": -1, "b": 4})
         assert good.result(LIMIT) == 8
         with pytest.raises(ValueError, match="-1"):
             bad.result(LIMIT)
+    assert rounds.seen == [[0], [-1, 4]]
 
 
 def test_who_leaves_is_not_waited_for() -> None:
@@ -133,14 +149,12 @@ def test_the_others_go_on_when_the_one_that_works_for_all_goes_down() -> None:
         raise _Killed
 
     rounds.before = kill
-    exchange._present |= {"a", "b", "c"}
-    with ThreadPoolExecutor(3) as pool:
-        futures = [started(pool, exchange, member, work) for member, work in (("a", 1), ("b", 2), ("c", 3))]
+    with ThreadPoolExecutor(4) as pool:
+        futures = gathered(pool, exchange, rounds, {"a": 1, "b": 2, "c": 3})
         ended = [future.exception(LIMIT) for future in futures]
     assert sum(isinstance(error, _Killed) for error in ended) == 1
-    survivors = [future.result() for future, error in zip(futures, ended, strict=True) if error is None]
-    assert len(survivors) == 2
-    assert exchange.hand_in("d", 4) == 8 if not exchange._present else True
+    assert [error for error in ended if error is not None and not isinstance(error, _Killed)] == []
+    assert [len(seen) for seen in rounds.seen] == [1, 2]
 
 
 def test_members_that_come_and_go_at_random_all_come_to_their_end() -> None:
