@@ -1,14 +1,18 @@
 """Options of a fine-tuning job as the contract's spec."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hueshift.client.uploads import new_key
 from hueshift.client.wire import to_enum
 from hueshift.v1 import finetune_pb2 as pb
 
 if TYPE_CHECKING:
-    from hueshift.client.jobs import FineTuneOptions, Setting
+    from hueshift.client.jobs import FineTuneOptions
+
+
+Setting: TypeAlias = float | str | Sequence[str]
+"""Value of a setting: a number, a switch, a choice as a word, or a list of words."""
 
 
 def make_spec(pictures: Sequence[bytes], masks: Mapping[int, bytes], options: "FineTuneOptions") -> pb.FineTuneSpec:
@@ -69,7 +73,7 @@ def _pictures(
     ]
 
 
-def _settings(given: "Mapping[str, Setting]") -> pb.FineTuneSettings:
+def _settings(given: Mapping[str, Setting]) -> pb.FineTuneSettings:
     fields: Mapping[str, Any] = pb.FineTuneSettings.DESCRIPTOR.fields_by_name
     settings = pb.FineTuneSettings()
     for name, value in given.items():
@@ -85,11 +89,31 @@ def _settings(given: "Mapping[str, Setting]") -> pb.FineTuneSettings:
     return settings
 
 
-def _choice(name: str, enum: Any, word: "Setting") -> int:
-    """Number of a choice given as a word: `linear` of FINE_TUNE_SCHEDULE_LINEAR."""
+def read_settings(message: pb.FineTuneSettings) -> dict[str, Setting]:
+    """Return what a message sets, by name, choices as words; choices newer than this client are left out."""
+    settings: dict[str, Setting] = {}
+    for field, value in message.ListFields():
+        if field.is_repeated:
+            settings[field.name] = tuple(value)
+        elif field.enum_type is None:
+            settings[field.name] = value
+        else:
+            words = {number: word for word, number in _words(field.enum_type).items()}
+            if value in words:
+                settings[field.name] = words[value]
+    return settings
+
+
+def _words(enum: Any) -> dict[str, int]:
+    """Choices by word: `linear` of FINE_TUNE_SCHEDULE_LINEAR."""
     prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    words = {value.name.removeprefix(prefix).lower(): number for number, value in enum.values_by_number.items()}
-    if not isinstance(word, str) or word not in words or words[word] == 0:
-        allowed = ", ".join(known for known, number in words.items() if number)
-        raise ValueError(f"{name} {word!r}: allowed are {allowed}")
-    return int(words[word])
+    return {
+        value.name.removeprefix(prefix).lower(): number for number, value in enum.values_by_number.items() if number
+    }
+
+
+def _choice(name: str, enum: Any, word: Setting) -> int:
+    words = _words(enum)
+    if not isinstance(word, str) or word not in words:
+        raise ValueError(f"{name} {word!r}: allowed are {', '.join(words)}")
+    return words[word]

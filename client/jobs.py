@@ -8,12 +8,10 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 from hueshift.client.calls import Page, Paged, Unary, Upload
 from hueshift.client.choices import JobState, Method, Subject
 from hueshift.client.errors import CorruptAnswer
-from hueshift.client.job_spec import make_spec
+from hueshift.client.job_spec import Setting, make_spec
 from hueshift.client.uploads import Source, chunks, read_source
 from hueshift.client.wire import from_enum, optional, to_datetime, to_enum
 from hueshift.v1 import finetune_pb2 as pb
-
-Setting: TypeAlias = float | str | Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from hueshift.client.calls import Page, Paged, Unary
 from hueshift.client.choices import Method, Sampler
+from hueshift.client.job_spec import Setting, read_settings
 from hueshift.client.wire import from_enum, known_enums
 from hueshift.v1 import finetune_pb2, generation_pb2
 from hueshift.v1 import model_pb2 as pb
@@ -16,8 +17,8 @@ class MethodInfo:
     """A fine-tuning method and what a job uses where its settings are absent."""
 
     method: Method
-    subject_defaults: Mapping[str, float]
-    style_defaults: Mapping[str, float]
+    subject_defaults: Mapping[str, Setting]
+    style_defaults: Mapping[str, Setting]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +90,9 @@ def read_samplers(numbers: Sequence[generation_pb2.Sampler.ValueType]) -> tuple[
 def _read_method(message: pb.MethodInfo) -> MethodInfo:
     return MethodInfo(
         method=from_enum(finetune_pb2.FineTuneMethod, "FINE_TUNE_METHOD", Method, message.method, Method.UNKNOWN),
-        subject_defaults=_read_settings(message.subject_defaults),
-        style_defaults=_read_settings(message.style_defaults),
+        subject_defaults=read_settings(message.subject_defaults),
+        style_defaults=read_settings(message.style_defaults),
     )
-
-
-def _read_settings(message: finetune_pb2.FineTuneSettings) -> dict[str, float]:
-    return {field.name: value for field, value in message.ListFields()}
 
 
 def _read_page(message: pb.ListModelsResponse) -> Page[Model]:

@@ -1,12 +1,16 @@
 """`hueshift model`: the base model, its defaults and limits."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
 
 from hueshift.server.cli.output import facts_table, rows_table, size_text
 from hueshift.server.cli.session import Session, connected
+
+if TYPE_CHECKING:
+    from hueshift.client.job_spec import Setting
 
 
 @connected
@@ -35,8 +39,21 @@ def show_model(
         }
     )
     rows = [
-        (info.method.value, kind, "  ".join(f"{key}={value:g}" for key, value in defaults.items()))
+        (info.method.value, kind, _settings_text(defaults))
         for info in model.methods
         for kind, defaults in (("subject", info.subject_defaults), ("style", info.style_defaults))
     ]
     session.output.result(model, Group(facts, "", rows_table(("method", "for", "defaults"), rows)))
+
+
+def _settings_text(settings: Mapping[str, "Setting"]) -> str:
+    """What is on: a setting of zero or false is off, or does nothing."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, str):
+            words.append(f"{name}={value}")
+        elif isinstance(value, int | float):
+            words += [f"{name}={value:g}"] if value else []
+        elif value:
+            words.append(f"{name}={','.join(value)}")
+    return "  ".join(words)
