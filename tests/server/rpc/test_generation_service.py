@@ -274,7 +274,7 @@ async def test_the_model_describes_the_server(live: LiveServer, base_model: Base
     assert (model.width, model.size_multiple, model.max_count) == (128, base_model.size_multiple, 16)
     assert model.default_sampler == pb.SAMPLER_DPMPP_2M
     assert len(model.samplers) == 4
-    assert {method.method for method in model.methods} == {1, 2}
+    assert {method.method for method in model.methods} == set(range(1, 7))
     assert all(method.subject_defaults.steps > 0 and method.style_defaults.steps > 0 for method in model.methods)
     page = await caller.models.ListModels(model_pb2.ListModelsRequest())
     assert [found.name for found in page.models] == [model.name]
