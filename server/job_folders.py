@@ -64,7 +64,7 @@ class JobFolders:
         staged.rename(self._root / job_id)
         _sync(self._root)
         if self._mirror is not None:
-            self._mirror.send_pictures(job_id, self._root / job_id / "pictures")
+            self._mirror.send_inputs(job_id, self._root / job_id)
 
     def fetch(self, job_id: str) -> None:
         """Bring the pictures and the newest checkpoint to this host, if they come from another.
@@ -72,9 +72,7 @@ class JobFolders:
         Raises Unavailable (STORE_UNAVAILABLE).
         """
         if self._mirror is not None:
-            pictures = self._root / job_id / "pictures"
-            pictures.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._mirror.fetch(job_id, pictures, self.work(job_id))
+            self._mirror.fetch(job_id, self._root / job_id)
 
     def keep_checkpoint(self, job_id: str, token: int, file: Path) -> None:
         """Let other hosts resume from a checkpoint of the attempt with that fencing token.

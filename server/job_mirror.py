@@ -10,6 +10,7 @@ from pathlib import Path
 from hueshift.server.store.objects import Objects
 
 _PREFIX = "jobs"
+INPUTS = ("pictures", "masks")
 
 
 class JobMirror:
@@ -18,23 +19,25 @@ class JobMirror:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
 
-    def send_pictures(self, job_id: str, folder: Path) -> None:
-        """Upload every picture of a folder."""
-        for file in sorted(folder.glob("*.png")):
-            self._objects.put(f"{_PREFIX}/{job_id}/pictures/{file.name}", file)
+    def send_inputs(self, job_id: str, folder: Path) -> None:
+        """Upload every picture and mask of a job's folder."""
+        for part in INPUTS:
+            for file in sorted((folder / part).glob("*.png")):
+                self._objects.put(f"{_PREFIX}/{job_id}/{part}/{file.name}", file)
 
     def send_checkpoint(self, job_id: str, token: int, file: Path) -> None:
         """Upload a checkpoint of the attempt with that fencing token."""
         self._objects.put(f"{_PREFIX}/{job_id}/work/{token:012d}/{file.name}", file)
 
-    def fetch(self, job_id: str, pictures: Path, work: Path) -> None:
-        """Bring the pictures and the newest checkpoint, if any, into this host's folders."""
+    def fetch(self, job_id: str, folder: Path) -> None:
+        """Bring the pictures, the masks and the newest checkpoint, if any, into a job's folder on this host."""
         keys = sorted(entry.key for entry in self._objects.entries(f"{_PREFIX}/{job_id}"))
         newest = max((key.split("/")[-2] for key in keys if "/work/" in key), default="")
         for key in keys:
             *_, part, name = key.split("/")
-            if part in ("pictures", newest):
-                target = (pictures if part == "pictures" else work) / name
+            if part in (*INPUTS, newest):
+                target = folder / (part if part in INPUTS else "work") / name
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 partial = target.with_name(f"{name}.partial")
                 self._objects.get(key, partial)
                 partial.replace(target)
@@ -50,7 +53,7 @@ class JobMirror:
         swept = 0
         for entry in list(self._objects.entries(_PREFIX)):
             _, job_id, part, *_ = entry.key.split("/")
-            if job_id in open_jobs or entry.age < min_age or (keep_pictures and part == "pictures"):
+            if job_id in open_jobs or entry.age < min_age or (keep_pictures and part in INPUTS):
                 continue
             self._objects.delete(entry.key)
             swept += 1

@@ -1,6 +1,7 @@
 """The life of a server: the port before the model, health, warm-up, drain, and what stands in its way."""
 
 import asyncio
+import os
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from hueshift.server.serve import Progress, StopRequest, serve
 from hueshift.server.settings import Settings, load_settings
 from hueshift.server.store.database import Database
 from hueshift.server.store.keys import KeyStore
+from hueshift.server.store.replicas import ReplicaStore
 from hueshift.server.store.stores import Stores
 from hueshift.v1 import generation_pb2 as pb
 from hueshift.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -357,3 +359,35 @@ async def test_a_method_of_the_contract_that_is_not_there_and_the_metrics_page(t
     assert 'hueshift_requests_total{code="UNIMPLEMENTED",method="hueshift.v1.ModelService/GetModel"} 1.0' in page
     assert 'hueshift_requests_total{code="OK",method="hueshift.v1.GenerationService/Generate"} 1.0' in page
     assert "process_cpu_seconds_total" in page
+
+
+async def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    services = ToyServices(ToyGeneration())
+    reading, writing = os.pipe()
+    ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
+    settings = toy_settings(tmp_path)
+    task = asyncio.create_task(
+        serve(settings, ready=ready.set_result, stop=StopRequest(), parent=reading, build=lambda *_: services)
+    )
+    await ready
+    assert not task.done()
+    # What the kernel does for an actor that is killed.
+    os.close(writing)
+    await asyncio.wait_for(task, 20)
+    assert services.done[-1] == "close"
+    os.close(reading)
+
+
+async def test_a_replica_is_announced_while_it_takes_calls(tmp_path: Path) -> None:
+    settings = load_settings(
+        server={"port": 0, "metrics_port": 0}, store={"path": tmp_path / "store"}, cluster={"role": "replica"}
+    )
+    async with running(settings) as (_, addresses):
+        database = Database(settings.store.database, SystemClock())
+        table = ReplicaStore(database)
+        async with asyncio.timeout(10):
+            while not table.read()[0]:  # noqa: ASYNC110 (the condition is in the database)
+                await asyncio.sleep(0.02)
+        assert [record.address for record in table.read()[0]] == [addresses.grpc]
+    assert table.read() == ([], set())
+    database.close()

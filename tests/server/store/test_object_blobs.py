@@ -108,6 +108,7 @@ def stage(folders: JobFolders, job_id: str) -> None:
     staged = folders.stage()
     for index in range(2):
         Image.new("RGB", (8 + index, 8)).save(JobFolders.staged_file(staged, index).target)
+    Image.new("L", (8, 8)).save(JobFolders.staged_mask(staged, 1).target)
     folders.adopt(staged, job_id)
 
 
@@ -126,6 +127,7 @@ def test_a_job_goes_on_at_another_host(objects: Objects, tmp_path: Path) -> None
     sent = [path.read_bytes() for path in one.pictures("ft-1")]
     assert [path.read_bytes() for path in two.pictures("ft-1")] == sent
     assert len(sent) == 2
+    assert set(two.masks("ft-1")) == set(one.masks("ft-1")) == {1}
     assert list(two.work("ft-1").iterdir()) == []
     checkpoint(one, 1, b"step 10")
     checkpoint(two, 2, b"step 20")
@@ -148,7 +150,7 @@ def test_pictures_are_kept_where_the_operator_wants_them(objects: Objects, tmp_p
     checkpoint(folders, 1, b"state")
     folders.end("ft-1")
     folders.sweep(set(), 0.0)
-    assert [entry.key.split("/")[2] for entry in objects.entries("jobs")] == ["pictures", "pictures"]
+    assert sorted(entry.key.split("/")[2] for entry in objects.entries("jobs")) == ["masks", "pictures", "pictures"]
 
 
 def test_the_settings_choose_it(tmp_path: Path) -> None:
@@ -156,6 +158,6 @@ def test_the_settings_choose_it(tmp_path: Path) -> None:
     stores = open_stores(load_settings(None, store={"path": tmp_path / "a", "objects_url": url}), HandClock())
     stage(stores.folders, "ft-1")
     stores.close()
-    assert len(list((tmp_path / "objects").rglob("*.png"))) == 2
+    assert len(list((tmp_path / "objects").rglob("*.png"))) == 3
     with pytest.raises(InvalidArgument, match="objects_url"):
         load_settings(None, store={"objects_url": "ftp://somewhere"})
