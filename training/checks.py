@@ -62,7 +62,7 @@ RANGES: Mapping[str, NumberRange] = MappingProxyType(
         "offset_noise": NumberRange(0, 1),
         "background_weight": NumberRange(0, 1),
         "cut_mix_probability": NumberRange(0, 0.9),
-        "unmix_weight": NumberRange(0, 100),
+        "unmix_weight": NumberRange(0, 1000),
         "random_crops": NumberRange(0, 16, whole=True),
         "rank": NumberRange(0, 128, whole=True),
         "alpha": NumberRange(0, 1024),

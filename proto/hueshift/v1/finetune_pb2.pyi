@@ -285,7 +285,7 @@ class FineTuneSettings(_message.Message):
     cut_mix_probability: _builtins.float
     """Probability of rows that show two subjects side by side (Cut-Mix-Unmix, Han et al. 2023), 0 (off) to 0.9."""
     unmix_weight: _builtins.float
-    """Weight of the unmix loss on the attention of the subjects' words, 0 (off) to 100."""
+    """Weight of the unmix loss on the attention of the subjects' words, 0 (off) to 1,000."""
     rank: _builtins.int
     """Rank of LoRA's branches, or that whole changes are compressed to: dreambooth, and custom_diffusion unless it is 0."""
     alpha: _builtins.float
