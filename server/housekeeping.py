@@ -7,6 +7,7 @@ import structlog
 from hueshift.adapters.errors import HueshiftError
 from hueshift.server.clock import Clock
 from hueshift.server.store.idempotency import forget
+from hueshift.server.store.job_quotas import forget_usage
 from hueshift.server.store.stores import Stores
 
 EVERY_SECONDS = 3600.0
@@ -14,6 +15,8 @@ EVERY_SECONDS = 3600.0
 ORPHAN_SECONDS = 3600.0
 # A caller that repeats a call after a week has forgotten the first one.
 IDEMPOTENCY_SECONDS = 7 * 24 * 3600.0
+# Quotas look at today; an operator may want to look a season back.
+USAGE_SECONDS = 90 * 24 * 3600.0
 
 
 def clean(stores: Stores, clock: Clock) -> tuple[int, int]:
@@ -21,6 +24,7 @@ def clean(stores: Stores, clock: Clock) -> tuple[int, int]:
     freed = stores.adapters.sweep_orphans(ORPHAN_SECONDS)
     with stores.database.write() as connection:
         forgotten = forget(connection, clock.time() - IDEMPOTENCY_SECONDS)
+        forget_usage(connection, clock.time() - USAGE_SECONDS)
     return freed, forgotten
 
 

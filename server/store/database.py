@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -31,14 +32,16 @@ from hueshift.server.store import tables
 from hueshift.server.store.migrations import can_migrate, migrate
 
 _BUSY_SECONDS = 20.0
+# Longer than an adapter file takes to reach an object store, which happens inside the transaction that publishes it.
+_IDLE_SECONDS = 300
 # Every thread of asyncio's default pool (32 at most) and a few of ours may hold a connection at once.
 _POOL_SIZE = 8
 _POOL_OVERFLOW = 32
 _WRITE_OPTION = "hueshift_write"
 _CLOCK_OPTION = "hueshift_clock"
 _BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-# Postgres: serialization failure, deadlock, too many connections, shutting down, cannot connect now.
-_RETRY_STATES = frozenset({"40001", "40P01", "53300", "57P01", "57P03"})
+# Postgres: serialization failure, deadlock, lock timeout, idle too long, too many connections, shutting down, starting.
+_RETRY_STATES = frozenset({"40001", "40P01", "55P03", "25P03", "53300", "57P01", "57P03"})
 _DISK_FULL_STATE = "53100"
 
 
@@ -168,7 +171,7 @@ def _open(location: str | Path) -> Engine:
             )
         options = {"pool_size": _POOL_SIZE, "max_overflow": _POOL_OVERFLOW, "pool_timeout": _BUSY_SECONDS}
         if url.get_backend_name() == "postgresql":
-            return create_engine(url, pool_pre_ping=True, **options)
+            return create_engine(url, pool_pre_ping=True, connect_args=_postgres_arguments(url), **options)
         engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False}, **options)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise InvalidArgument.for_field(
@@ -177,6 +180,15 @@ def _open(location: str | Path) -> Engine:
     event.listen(engine, "connect", _on_connect)
     event.listen(engine, "begin", _on_begin)
     return engine
+
+
+def _postgres_arguments(url: URL) -> dict[str, Any]:
+    """Return what keeps a silent server, or a client that died with a lock, from holding us up. The URL's own wins."""
+    if not url.get_driver_name().startswith("psycopg"):
+        return {}
+    waits = f"-c lock_timeout={_BUSY_SECONDS * 1000:.0f} -c idle_in_transaction_session_timeout={_IDLE_SECONDS * 1000}"
+    ours = {"connect_timeout": 10, "tcp_user_timeout": int(_BUSY_SECONDS * 1000), "options": waits}
+    return {name: value for name, value in ours.items() if name not in url.query}
 
 
 def _on_connect(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:

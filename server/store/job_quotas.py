@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from hueshift.adapters.errors import Reason, ResourceExhausted
@@ -79,3 +79,8 @@ def charge(connection: Connection, job: JobRecord, now: float) -> dict[str, floa
         )
     )
     return {"device_seconds": job.device_seconds + seconds, "charged": now}
+
+
+def forget_usage(connection: Connection, before: float) -> int:
+    """Remove the counts of days that ended before a time. Returns how many there were."""
+    return connection.execute(delete(usage).where(usage.c.day < day_of(before))).rowcount

@@ -9,7 +9,9 @@ import pytest
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.server.devices import worker_environment
 from hueshift.server.settings import TrainingSettings, load_settings
+from hueshift.server.stop import StopFlag
 from hueshift.server.supervisor import worker_devices
+from hueshift.server.worker_process import run_worker
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,10 @@ def test_a_worker_by_hand_may_not_take_the_serving_device(tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "serves already" in done.stderr
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_worker_that_does_not_see_its_device_alone_refuses(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    with pytest.raises(InvalidArgument, match=f"cuda:1 given, and its worker sees {count} CUDA devices"):
+        run_worker(load_settings(None), stop=StopFlag(), device="cuda:1")

@@ -12,7 +12,7 @@ from small_jobs import small_spec
 from hueshift.adapters.errors import Reason, ResourceExhausted
 from hueshift.server.rpc.status import to_status
 from hueshift.server.store.database import Database
-from hueshift.server.store.job_quotas import JobQuotas
+from hueshift.server.store.job_quotas import JobQuotas, forget_usage
 from hueshift.server.store.job_records import JobState, NewJob
 from hueshift.server.store.job_store import JobStore
 
@@ -113,3 +113,18 @@ def test_what_ended_each_attempt_is_kept(database: Database, clock: FakeClock) -
     ]
     # The tenant is told that it was given up, not the machine's troubles.
     assert "OSError" not in str(dead.error_message)
+
+
+def test_the_counts_of_long_ago_are_forgotten(database: Database, clock: FakeClock) -> None:
+    jobs = JobStore(database, clock)
+    for day in range(3):
+        add(jobs, f"ft-{day}")
+        claimed = jobs.claim("worker", 30.0)
+        assert claimed is not None
+        clock.now += 10
+        jobs.fail(claimed.lease, "X", "x")
+        clock.now += 86390
+    with database.write() as connection:
+        # The day that is asked about is kept.
+        assert forget_usage(connection, NOON + 86400) == 1
+        assert forget_usage(connection, NOON + 86400) == 0

@@ -14,7 +14,7 @@ from sqlalchemy import update
 from hueshift.adapters.errors import FailedPrecondition, NotFound, Reason, Unavailable
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import BlobStore
-from hueshift.server.store.database import Database
+from hueshift.server.store.database import Database, lock
 from hueshift.server.store.idempotency import recall, remember
 from hueshift.server.store.keys import KeyStore
 from hueshift.server.store.tables import schema
@@ -131,3 +131,17 @@ def test_another_schema_and_an_absent_server_are_told_apart(hosts: list[SmallSto
     with pytest.raises(Unavailable) as absent:
         Database(f"postgresql+psycopg://hueshift@127.0.0.1:{free_port()}/store", HandClock())
     assert absent.value.reason is Reason.STORE_UNAVAILABLE
+
+
+def test_a_lock_that_is_not_given_back_holds_nobody_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hueshift.server.store.database._BUSY_SECONDS", 0.3)
+    one, two = Database(url, HandClock()), Database(url, HandClock())
+    with one.write() as held:
+        lock(held, "adapter/acme/fox")
+        with pytest.raises(Unavailable) as refused, two.write() as waiting:
+            lock(waiting, "adapter/acme/fox")
+    assert refused.value.reason is Reason.STORE_UNAVAILABLE
+    with two.write() as free:
+        lock(free, "adapter/acme/fox")
+    one.close()
+    two.close()
