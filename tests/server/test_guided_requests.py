@@ -215,7 +215,7 @@ async def test_deleting_a_regions_adapter_ends_the_request(begun: bool) -> None:
 
 async def test_lag_confines_by_the_adapters_words_and_sends_the_masks() -> None:
     bench = Bench()
-    asked = {"adapters": {"fox-0.3": 1.0}, "prompt": "fox animal", "steps": 2}
+    asked: dict[str, Any] = {"adapters": {"fox-0.3": 1.0}, "prompt": "fox animal", "steps": 2}
     masked = bench.submit(lag=LagRequest(return_masks=True), seeds=(1, 2), **asked)
     unmasked = bench.submit(lag=LagRequest(), **asked)
     bench.run()

@@ -12,7 +12,7 @@ from PIL import Image
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.interface import Plan
-from hueshift.engines.region_masks import Box
+from hueshift.engines.region_masks import Area, Box
 from hueshift.server.generation import LagRequest
 from hueshift.server.rpc.adapter_uses import WantedAdapter
 from hueshift.server.rpc.generation_checks import CheckedRequest, check_request
@@ -126,7 +126,7 @@ def test_a_regions_adapter_of_another_tenant_is_not_found(base_model: BaseModel)
 )
 def test_an_engine_without_the_plan_refuses_at_once(base_model: BaseModel, fields: dict[str, Any], named: str) -> None:
     engine = FakeEngine()
-    engine.plans = (Plan.DENSE, Plan.FACTORED)  # type: ignore[assignment]
+    engine.plans = (Plan.DENSE, Plan.FACTORED)
     with pytest.raises(FailedPrecondition) as caught:
         check(base_model, engine, **fields)
     assert caught.value.reason is Reason.PLAN_UNAVAILABLE
@@ -168,7 +168,7 @@ async def test_masks_become_plain_grey_pictures() -> None:
     half.paste((0, 0, 0, 0), (0, 0, 3, 4))
     target = io.BytesIO()
     half.save(target, "PNG")
-    given = [
+    given: list[Area] = [
         picture("L", 200),
         box,
         target.getvalue(),
