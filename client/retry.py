@@ -19,7 +19,8 @@ class RetryPolicy:
 
     `attempts` counts the first try. Delays are in seconds: the n-th is drawn between half and all of
     `first_delay * 2**(n-1)`, at most `longest_delay`, and never below what the server asked for. `patience` is how long
-    a broken watch is taken up again in vain.
+    a broken watch is taken up again in vain, and the longest wait at the server's request: a quota of the day asks for
+    hours, and whoever can wait that long should hear of it.
     """
 
     attempts: int = 5
@@ -39,7 +40,7 @@ class RetryPolicy:
         if error.retry_after is not None:
             # A little later than asked, so that many callers told the same do not return in the same instant.
             wait = max(wait, error.retry_after * (1 + 0.25 * self.draw()))
-        return wait if remaining is None or wait < remaining else None
+        return wait if wait <= self.patience and (remaining is None or wait < remaining) else None
 
     def backoff(self, failed: int) -> float:
         """Return the jittered wait after the `failed`-th failure in a row, from 1."""

@@ -59,6 +59,11 @@ def test_a_wait_that_would_not_fit_is_not_begun() -> None:
     assert policy.delay(1, error(retry_after=3.0), 3.1) == 3.0
 
 
+def test_nobody_sleeps_until_a_quota_of_the_day_begins_again() -> None:
+    assert RetryPolicy().delay(1, error(retry_after=40_000.0), None) is None
+    assert RetryPolicy(patience=100_000.0).delay(1, error(retry_after=40_000.0), None) is not None
+
+
 def test_a_deadline_never_goes_below_zero() -> None:
     clock = Clock()
     deadline = Deadline(2.0, clock)
