@@ -69,11 +69,11 @@ class GraphLayers:
         if self._plan is Plan.DENSE:
             out = graph.op("Conv", x, self._parameter(f"{name}.weight", layer.weight), *bias, **geometry)
         else:
-            filters = self._factors.vh[name].reshape(-1, *layer.weight.shape[1:]).to(self._dtype)
-            hidden = graph.op("Conv", x, graph.weight(f"{name}.vh", filters), **geometry)
+            filters = self._factors.vh[name].reshape(-1, *layer.weight.shape[1:])
+            hidden = graph.op("Conv", x, self._parameter(f"{name}.vh", filters), **geometry)
             hidden = self._scale(hidden, name, [2, 3])
-            u = self._factors.u[name][:, :, None, None].to(self._dtype)
-            out = graph.op("Conv", hidden, graph.weight(f"{name}.u", u), *bias, kernel_shape=[1, 1])
+            u = self._factors.u[name][:, :, None, None]
+            out = graph.op("Conv", hidden, self._parameter(f"{name}.u", u), *bias, kernel_shape=[1, 1])
         branch = self._branches.get(name)
         if branch is None:
             return out
@@ -160,7 +160,7 @@ class GraphLayers:
         return self._parameter(name, vector[:, None, None])
 
     def _parameter(self, name: str, tensor: Tensor) -> str:
-        return self.graph.weight(name, tensor.detach().to(self._dtype))
+        return self.graph.weight(name, tensor, self._dtype)
 
     def _enter(self, name: str) -> GraphWriter:
         self.graph.scope = name

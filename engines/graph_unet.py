@@ -144,7 +144,7 @@ class _Network:
         exponent = -math.log(_MAX_PERIOD) * torch.arange(half, dtype=torch.float32)
         frequencies = torch.exp(exponent / (half - settings.downscale_freq_shift))[None] * settings.scale
         angle = graph.op("Unsqueeze", timestep, graph.integers(1))
-        angle = graph.op("Mul", angle, graph.weight("time_proj.frequencies", frequencies))
+        angle = graph.op("Mul", angle, graph.weight("time_proj.frequencies", frequencies, torch.float32))
         waves = [graph.op("Sin", angle), graph.op("Cos", angle)]
         embedding = graph.op("Concat", *(reversed(waves) if settings.flip_sin_to_cos else waves), axis=1)
         if self.dtype != torch.float32:

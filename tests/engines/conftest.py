@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_unet import SD1_LIKE, SD2_LIKE, TinyParts, tiny_parts
+from tiny_unet import SD1_LIKE, SD2_LIKE, SDXL_LIKE, TinyParts, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,19 @@ def tiny() -> TinyParts:
 def tiny_sd2() -> TinyParts:
     """A base like Stable Diffusion 2.x: v prediction, linear projections, heads that differ by block."""
     return tiny_parts(SD2_LIKE)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl() -> TinyParts:
+    """A base like SDXL, whose UNet takes `added` too."""
+    return tiny_parts(SDXL_LIKE)
+
+
+@pytest.fixture(params=["tiny", "tiny_sd2", "tiny_xl"])
+def any_architecture(request: pytest.FixtureRequest) -> TinyParts:
+    """Each of the three in turn."""
+    parts: TinyParts = request.getfixturevalue(request.param)
+    return parts
 
 
 @pytest.fixture(params=["tiny", "tiny_sd2"])

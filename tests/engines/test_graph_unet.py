@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from tiny_unet import SD1_LIKE, TinyParts, run, tiny_parts
+from tiny_unet import SD1_LIKE, SDXL_LIKE, TinyParts, run, tiny_parts
 
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.build import EngineOptions, build_engine
@@ -73,13 +73,14 @@ def test_layer_without_a_place_is_refused() -> None:
         {"only_cross_attention": [False, False], "block_out_channels": [16, 24], "norm_eps": 1e-3},
         {"block_out_channels": [8, 16, 32], "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2]}
         | {"up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"], "attention_head_dim": 4},
+        SDXL_LIKE,
     ],
 )
 def test_variants_equal_diffusers(variant: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     parts = tiny_parts({**SD1_LIKE, **variant})
     options = EngineOptions(cache_dir=tmp_path_factory.mktemp("cache"), kind="onnxruntime", threads=1)
     engine = build_engine(parts.base, options)
-    inputs = parts.inputs(2)
+    inputs, added = parts.inputs(2), parts.added(2)
     for plan in SLAB_PLANS:
-        out = engine.denoise(plan, *inputs, torch.zeros(2, dtype=torch.int64))
-        assert torch.allclose(out, run(parts.base.unet, *inputs), atol=2e-5)
+        out = engine.denoise(plan, *inputs, torch.zeros(2, dtype=torch.int64), added)
+        assert torch.allclose(out, run(parts.base.unet, *inputs, added), atol=2e-5)

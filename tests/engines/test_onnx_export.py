@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from tiny_unet import SD1_LIKE, TinyParts, tiny_parts
 from torch import Tensor
 
+from hueshift.engines.added_embedding import added_width
 from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.graph_unet import write_unet
 from hueshift.engines.graph_writer import GRAPH_FILE, WEIGHTS_FILE
@@ -35,9 +36,9 @@ def shapes_of(values: Any) -> dict[str, list[int | str]]:
 
 
 @pytest.mark.parametrize("plan", SLAB_PLANS)
-def test_graph_has_the_promised_inputs(any_tiny: TinyParts, tmp_path: Path, plan: Plan) -> None:
-    model = onnx.load(export(any_tiny, tmp_path, plan), load_external_data=False)
-    rows = any_tiny.rows
+def test_graph_has_the_promised_inputs(any_architecture: TinyParts, tmp_path: Path, plan: Plan) -> None:
+    model = onnx.load(export(any_architecture, tmp_path, plan), load_external_data=False)
+    rows = any_architecture.rows
     expected: dict[str, list[int | str]] = {
         "sample": ["batch", 4, "height", "width"],
         "timestep": ["batch"],
@@ -46,6 +47,8 @@ def test_graph_has_the_promised_inputs(any_tiny: TinyParts, tmp_path: Path, plan
         "spectral_slab": ["slots", rows.spectral_size],
         "lowrank_slab": ["slots", rows.lowrank_size],
     }
+    if added_width(rows.layout):
+        expected["added"] = ["batch", 64]
     if plan is Plan.DENSE:
         del expected["spectral_slab"]
     outputs: dict[str, list[int | str]] = {"out": ["batch", 4, "height", "width"]}

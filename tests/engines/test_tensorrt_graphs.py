@@ -8,9 +8,10 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from tiny_unet import SD1_LIKE, SD2_LIKE, TinyParts, tiny_parts
+from tiny_unet import SD1_LIKE, SD2_LIKE, SDXL_LIKE, TinyParts, tiny_parts
 
 from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.graph_writer import GRAPH_FILE
@@ -26,7 +27,7 @@ from hueshift.engines.tensorrt_loader import TensorRT, load_tensorrt
 from hueshift.engines.tensorrt_plans import PlanRanges
 from hueshift.engines.tensorrt_weights import refit_weights
 from hueshift.engines.text_side import is_text_side
-from hueshift.engines.torch_engine import example_inputs
+from hueshift.engines.torch_engine import example_added, example_inputs
 
 # Stable Diffusion 1.5's and 2.1's blocks at a tenth of their width.
 SD15_SHAPED = {
@@ -34,6 +35,14 @@ SD15_SHAPED = {
     "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
     "block_out_channels": [32, 64, 128, 128],
     "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+# SDXL's, with heads of width 64; 3 transformer layers stand for its 10.
+SDXL_SHAPED = {
+    **SDXL_LIKE,
+    "block_out_channels": [32, 64, 64],
+    "attention_head_dim": [1, 1, 1],
+    "transformer_layers_per_block": [1, 2, 3],
     "norm_num_groups": 32,
 }
 ROLES = ("dense", "factored", "merged")
@@ -52,10 +61,11 @@ def fp16_error(parts: TinyParts, folder: Path, plan: Plan, base: BaseModel) -> f
     """Largest error of the fp16 graph on ONNX Runtime against torch in fp32, over the largest output or 1."""
     spectral, lowrank = random_slabs(parts.rows, parts.factors, parts.norms)
     latents, timesteps, cross, _ = example_inputs(base, 3)
-    index = torch.arange(3)
+    index, added = torch.arange(3), example_added(base, 3)
     unet = AdaptedUNet(base, parts.factors, parts.rows, plan, channels_last=False)
     with torch.no_grad():
-        expected = unet(latents, timesteps, cross, index, spectral if plan is Plan.FACTORED else None, lowrank)
+        slab = spectral if plan is Plan.FACTORED else None
+        expected = unet(latents, timesteps, cross, index, slab, lowrank, added)
     session = open_session(export(parts, folder, plan.value), 1)
     feeds = {
         "sample": latents.half(),
@@ -64,6 +74,7 @@ def fp16_error(parts: TinyParts, folder: Path, plan: Plan, base: BaseModel) -> f
         "adapter_index": index,
         "spectral_slab": spectral,
         "lowrank_slab": lowrank,
+        **({} if added is None else {"added": added.half()}),
     }
     names = {value.name for value in session.get_inputs()}
     out = torch.from_numpy(session.run(None, {k: v.numpy() for k, v in feeds.items() if k in names})[0]).float()
@@ -72,10 +83,16 @@ def fp16_error(parts: TinyParts, folder: Path, plan: Plan, base: BaseModel) -> f
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
-    "variant", [{**SD1_LIKE, "attention_head_dim": 8}, {**SD2_LIKE, "attention_head_dim": [2, 4, 8, 8]}]
+    "variant",
+    [
+        {**SD1_LIKE, **SD15_SHAPED, "attention_head_dim": 8},
+        {**SD2_LIKE, **SD15_SHAPED, "attention_head_dim": [2, 4, 8, 8]},
+        SDXL_SHAPED,
+    ],
+    ids=["sd15", "sd21", "sdxl"],
 )
 def test_sd_shaped_graph_equals_torch(tmp_path: Path, variant: dict[str, Any], plan: Plan) -> None:
-    parts = tiny_parts({**variant, **SD15_SHAPED})
+    parts = tiny_parts(variant)
     found = fp16_error(parts, tmp_path, plan, parts.base)
     # Exactly zero would mean that nothing was rounded: a graph in fp32.
     assert 0 < found < 5e-3
@@ -116,18 +133,20 @@ def real() -> TensorRT:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_real_parser_takes_the_graph_with_its_names(
-    real: TensorRT, any_tiny: TinyParts, tmp_path: Path, role: str
+    real: TensorRT, any_architecture: TinyParts, tmp_path: Path, role: str
 ) -> None:
     builder = real.module.Builder(real.logger)
     network = real.create_network(builder)
-    graph = export(any_tiny, tmp_path, role)
+    graph = export(any_architecture, tmp_path, role)
     parse(real, network, graph)
-    kinds, rows = real.module.DataType, any_tiny.rows
+    kinds, rows = real.module.DataType, any_architecture.rows
     expected = {
         "sample": ((-1, 4, -1, -1), kinds.HALF),
         "timestep": ((-1,), kinds.FLOAT),
         "cross": ((-1, 5, CrossLayout(rows.layout).width), kinds.HALF),
     }
+    if added_width(rows.layout):
+        expected["added"] = ((-1, 64), kinds.HALF)
     if role != "merged":
         expected |= {
             "adapter_index": ((-1,), kinds.INT64),
@@ -142,7 +161,7 @@ def test_real_parser_takes_the_graph_with_its_names(
     # Layers are more than nodes: weights are layers, and some operators are several.
     assert network.num_layers > len(onnx.load(graph, load_external_data=False).graph.node) / 2
     if role == "merged":
-        names = [weight.name for weight in refit_weights(any_tiny.base.layout)]
+        names = [weight.name for weight in refit_weights(any_architecture.base.layout)]
         mark_refittable(network, names)
         assert all(network.are_weights_marked_refittable(name) for name in names)
     make_profile(builder, network, PlanRanges(4, (2, 8, 16), 5))
@@ -160,14 +179,14 @@ def test_real_builder_builds_the_dense_plan_without_a_gpu(real: TensorRT, tiny: 
     assert shares[-1] == 1000
 
 
-def test_refit_map_covers_every_adapted_layer(any_tiny: TinyParts, tmp_path: Path) -> None:
-    weights = refit_weights(any_tiny.base.layout)
-    model = onnx.load(export(any_tiny, tmp_path, "merged"))
+def test_refit_map_covers_every_adapted_layer(any_architecture: TinyParts, tmp_path: Path) -> None:
+    weights = refit_weights(any_architecture.base.layout)
+    model = onnx.load(export(any_architecture, tmp_path, "merged"))
     stored = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in model.graph.initializer}
-    layers = [name for name, _, _ in any_tiny.base.layout.spans() if not is_text_side(name)]
+    layers = [name for name, _, _ in any_architecture.base.layout.spans() if not is_text_side(name)]
     assert [weight.layer for weight in weights] == layers
     for weight in weights:
-        own = any_tiny.base.unet.get_parameter(f"{weight.layer}.weight").half()
+        own = any_architecture.base.unet.get_parameter(f"{weight.layer}.weight").half()
         own = own.T if weight.is_transposed else own
         assert torch.equal(stored[weight.name].flatten(), own.flatten())
         assert stored[weight.name].numel() == weight.count

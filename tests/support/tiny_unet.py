@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
 from hueshift.engines.adapted_layers import CrossSlice
+from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel, read_layout
 from hueshift.engines.cross_attention import CrossLayout
 from hueshift.engines.interface import EngineRow
@@ -24,6 +25,19 @@ SD1_LIKE = {"attention_head_dim": 2}
 """Heads by count, 1x1 convolutions around the transformers."""
 SD2_LIKE = {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True}
 """Heads that differ by block, linear layers around the transformers, v prediction."""
+
+SDXL_LIKE = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [16, 16, 32],
+    "attention_head_dim": [1, 2, 4],
+    "transformer_layers_per_block": [1, 1, 2],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}
+"""SDXL's blocks: none with attention at first, several transformer layers, pooled text and sizes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,11 @@ class TinyParts:
             torch.rand(count, generator=generator) * 999,
             torch.randn(count, TOKENS, width, generator=generator),
         )
+
+    def added(self, count: int, seed: int = 0) -> Tensor | None:
+        """What SDXL takes beside `inputs`; None for the others."""
+        width = added_width(self.rows.layout)
+        return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) if width else None
 
     def random_adapter(self, seed: int, kind: AdapterKind = AdapterKind.SPECTRAL) -> Adapter:
         """Shift every singular value and norm weight, or put a rank-2 product on every low-rank target."""
@@ -69,12 +88,14 @@ class TinyParts:
         """Compose a row."""
         return self.rows.compose(mix, self.factors, self.norms)
 
-    def merged_output(self, row: EngineRow, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def merged_output(
+        self, row: EngineRow, sample: Tensor, timestep: Tensor, context: Tensor, added: Tensor | None = None
+    ) -> Tensor:
         """Output of diffusers' UNet whose weights were rebuilt for `row` in fp64: the truth the engines must meet."""
         unet = tiny_unet(self.base.unet.config)
         unet.load_state_dict(self.base.unet.state_dict())
         merge_row(unet, self, row)
-        return run(unet, sample, timestep, context)
+        return run(unet, sample, timestep, context, added)
 
 
 def merge_row(unet: nn.Module, parts: TinyParts, row: EngineRow) -> None:
@@ -101,14 +122,18 @@ def merge_row(unet: nn.Module, parts: TinyParts, row: EngineRow) -> None:
         unet.get_parameter(f"{norm.name}.weight").data.copy_(row.spectral[begin : begin + norm.size])
 
 
-def run(unet: nn.Module, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-    """Output of a diffusers UNet, which reads its keys and values from `context` if that is a cross input."""
+def run(unet: nn.Module, sample: Tensor, timestep: Tensor, context: Tensor, added: Tensor | None = None) -> Tensor:
+    """Output of a diffusers UNet, which reads its keys and values from `context` if that is a cross input, and what
+    SDXL adds to the time embedding from `added`."""
     layout = CrossLayout(read_layout(unet, "", WIDTH))
     if context.shape[-1] == layout.width:
         unet = copy.deepcopy(unet)
         for name, span in layout.spans.items():
             attention, _, part = name.rpartition(".")
             setattr(unet.get_submodule(attention), part, CrossSlice(*span))
+    if added is not None:
+        unet = copy.copy(unet)
+        cast(Any, unet).get_aug_embed = lambda **_: added
     with torch.no_grad():
         out: Tensor = unet(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
     return out
