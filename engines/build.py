@@ -12,6 +12,10 @@ from torch import Tensor
 
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cuda_attention import parse_attention
+from hueshift.engines.cuda_lane import CudaLane
+from hueshift.engines.cuda_options import CompileKind, CudaOptions, EngineObserver, KernelUse
+from hueshift.engines.cuda_setup import build_cuda
 from hueshift.engines.interface import Plan, UNetEngine
 from hueshift.engines.parity import OnParity, check_parity
 from hueshift.engines.rows import RowLayout, read_norms
@@ -23,7 +27,8 @@ _ONNX_MODULES = ("onnxruntime", "onnx")
 _log = structlog.get_logger()
 
 BuildProgress = Callable[[str, int, int], None]
-"""progress(stage, done, total); stages are `decompose`, `export <plan>`, `build <plan>` (tensorrt) and `check`."""
+"""progress(stage, done, total); stages are `decompose`, `export <plan>`, `build <plan>` (tensorrt), `capture`,
+`calibrate` (CUDA) and `check`."""
 
 OnFallback = Callable[[str], None]
 """Hears why torch serves in TensorRT's place: a value of engines.tensorrt_loader.Fallback."""
@@ -51,6 +56,13 @@ class EngineOptions:
     merge_after: int = 0
     weights_validation: bool = True
     max_size: int = 1024
+    compile: str = "graph"
+    autotune: bool = False
+    attention: str = "sdpa"
+    kernels: str = "auto"
+    merged_slots: int = 2
+    warm_sizes: tuple[tuple[int, int], ...] = ()
+    most_graphs: int = 64
 
 
 class AdapterEngine(UNetEngine, Protocol):
@@ -68,10 +80,12 @@ def build_engine(
     progress: BuildProgress | None = None,
     on_parity: OnParity | None = None,
     on_fallback: OnFallback | None = None,
+    observer: EngineObserver | None = None,
 ) -> AdapterEngine:
     """Build the engine for `base`: decompose its weights, export its graphs, and check them, all cached on disk.
 
-    `on_parity` receives the error of each exported graph, `on_fallback` why torch serves in TensorRT's place.
+    `on_parity` receives the error of each exported graph, `on_fallback` why torch serves in TensorRT's place;
+    `observer` hears of captures, merges and capacity on CUDA, where torch's engine is captured and measured here too.
     Raises FailedPrecondition (ENGINE_UNAVAILABLE, ENGINE_PARITY) or InvalidArgument (SETTINGS_INVALID,
     MODEL_UNSUPPORTED).
     """
@@ -82,6 +96,8 @@ def build_engine(
     factors = load_factors(base, options.cache_dir, lambda done, total: report("decompose", done, total))
     norms = read_norms(base.layout, lambda name: base.unet.get_parameter(f"{name}.weight"))
     _log.info("engine_chosen", engine=kind, device=str(device), spectral=rows.spectral_size, lowrank=rows.lowrank_size)
+    if kind == "torch" and device.type == "cuda":
+        return _build_cuda(base, options, device, rows, factors, norms, report, observer)
     if kind == "torch":
         return TorchEngine(base, factors, rows, norms, slots=options.slots, max_batch=options.max_batch, device=device)
     if kind == "tensorrt":
@@ -139,6 +155,60 @@ def choose_kind(kind: str, device: torch.device, is_installed: Callable[[str], b
             "`hueshift[onnx]`, or set engine.kind to torch",
         )
     return "onnxruntime"
+
+
+def cuda_options(base: BaseModel, options: EngineOptions) -> CudaOptions:
+    """The CUDA engine's options in latents, of what the operator set in pixels.
+
+    Raises InvalidArgument (SETTINGS_INVALID) on a word that is none, or a size that pictures cannot have.
+    """
+    native = (base.pixels, base.pixels)
+    sizes = []
+    for height, width in options.warm_sizes or (native,):
+        if height % base.size_multiple or width % base.size_multiple or not 0 < max(height, width) <= options.max_size:
+            raise InvalidArgument.for_field(
+                "engine.warm_sizes",
+                f"{height}x{width}; sides must be multiples of {base.size_multiple} up to {options.max_size} "
+                "(limits.max_size)",
+                Reason.SETTINGS_INVALID,
+            )
+        sizes.append((height // base.latent_factor, width // base.latent_factor))
+    largest = max(options.max_size, base.pixels) // base.latent_factor
+    return CudaOptions(
+        warm_sizes=tuple(sizes),
+        max_area=largest * largest,
+        compile=CompileKind(options.compile),
+        autotune=options.autotune,
+        attention=parse_attention(options.attention),
+        kernels=KernelUse(options.kernels),
+        weight_slots=options.merged_slots,
+        graphs=options.most_graphs,
+    )
+
+
+def _build_cuda(
+    base: BaseModel,
+    options: EngineOptions,
+    device: torch.device,
+    rows: RowLayout,
+    factors: SpectralFactors,
+    norms: Mapping[str, Tensor],
+    report: BuildProgress,
+    observer: EngineObserver | None,
+) -> AdapterEngine:
+    return build_cuda(
+        base,
+        factors,
+        rows,
+        norms,
+        slots=options.slots,
+        max_batch=options.max_batch,
+        options=cuda_options(base, options),
+        lane=CudaLane(device),
+        cache_dir=options.cache_dir,
+        progress=report,
+        observer=observer,
+    )
 
 
 def _build_onnx(

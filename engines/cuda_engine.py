@@ -15,6 +15,7 @@ from torch import Tensor
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cost_model import CostTable
 from hueshift.engines.cuda_buffers import NO_BRANCH, CallBuffers, CallShape, bucket_for, buckets_up_to
 from hueshift.engines.cuda_graphs import GraphKey, GraphStore
 from hueshift.engines.cuda_lane import GraphLane, Mark
@@ -74,6 +75,10 @@ class CudaEngine:
             dtype=self.dtype,
         )
         self._queued: deque[Mark] = deque()
+        self.costs: CostTable | None = None
+        """Measured at start (engines/calibration.py)."""
+        self.capacity: Mapping[tuple[int, int], int] = {}
+        """UNet rows of one call that fit, by latent size, as far as that was found out at start."""
         self._merged: MergedSlots | None = None
         if options.weight_slots:
             with lane.apart():
@@ -125,6 +130,11 @@ class CudaEngine:
             self._merged.merge(slot, self.row(slot))
             if self._merged.merges > begun:
                 self.observer.merge_began()
+
+    def finish_merges(self) -> None:
+        """Let the steps' lane wait for every merge that has begun."""
+        if self._merged is not None:
+            self._merged.finish()
 
     def denoise(
         self,

@@ -101,6 +101,12 @@ class MergedSlots:
         self._held[slot] = target
         self.merges += 1
 
+    def finish(self) -> None:
+        """Let the steps' lane wait for every merge that has begun."""
+        for held in self._held.values():
+            if held.written is not None:
+                self._lane.after(held.written)
+
     def use(self, slot: int) -> WeightSlot:
         """The weights of a slot for one call, queued on the steps' lane. Raises KeyError if nothing was merged."""
         held = self._held[slot]

@@ -12,9 +12,13 @@ _log = structlog.get_logger()
 
 
 class Planner:
-    """Decides how batches run on `engine`, step by step. For the thread that runs the engine."""
+    """Decides how batches run on `engine`, step by step. For the thread that runs the engine.
 
-    def __init__(self, engine: UNetEngine, table: CostTable) -> None:
+    `capacity` has the UNet rows of one call that fit, by latent size, as far as that is known.
+    """
+
+    def __init__(self, engine: UNetEngine, table: CostTable, capacity: Mapping[Size, int] | None = None) -> None:
+        self.capacity = dict(capacity or {})
         self._engine = engine
         self._table = table
         self._merging = engine if isinstance(engine, MergingEngine) and engine.weight_slots else None

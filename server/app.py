@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from hueshift.engines.base_model import load_base_model
 from hueshift.engines.build import EngineOptions, build_engine
 from hueshift.server.clock import Clock
+from hueshift.server.engine_metrics import EngineMetrics
 from hueshift.server.metrics import Metrics
 from hueshift.server.services import ServiceSet, ServingParts
 from hueshift.server.settings import EngineSettings, Settings
@@ -42,6 +43,7 @@ def build_services(
         progress=report,
         on_parity=lambda plan, error: metrics.engine_parity_error.labels(plan).set(error),
         on_fallback=lambda reason: metrics.engine_fallbacks.labels(reason).inc(),
+        observer=EngineMetrics(metrics),
     )
     engine.warm()
     metrics.build.info(
@@ -86,6 +88,13 @@ def engine_options(settings: Settings) -> EngineOptions:
         cuda_graphs=chosen.cuda_graphs,
         merge_after=chosen.merge_after,
         weights_validation=chosen.weights_validation,
+        compile=chosen.compile,
+        autotune=chosen.autotune,
+        attention=chosen.attention,
+        kernels=chosen.kernels,
+        merged_slots=chosen.merged_slots,
+        warm_sizes=chosen.warm_sizes,
+        most_graphs=chosen.most_graphs,
         max_size=settings.limits.max_size,
         cache_dir=settings.store.cache_path.expanduser(),
     )

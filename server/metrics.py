@@ -31,7 +31,7 @@ class Metrics:
         self.active_samples = Gauge("hueshift_active_samples", "Pictures being denoised.", registry=r)
         self.stage_seconds = Histogram(
             "hueshift_stage_seconds",
-            "Time of a picture in a stage: queue, adapter_load, text, denoise, decode.",
+            "Time of a picture in a stage: queue, adapter_load, text, picture, inversion, denoise, decode.",
             ["stage"],
             buckets=_REQUEST_BUCKETS,
             registry=r,
@@ -99,6 +99,19 @@ class Metrics:
             "Calls that a front end passed on: affine, spread (the affine replica was too busy), any, retried, lost.",
             ["outcome"],
             registry=r,
+        )
+        self.engine_captures = Counter(
+            "hueshift_engine_captures", "CUDA graphs captured; constant once sizes are known.", ["network"], registry=r
+        )
+        self.engine_compiles = Counter(
+            "hueshift_engine_compiles", "Networks compiled for a shape, at start only.", ["network"], registry=r
+        )
+        self.engine_merges = Counter("hueshift_engine_merges", "Adapter mixes written into weights.", registry=r)
+        self.engine_capacity_rows = Gauge(
+            "hueshift_engine_capacity_rows", "UNet rows of one call that fit, by warmed size.", ["size"], registry=r
+        )
+        self.device_free_bytes = Gauge(
+            "hueshift_device_free_bytes", "Device memory that nothing held after warm-up.", registry=r
         )
         self.internal_errors = Counter("hueshift_internal_errors", "Answers with an incident id.", registry=r)
         self.build = Info("hueshift_build", "Version, engine and base model.", registry=r)

@@ -11,10 +11,11 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import structlog
 
+from hueshift.adapters.errors import HueshiftError
 from hueshift.server.addresses import Addresses
 from hueshift.server.app import build_services
 from hueshift.server.clock import Clock, SystemClock
@@ -85,7 +86,8 @@ async def serve(
     `parent` is a file descriptor whose end, when its other side is closed, asks for the end too.
 
     `ready` is called once, when health turns to SERVING. Returns after the drain: accepted calls have finished, or were
-    cut off after `server.drain_seconds`. Raises HueshiftError when the server cannot start.
+    cut off after `server.drain_seconds`. Raises HueshiftError when the server cannot start, and Unavailable
+    (DEVICE_LOST), after the same drain, when the device that draws has failed.
     """
     clock = SystemClock()
     make = build or (build_front_end if settings.cluster.role == "frontend" else build_services)
@@ -96,6 +98,7 @@ async def serve(
         stores = await asyncio.to_thread(open_stores, settings, clock)
         frame = Frame(settings, stores, clock)
         log = structlog.get_logger()
+        failure: HueshiftError | None = None
         try:
             addresses = await frame.start()
             log.info("port open", address=addresses.grpc, metrics=addresses.metrics)
@@ -116,7 +119,7 @@ async def serve(
                     beside.append(
                         asyncio.create_task(keep_announced(ReplicaStore(stores.database), address, heartbeat))
                     )
-                await own_stop.drain.wait()
+                failure = await _failure_before(own_stop.drain, services)
                 for task in beside:
                     task.cancel()
                 # A replica withdraws before it drains, so that front ends send it nothing more.
@@ -124,6 +127,25 @@ async def serve(
         finally:
             await _close(frame, settings.server.drain_seconds, own_stop.hurry)
             await asyncio.to_thread(stores.close)
+    if failure is not None:
+        raise failure
+
+
+@runtime_checkable
+class Fallible(Protocol):
+    """Services that may find that they can never answer again."""
+
+    async def failure(self) -> HueshiftError:
+        """Wait for that, and return what to say of it."""
+        ...
+
+
+async def _failure_before(event: asyncio.Event, services: Services) -> HueshiftError | None:
+    """Wait until `event` comes or the services fail; return the failure if that is what came."""
+    if isinstance(services, Fallible):
+        return await _unless(event, services.failure())
+    await event.wait()
+    return None
 
 
 async def in_own_thread(name: str, function: Callable[[], T]) -> T:

@@ -8,9 +8,11 @@ from typing import Any
 import structlog
 from torch import Tensor
 
+from hueshift.adapters.errors import HueshiftError
 from hueshift.adapters.formats.draft import ImportBase
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import make_conditioner
+from hueshift.engines.cuda_setup import planner_of
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import HostCache, SlotCache
 from hueshift.engines.rows import RowLayout
@@ -61,7 +63,9 @@ class ServiceSet:
         host = HostCache(lambda key: stores.adapters.load(key, base.layout), limits.host_cache_bytes, observer)
         slots = SlotCache(engine, host, parts.rows, parts.factors, parts.norms, observer)
         conditioner = make_conditioner(base, parts.factors)
-        self.scheduler = Scheduler(engine, base, conditioner, VaeStage(base), slots, metrics, clock, limits)
+        self.scheduler = Scheduler(
+            engine, base, conditioner, VaeStage(base), slots, metrics, clock, limits, planner=planner_of(engine)
+        )
         self._generation = GenerationService(
             self.scheduler, stores.adapters, base, limits, settings.server, clock, engine
         )
@@ -97,6 +101,11 @@ class ServiceSet:
         pinned = await self._adapters.warm_pinned()
         await self._supervisor.start()
         structlog.get_logger().info("services started", pinned_adapters=pinned)
+
+    async def failure(self) -> HueshiftError:
+        """Wait until the device that draws is lost, and return what to say of it."""
+        # Shielded: whoever stops waiting must not cancel what the step loop looks at.
+        return await asyncio.shield(asyncio.wrap_future(self.scheduler.watch.lost))
 
     async def stop_workers(self, grace: float) -> None:
         """Let the workers write checkpoints and put their jobs back; kill those alive after `grace` seconds."""

@@ -73,6 +73,31 @@ class EngineSettings(_Section):
     merge_after: int = Field(
         0, ge=0, description="Calls in a row for one adapter alone before tensorrt merges it into a plan; 0: never."
     )
+    compile: Literal["none", "graph", "inductor"] = Field(
+        "graph",
+        description="torch on CUDA: eager calls, CUDA graphs of them, or graphs of torch.compile's (slow first start).",
+    )
+    autotune: bool = Field(False, description="Let torch.compile try many kernels for each product; minutes more.")
+    attention: str = Field(
+        "sdpa",
+        pattern=r"^(sdpa|cudnn|xformers)(,\d+:(sdpa|cudnn|xformers))*$",
+        description="Attention of torch on CUDA: sdpa, cudnn or xformers; `,80:cudnn` says it for heads of 80 values.",
+    )
+    kernels: Literal["auto", "on", "off"] = Field(
+        "auto", description="Adapted layers on our Triton kernels; auto: where measured to be faster at start."
+    )
+    merged_slots: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="Adapter mixes whose merged weights torch on CUDA holds; each is a copy of the UNet.",
+    )
+    warm_sizes: tuple[tuple[int, int], ...] = Field(
+        (), description="Heights and widths captured at start on CUDA, in pixels; none: the model's own size."
+    )
+    most_graphs: int = Field(
+        64, ge=1, le=4096, description="CUDA graphs of other sizes, least recently used out first."
+    )
     weights_validation: bool = Field(
         True, description="Let tensorrt check the weights of every refit; false is faster."
     )

@@ -33,12 +33,12 @@ class Stepped:
 
 
 class RowLimits:
-    """UNet rows that fit in the device's memory, by latent size, learned from what did not."""
+    """UNet rows that fit in the device's memory, by latent size: `known` ones, and learned from what did not fit."""
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self, max_batch: int, known: Mapping[Size, int] | None = None) -> None:
         self._max_batch = max_batch
-        self._limits: dict[Size, int] = {}
-        self._calm: dict[Size, int] = {}
+        self._limits = {size: max(1, rows) for size, rows in (known or {}).items() if rows < max_batch}
+        self._calm = dict.fromkeys(self._limits, 0)
 
     def __getitem__(self, size: Size) -> int:
         """Rows of one call."""
@@ -67,7 +67,7 @@ class StepRunner:
     def __init__(self, engine: UNetEngine, metrics: Metrics, clock: Clock, planner: Planner | None = None) -> None:
         self._engine, self._metrics, self._clock = engine, metrics, clock
         self._planner = planner
-        self.limits = RowLimits(engine.max_batch)
+        self.limits = RowLimits(engine.max_batch, planner.capacity if planner is not None else None)
 
     def step(self, chosen: Sequence[Running], waiting: Mapping[int, int]) -> list[Stepped]:
         """Advance pictures of one size by one step; each is in exactly one of the results.

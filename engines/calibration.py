@@ -1,0 +1,136 @@
+"""Measures a CUDA engine at start: which form of the layers is faster, what each call costs, what a merge costs.
+
+The figures go to disk (engines/cost_store.py), so only the first start on a GPU pays for measuring.
+"""
+
+from collections.abc import Callable, Mapping
+from math import inf
+
+import structlog
+import torch
+
+from hueshift.engines.cost_model import CostTable
+from hueshift.engines.cuda_buffers import CallShape
+from hueshift.engines.cuda_engine import CudaEngine
+from hueshift.engines.cuda_graphs import GraphKey
+from hueshift.engines.cuda_lane import Work
+from hueshift.engines.cuda_options import KernelUse
+from hueshift.engines.interface import BASE_SLOT, Plan
+from hueshift.engines.merged_slots import BASE_ROLE
+from hueshift.engines.torch_engine import example_added, example_inputs
+
+Progress = Callable[[str, int, int], None]
+
+_REPEATS = 7
+# Rows at which the two forms of a plan are compared: a batch as it is under load.
+_FORM_ROWS = 8
+_log = structlog.get_logger()
+
+
+def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[Plan, bool]:
+    """Let each plan run in its faster form, by `known` or by measuring both; return which use the kernels.
+
+    With `engine.kernels` on or off there is nothing to choose.
+    """
+    if engine.options.kernels is not KernelUse.AUTO:
+        used = engine.options.kernels is KernelUse.ON
+        return {Plan.DENSE: used, Plan.FACTORED: used}
+    found: dict[Plan, bool] = {}
+    for plan in (Plan.DENSE, Plan.FACTORED):
+        found[plan] = known[plan] if known is not None and plan in known else _kernels_win(engine, plan)
+        engine.networks.choose(plan, kernels=found[plan])
+    return found
+
+
+def warm_all(engine: CudaEngine, progress: Progress) -> dict[GraphKey, Work]:
+    """Compile and capture everything that `engine.warm` would; what does not fit in memory is left out, with a word.
+
+    Returns what queues each call.
+    """
+    wanted = engine.captures_to_warm()
+    calls: dict[GraphKey, Work] = {}
+    for done, (role, shape, _) in enumerate(wanted):
+        progress("capture", done, len(wanted))
+        try:
+            calls[GraphKey(role, shape)] = engine.warm_one(role, shape)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            _log.warning("capture_without_memory", role=role, rows=shape.rows, height=shape.height, width=shape.width)
+    progress("capture", len(wanted), len(wanted))
+    return calls
+
+
+def measure_costs(engine: CudaEngine, calls: Mapping[GraphKey, Work], progress: Progress) -> CostTable:
+    """Time every warmed call, one merge, and the host's share of a call."""
+    lane = engine.lane
+    times: dict[tuple[Plan, int, tuple[int, int]], float] = {}
+    for done, (key, call) in enumerate(calls.items()):
+        progress("calibrate", done, len(calls))
+        # All copies of merged weights cost the same; the base's stands for them.
+        if key.role == BASE_ROLE or key.role in (Plan.DENSE, Plan.FACTORED):
+            plan = Plan.MERGED if key.role == BASE_ROLE else Plan(key.role)
+            shape = key.shape
+            with torch.no_grad():
+                times[plan, shape.rows, (shape.height, shape.width)] = lane.milliseconds(call, _REPEATS)
+    progress("calibrate", len(calls), len(calls))
+    return CostTable(times, _merge_ms(engine), _overhead_ms(engine, times))
+
+
+def measure_capacity(engine: CudaEngine, calls: Mapping[GraphKey, Work]) -> dict[tuple[int, int], int]:
+    """UNet rows of one call that fit, by warmed size: the largest bucket that every slab plan could be captured at."""
+    capacity: dict[tuple[int, int], int] = {}
+    for size in engine.options.warm_sizes:
+        fitting = [
+            rows
+            for rows in engine.buckets
+            if all(GraphKey(plan.value, CallShape(rows, *size)) in calls for plan in (Plan.DENSE, Plan.FACTORED))
+        ]
+        capacity[size] = max(fitting, default=0)
+        free = engine.lane.free_bytes()
+        engine.observer.capacity(size, capacity[size], free)
+        _log.info("engine_capacity", height=size[0], width=size[1], rows=capacity[size], free_bytes=free)
+    return capacity
+
+
+def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
+    rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
+    shape = CallShape(rows, *engine.options.warm_sizes[0])
+    times = {}
+    for kernels in (False, True):
+        engine.networks.choose(plan, kernels=kernels)
+        call = engine.warm_one(plan.value, shape)
+        with torch.no_grad():
+            times[kernels] = engine.lane.milliseconds(call, _REPEATS)
+        engine.graphs.forget(plan.value)
+    _log.info("layer_form", plan=plan.value, rows=rows, torch_ms=times[False], kernels_ms=times[True])
+    return times[True] < times[False]
+
+
+def _merge_ms(engine: CudaEngine) -> float:
+    if not engine.weight_slots:
+        return inf
+    slot = BASE_SLOT + 1
+    row = engine.row(slot)
+
+    def again() -> None:
+        engine.load_row(slot, row)
+        engine.merge(slot)
+        engine.finish_merges()
+
+    again()
+    return engine.lane.milliseconds(again, _REPEATS)
+
+
+def _overhead_ms(engine: CudaEngine, times: Mapping[tuple[Plan, int, tuple[int, int]], float]) -> float:
+    """What a call takes beside its graph: copies in and out, and the host's work where that is not hidden."""
+    inputs, added = example_inputs(engine.base, 1), example_added(engine.base, 1)
+    size = (inputs[0].shape[2], inputs[0].shape[3])
+    graph = times.get((Plan.DENSE, 1, size))
+    if graph is None:
+        return 0.0
+    placed = [part.to(engine.lane.device) for part in inputs[:3]]
+
+    def call() -> None:
+        engine.denoise(Plan.DENSE, placed[0], placed[1], placed[2], inputs[3], added)
+
+    return max(0.0, engine.lane.milliseconds(call, _REPEATS) - graph)

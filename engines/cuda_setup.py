@@ -1,0 +1,97 @@
+"""From a base model to a serving CUDA engine: make it, choose its forms, capture, measure, say what fits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+import torch
+from torch import Tensor
+
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.calibration import choose_forms, measure_capacity, measure_costs, warm_all
+from hueshift.engines.cost_store import Calibration, read_costs, write_costs
+from hueshift.engines.cuda_engine import CudaEngine
+from hueshift.engines.cuda_lane import GraphLane
+from hueshift.engines.cuda_options import CudaOptions, EngineObserver
+from hueshift.engines.interface import UNetEngine
+from hueshift.engines.planner import Planner
+from hueshift.engines.rows import RowLayout
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.kernels.launch import triton
+
+Progress = Callable[[str, int, int], None]
+_log = structlog.get_logger()
+
+
+def build_cuda(
+    base: BaseModel,
+    factors: SpectralFactors,
+    rows: RowLayout,
+    norms: Mapping[str, Tensor],
+    *,
+    slots: int,
+    max_batch: int,
+    options: CudaOptions,
+    lane: GraphLane,
+    cache_dir: Path,
+    progress: Progress,
+    observer: EngineObserver | None = None,
+) -> CudaEngine:
+    """Return a warm engine that knows its costs and its capacity. `progress` hears of `capture` and `calibrate`.
+
+    Where memory is too short for merged weights it goes on without. Raises FailedPrecondition (ENGINE_UNAVAILABLE) if
+    an attention backend is missing.
+    """
+
+    def make(options: CudaOptions) -> CudaEngine:
+        given = (base, factors, rows, norms)
+        return CudaEngine(*given, slots=slots, max_batch=max_batch, lane=lane, options=options, observer=observer)
+
+    try:
+        engine = make(options)
+    except torch.cuda.OutOfMemoryError as error:
+        if not options.weight_slots:
+            raise
+        _log.warning("merged_plan_off", weight_slots=options.weight_slots, error=str(error).splitlines()[0])
+        torch.cuda.empty_cache()
+        engine = make(replace(options, weight_slots=0))
+    identity = describe(engine)
+    known = read_costs(cache_dir, identity)
+    kernels = choose_forms(engine, known.kernels if known is not None else None)
+    calls = warm_all(engine, progress)
+    if known is None:
+        known = Calibration(measure_costs(engine, calls, progress), kernels)
+        write_costs(cache_dir, identity, known)
+    engine.costs = known.table
+    engine.capacity = measure_capacity(engine, calls)
+    return engine
+
+
+def planner_of(engine: UNetEngine) -> Planner | None:
+    """What divides the engine's batches into calls; None for an engine that was not measured."""
+    if isinstance(engine, CudaEngine) and engine.costs is not None:
+        return Planner(engine, engine.costs, engine.capacity)
+    return None
+
+
+def describe(engine: CudaEngine) -> dict[str, str]:
+    """Everything that measured costs depend on."""
+    options, device = engine.options, engine.lane.device
+    on_gpu = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "host",
+        "base": engine.base.base_hash,
+        "hueshift": version("hueshift"),
+        "torch": torch.__version__,
+        "triton": "absent" if triton is None else str(triton.__version__),
+        "cuda": str(torch.version.cuda),
+        "compile": f"{options.compile} autotune {options.autotune}",
+        "kernels": options.kernels.value,
+        "attention": str(options.attention),
+        "weight_slots": str(engine.weight_slots),
+        "sizes": str(options.warm_sizes),
+        "buckets": str(engine.buckets),
+        "branches": f"{engine.rows.lowrank_targets} rank {engine.rows.lowrank_rank}",
+    }
