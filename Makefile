@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint proto setup bench bench-gpu clean
+.PHONY: demo test lint proto setup bench bench-gpu methods gallery clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests benchmarks proto/generate.py deploy docs/tables.py
+	$(BIN)/mypy tests benchmarks proto/generate.py deploy docs/tables.py docs/adapter_sizes.py
 	PYTHONPATH=.typing $(BIN)/lint-imports
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf lint
 	$(BIN)/python -P deploy/check.py
@@ -40,6 +40,15 @@ bench: setup
 # Every GPU benchmark, one row of results each; skips with a word where there is no GPU.
 bench-gpu: setup
 	$(BIN)/python -P benchmarks/run_gpu.py
+
+# All fine-tuning methods at equal steps and equal time, for docs/methods.md; skips with a word where ../shared is absent.
+# Takes hours on two cores: stop it whenever you like, it goes on where it was. MINUTES=30 stops it by itself.
+methods: setup
+	$(BIN)/python -P benchmarks/methods_cpu.py $(if $(MINUTES),--max-minutes $(MINUTES))
+
+# Every kind of adapter and way of sampling side by side, for docs/gallery.md, from what is in the repository.
+gallery: setup
+	$(BIN)/python -P examples/gallery.py
 
 clean:
 	rm -rf out build dist *.egg-info

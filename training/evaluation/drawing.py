@@ -112,14 +112,18 @@ class Painter:
 
     def finish(self, samples: Sequence[Sample], report: Report | None = None) -> list[Image.Image]:
         """Denoise the samples in as large batches as the engine takes, and decode them."""
+        self.run(samples, report)
+        return self.decode(samples)
+
+    def run(self, samples: Sequence[Sample], report: Report | None = None) -> None:
+        """Take all steps of the samples. A sample and the reference that it shares must fit one batch."""
         done = 0
         for batch in _batches(samples, self.engine.max_batch):
-            while not batch[0].done:
-                advance(self.engine, batch)
+            while running := [sample for sample in batch if not sample.done]:
+                advance(self.engine, running)
             done += len(batch)
             if report is not None:
                 report(done, len(samples))
-        return self.decode(samples)
 
     def decode(self, samples: Sequence[Sample]) -> list[Image.Image]:
         """Decode finished samples."""

@@ -13,7 +13,7 @@ class Measures:
     """What a case scored; None where it was not measured or makes no sense. All are means of cosines.
 
     `clip_i` and `dino` compare every drawn picture with every real one, `truth` each with the one true picture of its
-    prompt, `clip_t` with the prompt without the learned word (DreamBooth, Ruiz et al. 2023, section 4.2). `prior` is
+    prompt, `clip_t` with the prompt without the learned word (DreamBooth, Ruiz et al. 2023). `prior` is
     CLIP-I of pictures of other prompts after and before, of the same seeds: 1 means that nothing has changed.
     `diversity` and `dino_diversity` are 1 minus the cosine of pictures of one prompt with each other. DreamBooth takes
     LPIPS for that, whose weights are not at hand; the figures cannot be compared with its own.

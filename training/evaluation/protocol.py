@@ -1,6 +1,6 @@
 """DreamBooth's protocol on one case: every prompt drawn several times and compared with the real pictures.
 
-Ruiz et al. 2023 (section 4.2) draw 30 subjects x 25 prompts x 4 pictures. Here subjects, prompts and pictures are what
+Ruiz et al. 2023 draw 30 subjects x 25 prompts x 4 pictures. Here subjects, prompts and pictures are what
 is asked for.
 """
 
