@@ -35,7 +35,9 @@ from hueshift.training.spec import TrainingSpec
 
 _LOG = structlog.get_logger()
 # Ours or the machine's fault: another try may go better.
-_TRANSIENT = (Internal, Unavailable, ResourceExhausted)
+_TRANSIENT = (Internal, ResourceExhausted)
+# How long a job waits for a store that does not answer, time and again for as long as that lasts.
+_OUTAGE_SECONDS = 15.0
 _MAX_RETRY_SECONDS = 60.0
 _TIDY_SECONDS = 600.0
 # Longer than any upload: a folder of an unfinished CreateFineTune is never swept.
@@ -156,6 +158,10 @@ class Worker:
             # The next attempt would need as much.
             _LOG.error("job.out_of_memory", job=job.job_id, exc_info=error)
             self._fail(claimed, Reason.JOB_MEMORY_LIMIT, "the job does not fit into the device; use a smaller batch")
+        except Unavailable as error:
+            # A store is away, which no attempt of this job has brought about.
+            _LOG.warning("job.store_unavailable", job=job.job_id, exc_info=error)
+            self._jobs.release(lease, _OUTAGE_SECONDS)
         except _TRANSIENT as error:
             self._retry(claimed, error)
         except HueshiftError as error:

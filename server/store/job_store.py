@@ -234,14 +234,18 @@ class JobStore:
             changes = charge(connection, job, self._clock.time()) | self._failure(job, cause or message)
             return self._put_back(connection, job, message, delay, **changes)
 
-    def release(self, lease: Lease) -> JobRecord:
-        """Put a job back because its worker stops; this does not count as an attempt. Raises as `fail`."""
+    def release(self, lease: Lease, delay: float = 0.0) -> JobRecord:
+        """Put a job back because its worker stops or a store is away; this does not count as an attempt.
+
+        It is taken `delay` seconds later at the earliest. Raises as `fail`.
+        """
         with self._database.write() as connection:
             job = self._held(connection, lease)
             counted = charge(connection, job, self._clock.time())
             if job.cancel_requested:
                 return self._move(connection, job, JobState.CANCELLED, **counted)
-            return self._move(connection, job, JobState.QUEUED, attempt=job.attempt - 1, **counted)
+            later = self._clock.time() + delay
+            return self._move(connection, job, JobState.QUEUED, attempt=job.attempt - 1, not_before=later, **counted)
 
     def stop_cancelled(self, lease: Lease) -> JobRecord:
         """End a running job whose cancellation was asked for. Raises FailedPrecondition (LEASE_LOST)."""

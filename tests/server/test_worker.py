@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from small_jobs import SMALL_ADAPTER, small_spec
+from sqlalchemy import update
 
-from hueshift.adapters.errors import Cancelled, HueshiftError, InvalidArgument, Reason, Unavailable
+from hueshift.adapters.errors import Cancelled, HueshiftError, InvalidArgument, Reason, ResourceExhausted, Unavailable
 from hueshift.server.clock import SystemClock
 from hueshift.server.failpoints import Failpoint
 from hueshift.server.job_run import JobRun
@@ -19,6 +20,7 @@ from hueshift.server.settings import Settings, StoreSettings, TrainingSettings
 from hueshift.server.stop import StopFlag
 from hueshift.server.store.job_records import EventKind, JobRecord, JobState, NewJob
 from hueshift.server.store.stores import Stores, open_stores
+from hueshift.server.store.tables import jobs
 from hueshift.server.worker import Trained, Worker
 from hueshift.training.spec import TrainingSpec
 
@@ -120,6 +122,19 @@ def raises(error: Exception) -> Script:
     return script
 
 
+def test_an_outage_of_a_store_costs_a_job_no_attempt(bench: Bench) -> None:
+    bench.queue()
+    for _ in range(4):
+        before = SystemClock().time()
+        job = bench.attempt(raises(Unavailable(Reason.STORE_UNAVAILABLE, "away")))
+        assert (job.state, job.attempt, job.failures) == (JobState.QUEUED, 0, [])
+        assert job.not_before >= before + 10
+        assert bench.stores.jobs.claim("w", 30.0) is None
+        with bench.stores.database.write() as connection:
+            connection.execute(update(jobs).values(not_before=0.0))
+    assert bench.attempt(nothing).state is JobState.SUCCEEDED
+
+
 def test_a_job_that_does_not_fit_is_not_tried_again(bench: Bench) -> None:
     bench.queue()
     job = bench.attempt(raises(torch.OutOfMemoryError("CUDA out of memory")))
@@ -199,7 +214,7 @@ def test_an_error_of_the_job_fails_it_for_good_with_its_words(bench: Bench, erro
     assert list(bench.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("/secret/path is full"), Unavailable(Reason.STORE_UNAVAILABLE, "busy")])
+@pytest.mark.parametrize("error", [RuntimeError("/secret/path is full"), ResourceExhausted(Reason.STORE_FULL, "full")])
 def test_an_error_of_ours_is_tried_again_and_its_text_stays_in_the_log(bench: Bench, error: Exception) -> None:
     bench.queue()
     job = bench.attempt(raises(error))

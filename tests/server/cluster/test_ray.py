@@ -31,12 +31,13 @@ from hueshift.server.store.stores import Stores, open_stores
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore"),
 ]
 PROGRAM = (sys.executable, "-P", "-m", "hueshift.server.cli.main", "cluster")
 STEPS, CHECKPOINT_EVERY = 80, 10
-PATIENCE = 150.0
+# On a machine that is busy with other things too.
+PATIENCE = 250.0
 
 
 class House:
@@ -165,7 +166,7 @@ def test_a_job_survives_its_node_and_the_driver(house: House) -> None:
 
     # A driver that comes back finds what it left.
     house.drive(workers=1)
-    until(house.reconciled, 60)
+    until(house.reconciled)
     assert [(done["adopted"], done["created"], done["leaving"]) for done in house.reconciled()] == [(1, 0, 0)]
     until(lambda: house.job().state.ended)
     job = house.job()

@@ -203,6 +203,7 @@ class JobMachine(RuleBasedStateMachine):
             job.move("succeeded")
         elif action == "release" and not job.cancel:
             job.attempt -= 1
+            job.not_before = self.clock.now
             job.move("queued")
         elif action == "retry":
             job.put_back(self.clock.now + 5.0)
