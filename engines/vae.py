@@ -12,11 +12,22 @@ from hueshift.engines.base_model import BaseModel
 Pixels = npt.NDArray[np.uint8]
 
 
-class VaeStage:
-    """The base's autoencoder. Latents are fp32 and scaled, as the UNet sees them. Safe to call from several threads."""
+# Pixels decoded in one call: the decoder's widest layers take about 2 KB for each in fp32.
+_MOST_PIXELS = 2**22
 
-    def __init__(self, base: BaseModel) -> None:
+
+class VaeStage:
+    """The base's autoencoder. Latents are fp32 and scaled, as the UNet sees them. Safe to call from several threads.
+
+    Pictures with a side above `tile_above` pixels (0: none) are decoded in overlapping tiles of at most half of that a
+    side, one by one, and blended: memory stays that of a tile, and colours may differ by a few levels, because the
+    decoder's norms see a tile at a time.
+    """
+
+    def __init__(self, base: BaseModel, *, tile_above: int = 0) -> None:
         self._vae: Any = base.vae
+        self._factor = base.latent_factor
+        self._tile_above = tile_above
         self._scale = float(base.vae.config.scaling_factor)
         parameter = next(base.vae.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
@@ -24,9 +35,35 @@ class VaeStage:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Pixels:
         """Decode latents [n, 4, h, w] to uint8 pixels [n, H, W, 3]."""
-        pixels = self._vae.decode(latents.to(self._device, self._dtype) / self._scale).sample
-        bytes_ = pixels.float().mul_(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        return np.ascontiguousarray(bytes_.permute(0, 2, 3, 1).cpu().numpy())
+        height, width = (side * self._factor for side in latents.shape[2:])
+        count = max(1, _MOST_PIXELS // (height * width))
+        tiled = 0 < self._tile_above < max(height, width)
+        if tiled:
+            parts = [_to_bytes(self._decode_tiled(picture[None])) for picture in latents]
+        else:
+            parts = [_to_bytes(self._decode(part)) for part in torch.split(latents, count)]
+        return np.ascontiguousarray(np.concatenate(parts))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self._vae.decode(latents.to(self._device, self._dtype) / self._scale).sample
+        return pixels.float()
+
+    def _decode_tiled(self, latents: Tensor) -> Tensor:
+        """Mean of the tiles over each pixel, weighted by ramps that fall towards a tile's edges."""
+        factor, side = self._factor, max(2, self._tile_above // 2 // self._factor)
+        height, width = latents.shape[2:]
+        ramp = max(1, side // 4) * factor
+        total = torch.zeros(1, 3, height * factor, width * factor, device=self._device)
+        weight = torch.zeros(1, 1, height * factor, width * factor, device=self._device)
+        for top in tile_starts(height, side):
+            for left in tile_starts(width, side):
+                tile = self._decode(latents[:, :, top : top + side, left : left + side])
+                share = _ramps(tile.shape[2], ramp)[:, None] * _ramps(tile.shape[3], ramp)
+                share = share.to(self._device)
+                area = (..., slice(top * factor, (top + side) * factor), slice(left * factor, (left + side) * factor))
+                total[area] += tile * share
+                weight[area] += share
+        return total / weight
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,3 +75,23 @@ class VaeStage:
         """Draw scaled latents [n, 4, h, w] of pixels [n, 3, H, W] fp32 in -1 to 1; `generator` lives on the CPU."""
         mean, deviation = self.moments(pixels)
         return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device)
+
+
+def tile_starts(length: int, side: int) -> list[int]:
+    """Where tiles of `side` begin so that they cover `length`, each overlapping the next by at least a quarter."""
+    if length <= side:
+        return [0]
+    count = -(-(length - side) // max(1, side - side // 4)) + 1
+    return [round(number * (length - side) / (count - 1)) for number in range(count)]
+
+
+def _ramps(size: int, ramp: int) -> Tensor:
+    """Weights [size] that rise over `ramp` pixels from both edges; never 0, so the picture's own edges count too."""
+    place = torch.arange(size, dtype=torch.float32) + 0.5
+    return torch.minimum(place, size - place).clamp(max=ramp) / ramp
+
+
+def _to_bytes(pixels: Tensor) -> Pixels:
+    bytes_ = pixels.mul_(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    array: Pixels = bytes_.permute(0, 2, 3, 1).cpu().numpy()
+    return array

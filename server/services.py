@@ -64,7 +64,15 @@ class ServiceSet:
         slots = SlotCache(engine, host, parts.rows, parts.factors, parts.norms, observer)
         conditioner = make_conditioner(base, parts.factors)
         self.scheduler = Scheduler(
-            engine, base, conditioner, VaeStage(base), slots, metrics, clock, limits, planner=planner_of(engine)
+            engine,
+            base,
+            conditioner,
+            VaeStage(base, tile_above=settings.engine.vae_tiling_above),
+            slots,
+            metrics,
+            clock,
+            limits,
+            planner=planner_of(engine),
         )
         self._generation = GenerationService(
             self.scheduler, stores.adapters, base, limits, settings.server, clock, engine

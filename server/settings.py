@@ -92,6 +92,9 @@ class EngineSettings(_Section):
         le=64,
         description="Adapter mixes whose merged weights torch on CUDA holds; each is a copy of the UNet.",
     )
+    vae_tiling_above: int = Field(
+        1024, ge=0, description="Pictures with a longer side in pixels are decoded in tiles, to save memory; 0: never."
+    )
     warm_sizes: tuple[tuple[int, int], ...] = Field(
         (), description="Heights and widths captured at start on CUDA, in pixels; none: the model's own size."
     )
