@@ -1,9 +1,12 @@
 """Starting from a picture instead of from noise: img2img, and the inverted pictures of single-image editing."""
 
+import io
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hueshift.adapters.errors import InvalidArgument
@@ -12,6 +15,7 @@ from hueshift.engines.denoise import Sample, advance, start_sample
 from hueshift.engines.interface import BASE_SLOT, UNetEngine
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.samplers import SamplerKind, SamplerTable, make_inverse_table, make_table, noise_levels
+from hueshift.engines.vae import VaeStage
 
 
 def first_step(steps: int, strength: float) -> int:
@@ -26,9 +30,13 @@ def first_step(steps: int, strength: float) -> int:
 
 def noise_picture(clean: Tensor, seed: int, schedule: NoiseSchedule, table: SamplerTable) -> Tensor:
     """Noise latents [C, h, w] to the level of the table's first step, as img2img does (SDEdit, Meng et al. 2022)."""
-    signal, noise = noise_levels(schedule, table)
+    return noise_at(clean, seed, noise_levels(schedule, table))
+
+
+def noise_at(clean: Tensor, seed: int, levels: tuple[float, float]) -> Tensor:
+    """The same for `levels`, the shares of the picture and of noise."""
     drawn = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    noised: Tensor = signal * clean + noise * drawn.to(clean.device)
+    noised: Tensor = levels[0] * clean + levels[1] * drawn.to(clean.device)
     return noised
 
 
@@ -49,6 +57,37 @@ def mix_noise(inverted: Tensor, seed: int, share: float) -> Tensor:
     length = (1 - share) * one.norm() + share * other.norm()
     mixed: Tensor = direction / torch.sin(angle) * length
     return mixed.view_as(inverted).to(inverted.dtype)
+
+
+def mix_start(inverted: Tensor, clean: Tensor, seed: int, share: float, levels: tuple[float, float]) -> Tensor:
+    """Latents [C, h, w] to sample from: inverted ones whose noise is turned towards the seed's by `share`.
+
+    `levels` are the shares of the clean latents and of noise in the inverted ones (`noise_levels`). The picture's own
+    share stays as it is, so that share 1 is what noise_picture gives at that level, whatever it is. At the full level,
+    where hardly any of the picture is left, this is mix_noise. Raises what mix_noise raises.
+    """
+    if share == 0:
+        return inverted
+    signal, level = levels
+    mixed: Tensor = signal * clean + level * mix_noise((inverted - signal * clean) / level, seed, share)
+    return mixed
+
+
+def encode_start(vae: VaeStage, picture: bytes, width: int, height: int) -> Tensor:
+    """Latents [C, h, w], the mean of their distribution, of a PNG of ours fitted to width x height pixels.
+
+    The picture is scaled until it just covers that size, and what stands over is cut off, half on either side.
+    """
+    with Image.open(io.BytesIO(picture), formats=("PNG",)) as opened:
+        shown = opened.convert("RGB")
+    fitted = ImageOps.fit(shown, (width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+    return vae.moments(pixels[None])[0][0]
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference of two [...], over that of `wanted`."""
+    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
 def start_inversion(
@@ -95,5 +134,4 @@ def inversion_error(
             sample.table, sample.step, sample.prev = table, 0, torch.zeros_like(sample.prev)
         for _ in range(table.steps):
             advance(engine, samples)
-    found, wanted = torch.stack([sample.latents for sample in samples]), torch.stack(list(clean))
-    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+    return relative_error(torch.stack([sample.latents for sample in samples]), torch.stack(list(clean)))

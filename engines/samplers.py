@@ -110,6 +110,43 @@ def make_inverse_table(schedule: NoiseSchedule, steps: int, begin: int = 0) -> S
     return SamplerTable(SamplerKind.DDIM, forward.timesteps.flip(0), rows.float(), 1.0, (False,) * count)
 
 
+def make_path_tables(schedule: NoiseSchedule, steps: int, timestep: float) -> tuple[SamplerTable, SamplerTable]:
+    """Coefficients of a way from a clean picture up to the noise level of `timestep`, and of the same way back.
+
+    The levels between are those of a DDIM run of `steps` steps, so at most `steps` are taken, and fewer to a lower
+    level; a sampler that begins at `timestep`, whichever it is, finds what it expects. Up, a step takes the output at
+    its own latents and the level it goes to, as in make_inverse_table, which is the special case of DDIM's own first
+    timestep. Raises what make_table raises.
+    """
+    levels = _levels_below(schedule, steps, timestep)
+    alpha_bar = _alpha_bar(schedule)
+    clean = 1.0 if schedule.set_alpha_to_one else float(alpha_bar[0])
+    alphas = np.concatenate([[np.sqrt(clean)], 1 / np.sqrt(1 + _sigmas_at(schedule, levels)[:-1] ** 2)])
+    up, down = np.zeros((len(levels), 6)), np.zeros((len(levels), 6))
+    for i in range(len(levels)):
+        low, high = alphas[i], alphas[i + 1]
+        data, noise = _data_row(schedule, high), _noise_row(schedule, high)
+        a, b = low * data + np.sqrt(1 - low**2) * noise
+        down[-1 - i, :2], down[-1 - i, 4:] = (a, b), data
+        up[i, :2], up[i, 4:] = (1 / a, -b / a), (data[0] / a, data[1] - data[0] * b / a)
+    still = (False,) * len(levels)
+
+    def table(timesteps: Floats, rows: Floats) -> SamplerTable:
+        return SamplerTable(
+            SamplerKind.DDIM, torch.from_numpy(timesteps).float(), torch.from_numpy(rows).float(), 1.0, still
+        )
+
+    return table(levels, up), table(levels[::-1].copy(), down)
+
+
+def _levels_below(schedule: NoiseSchedule, steps: int, timestep: float) -> Floats:
+    """Timesteps, rising, of a DDIM run of `steps` steps below `timestep`, then `timestep` itself."""
+    run = make_table(schedule, SamplerKind.DDIM, steps).timesteps.double().numpy()[::-1]
+    # One that is nearly there would be a step for nothing.
+    below = run[run < timestep - schedule.train_steps / steps / 2][: steps - 1]
+    return np.append(below, timestep)
+
+
 def noise_levels(schedule: NoiseSchedule, table: SamplerTable) -> tuple[float, float]:
     """Shares of a clean picture and of unit noise in the latents that the table's first step expects."""
     sigma = float(_sigmas_at(schedule, table.timesteps[:1].double().numpy())[0])

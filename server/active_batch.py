@@ -45,15 +45,15 @@ class ActiveBatch:
             virtual = min((other.virtual for other in self._groups.values()), default=0.0)
             group = self._groups[running.size] = _Group(virtual)
         group.running.append(running)
-        group.rows += running.sample.rows
-        self._rows += running.sample.rows
+        group.rows += running.rows
+        self._rows += running.rows
 
     def remove(self, running: Running) -> None:
         """Take a picture out."""
         group = self._groups[running.size]
         group.running.remove(running)
-        group.rows -= running.sample.rows
-        self._rows -= running.sample.rows
+        group.rows -= running.rows
+        self._rows -= running.rows
         if not group.running:
             del self._groups[running.size]
 
@@ -83,7 +83,7 @@ class ActiveBatch:
 
     @property
     def rows(self) -> int:
-        """UNet rows of all pictures."""
+        """UNet rows of all pictures, those kept for a later phase too."""
         return self._rows
 
     def __len__(self) -> int:

@@ -86,11 +86,13 @@ class Admission:
             return self._waiting.total()
 
     def _check_deadline(self, request: GenerationRequest, size: Size, now: float) -> None:
-        needed, left = self._pace.seconds_at_least(size, request.steps), request.deadline - now
+        # The first picture takes the inversion's steps one after the other, then its own.
+        steps = request.inversion_steps + request.sampling_steps
+        needed, left = self._pace.seconds_at_least(size, steps), request.deadline - now
         if left <= 0 or needed > left:
             raise DeadlineExceeded(
                 Reason.DEADLINE_TOO_SHORT,
-                f"{max(left, 0):.2f} s are left, but {request.steps} steps of {request.width}x{request.height} take at "
+                f"{max(left, 0):.2f} s are left, but {steps} steps of {request.width}x{request.height} take at "
                 f"least {needed:.2f} s here; allow more time or ask for fewer steps",
             )
 

@@ -1,10 +1,12 @@
 """What the services and the scheduler say to each other about one Generate call: the request and its events."""
 
+import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from hueshift.adapters.blocks import BlockWeights, Weight, scale_weight
 from hueshift.engines.interface import Plan
+from hueshift.engines.picture_start import first_step
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.region_masks import Area
 from hueshift.engines.samplers import SamplerKind
@@ -54,12 +56,39 @@ class RegionRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class InversionRequest:
+    """Inversion of the picture a request starts from, in `steps` steps to pure noise; see the contract's Inversion."""
+
+    steps: int
+    noise_share: float = 0.0
+    report_error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StartRequest:
+    """The picture a request starts from: a plain PNG of ours, which `strength` (0 to 1) lets change."""
+
+    picture: bytes
+    strength: float
+    inversion: InversionRequest | None = None
+
+    @property
+    def inversion_steps(self) -> int:
+        """Steps of the inversion and of the way back together; a step more or less, as the schedule has it."""
+        if self.inversion is None:
+            return 0
+        once = max(1, math.ceil(self.inversion.steps * self.strength))
+        return once * (2 if self.inversion.report_error else 1)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A checked request. One picture per seed; `width` and `height` in pixels, multiples of the base's size_multiple.
 
     `guidance_scale` above 1 turns guidance on, which makes a picture two UNet rows; each region makes as many more.
     `priority` orders the requests of one tenant, larger first. `deadline` is in the clock's monotonic seconds.
-    `preview_interval` 0 means no previews. With `shared_attention` the pictures are in every batch together.
+    `preview_interval` 0 means no previews. With `shared_attention` the pictures are in every batch together. With a
+    `start` a picture takes its last steps only, and the first picture inverts it before if that is asked for.
     """
 
     request_id: str
@@ -81,6 +110,7 @@ class GenerationRequest:
     lag: LagRequest | None = None
     shared_attention: bool = False
     regions: tuple[RegionRequest, ...] = ()
+    start: StartRequest | None = None
 
     @property
     def guided(self) -> bool:
@@ -91,6 +121,21 @@ class GenerationRequest:
     def rows(self) -> int:
         """UNet rows of one picture."""
         return (2 if self.guided else 1) * (1 + len(self.regions))
+
+    @property
+    def sampling_steps(self) -> int:
+        """Steps of one picture, an inversion not counted."""
+        return self.steps if self.start is None else self.steps - first_step(self.steps, self.start.strength)
+
+    @property
+    def inversion_steps(self) -> int:
+        """Steps that the first picture takes before it samples."""
+        return 0 if self.start is None else self.start.inversion_steps
+
+    @property
+    def row_steps(self) -> float:
+        """UNet rows of all steps of one picture, the inversion's shared out among all of them."""
+        return self.rows * self.sampling_steps + self.inversion_steps / len(self.seeds)
 
     @property
     def together(self) -> int:
@@ -119,13 +164,18 @@ def _mix(adapters: tuple[AppliedAdapter, ...]) -> tuple[tuple[str, Weight], ...]
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of one picture went, in seconds: waiting, loading rows, encoding text, denoising, decoding."""
+    """Where the time of one picture went, in seconds: waiting, loading rows, encoding text, denoising, decoding.
+
+    `picture` is the encoding of the picture it starts from, `inversion` what the inversion took before denoising.
+    """
 
     queue: float
     adapter_load: float
     text: float
     denoise: float
     decode: float
+    picture: float = 0.0
+    inversion: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +227,15 @@ class ImageEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """All pictures were sent: how many, seconds since acceptance, prompt tokens that had no effect."""
+    """All pictures were sent: how many, seconds since acceptance, prompt tokens that had no effect.
+
+    `inversion_error` is that of the way there and back, if it was asked for.
+    """
 
     images: int
     total_seconds: float
     truncated_tokens: int
+    inversion_error: float | None = None
 
 
 GenerationEvent = QueuedEvent | ProgressEvent | PreviewEvent | ImageEvent | FinishedEvent

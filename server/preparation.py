@@ -1,17 +1,20 @@
-"""What a request needs before its first step, made off the step loop: text, adapter rows, sampler coefficients."""
+"""What a request needs before its first step, made off the step loop: text, rows, coefficients, a picture's latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hueshift.engines.conditioning import Conditioner, CrossInputs
 from hueshift.engines.noise_schedule import NoiseSchedule
+from hueshift.engines.picture_start import encode_start, first_step
 from hueshift.engines.region_masks import make_masks
 from hueshift.engines.residency import Mix, PreparedMix, SlotCache
-from hueshift.engines.samplers import SamplerTable, make_table
+from hueshift.engines.samplers import SamplerTable, make_path_tables, make_table, noise_levels
+from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import Clock
-from hueshift.server.generation import GenerationRequest
+from hueshift.server.generation import GenerationRequest, InversionRequest
 from hueshift.server.lag_words import choose_words, mark_tokens
 
 
@@ -24,10 +27,38 @@ class PreparedRegion:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PreparedInversion:
+    """Coefficients of the way up to the noise and, where its error is wanted, of the way back; `*_cross` are keys and
+    values of the prompt alone at their steps.
+    """
+
+    up: SamplerTable
+    up_cross: CrossInputs
+    down: SamplerTable | None
+    down_cross: CrossInputs | None
+    noise_share: float
+
+    @property
+    def steps(self) -> int:
+        """Steps of both."""
+        return self.up.steps + (self.down.steps if self.down is not None else 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedStart:
+    """The latents [C, h, w] to start from, and the shares of them and of noise where sampling begins."""
+
+    clean: Tensor
+    levels: tuple[float, float]
+    inversion: PreparedInversion | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """`cross` has the negative prompt's row first, or one row without guidance.
 
     `mixes` has the picture's own, then one for each of `regions`. `lag` [tokens] is 1 at the tokens that confine.
+    With a `start`, `table` begins where its noise is.
     """
 
     mixes: tuple[PreparedMix, ...]
@@ -38,16 +69,29 @@ class Prepared:
     adapter_seconds: float
     lag: Tensor | None = None
     regions: tuple[PreparedRegion, ...] = ()
+    start: PreparedStart | None = None
+    picture_seconds: float = 0.0
+
+    @property
+    def inversion_steps(self) -> int:
+        """Steps that the first picture takes before it samples."""
+        return 0 if self.start is None or self.start.inversion is None else self.start.inversion.steps
 
 
 class Preparation:
     """Prepares requests; safe to call from several threads."""
 
     def __init__(
-        self, conditioner: Conditioner, slots: SlotCache, schedule: NoiseSchedule, clock: Clock, latent_factor: int
+        self,
+        conditioner: Conditioner,
+        vae: VaeStage,
+        slots: SlotCache,
+        schedule: NoiseSchedule,
+        clock: Clock,
+        latent_factor: int,
     ) -> None:
         self._conditioner, self._slots, self._schedule, self._clock = conditioner, slots, schedule, clock
-        self._factor = latent_factor
+        self._vae, self._factor = vae, latent_factor
 
     def prepare(self, request: GenerationRequest, mixes: Sequence[Mix]) -> Prepared:
         """Prepare one request, whose own mix comes first in `mixes`, then those of its regions.
@@ -55,7 +99,8 @@ class Preparation:
         Raises what loading its adapters, its words or its sampler raise, and InvalidArgument on words that LAG sampling
         needs and the prompt lacks.
         """
-        table = make_table(self._schedule, request.sampler, request.steps, request.eta)
+        skipped = 0 if request.start is None else first_step(request.steps, request.start.strength)
+        table = make_table(self._schedule, request.sampler, request.steps, request.eta, skipped)
         timesteps = table.timesteps.tolist()
         begin = self._clock.monotonic()
         rows = tuple(self._slots.prepare(mix) for mix in mixes)
@@ -65,8 +110,48 @@ class Preparation:
         own = self._conditioner.condition(_prompts(request, request.prompt), rows[0].text, timesteps, words, size)
         lag = mark_tokens(request, words, own.prompts[-1]).to(own.cross.device) if request.lag is not None else None
         regions = self._regions(request, rows[1:], timesteps)
-        seconds = self._clock.monotonic() - loaded
-        return Prepared(rows, table, own.cross, own.truncated[-1], seconds, loaded - begin, lag, regions)
+        start, picture_seconds = self._start(request, rows[0], table, own.cross.device)
+        seconds = self._clock.monotonic() - loaded - picture_seconds
+        return Prepared(
+            mixes=rows,
+            table=table,
+            cross=own.cross,
+            truncated=own.truncated[-1],
+            text_seconds=seconds,
+            adapter_seconds=loaded - begin,
+            lag=lag,
+            regions=regions,
+            start=start,
+            picture_seconds=picture_seconds,
+        )
+
+    def _start(
+        self, request: GenerationRequest, row: PreparedMix, table: SamplerTable, device: torch.device
+    ) -> tuple[PreparedStart | None, float]:
+        """The picture's latents and its inversion, and the seconds that encoding took."""
+        if request.start is None:
+            return None, 0.0
+        begin = self._clock.monotonic()
+        clean = encode_start(self._vae, request.start.picture, request.width, request.height).to(device)
+        seconds = self._clock.monotonic() - begin
+        inversion = request.start.inversion
+        made = None if inversion is None else self._inversion(request, inversion, row, table)
+        return PreparedStart(clean, noise_levels(self._schedule, table), made), seconds
+
+    def _inversion(
+        self, request: GenerationRequest, inversion: InversionRequest, row: PreparedMix, table: SamplerTable
+    ) -> PreparedInversion:
+        up, down = make_path_tables(self._schedule, inversion.steps, float(table.timesteps[0]))
+
+        def cross(steps: SamplerTable) -> CrossInputs:
+            # Words that change with the timestep are other ones at these steps, hence keys and values of their own.
+            size = (request.width, request.height)
+            return self._conditioner.condition((request.prompt,), row.text, steps.timesteps.tolist(), size=size).cross
+
+        back = inversion.report_error
+        return PreparedInversion(
+            up, cross(up), down if back else None, cross(down) if back else None, inversion.noise_share
+        )
 
     def _lag_words(self, request: GenerationRequest, mix: Mix) -> tuple[str, ...]:
         if request.lag is None:

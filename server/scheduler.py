@@ -100,7 +100,7 @@ class Scheduler:
             engine,
             base,
             slots,
-            Preparation(conditioner, slots, base.schedule, clock, base.latent_factor),
+            Preparation(conditioner, vae, slots, base.schedule, clock, base.latent_factor),
             self._preparers,
             self._decoder,
             self._admission,
@@ -131,7 +131,7 @@ class Scheduler:
         """
         factor = self._base.latent_factor
         size = (request.height // factor, request.width // factor)
-        work = self._loop.work_of(request.rows, size) * request.steps
+        work = self._loop.work_of(request.row_steps, size)
         now = self._clock.monotonic()
         position = self._admission.admit(request, size, work, now)
         stream: EventStream[GenerationEvent] = EventStream()

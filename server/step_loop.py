@@ -13,7 +13,6 @@ import structlog
 
 from hueshift.adapters.errors import DeadlineExceeded, HueshiftError, NotFound, Reason, ResourceExhausted
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.denoise import Region, Sample, start_sample
 from hueshift.engines.device_errors import Fault, classify
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import SlotCache
@@ -25,9 +24,10 @@ from hueshift.server.device_watch import DeviceWatch, device_lost
 from hueshift.server.fair_queue import FairQueue
 from hueshift.server.metrics import Metrics
 from hueshift.server.pace import Pace, Size
+from hueshift.server.phases import begin_picture, end_phase, row_steps_left, steps_ahead, waits_for_inversion
 from hueshift.server.preparation import Preparation, Prepared
 from hueshift.server.step_runner import Stepped, StepRunner
-from hueshift.server.ticket import Running, Ticket, as_ours, our_fault, outcome_of
+from hueshift.server.ticket import Phase, Running, Ticket, as_ours, our_fault, outcome_of
 
 # Requests handed to the preparing threads at a time: enough to keep them busy, few enough that a newcomer is not stuck
 # behind one tenant's burst.
@@ -115,8 +115,8 @@ class StepLoop:
         soonest = min(ticket.request.deadline for ticket in self._live)
         return min(_NAP_SECONDS, max(0.0, soonest - self._clock.monotonic()))
 
-    def work_of(self, rows: int, size: Size) -> float:
-        """UNet work of one step: rows times their latents' share of the native area."""
+    def work_of(self, rows: float, size: Size) -> float:
+        """UNet work of rows in a step: each counts by its latents' share of the native area."""
         return rows * size[0] * size[1] / self._base.sample_size**2
 
     @property
@@ -166,8 +166,7 @@ class StepLoop:
                 self._log.error("preparation failed", request_id=ticket.request.request_id, exc_info=error)
             ticket.end(as_ours(error, "preparing the request"))
             return
-        ticket.prepared = done.result()
-        ticket.truncated = ticket.prepared.truncated
+        ticket.take(done.result())
 
     def _join(self) -> None:
         """Let prepared pictures into the batch in fair order, as long as rows and slots are free."""
@@ -179,6 +178,8 @@ class StepLoop:
         def fits(ticket: Ticket) -> bool:
             nonlocal closed
             if closed or ticket.prepared is None or ticket.size in full or (slots_out and any(ticket.mixes)):
+                return False
+            if waits_for_inversion(ticket):
                 return False
             rows = ticket.request.rows * ticket.request.together
             closed = not self._batch.fits(rows)
@@ -201,21 +202,21 @@ class StepLoop:
             ticket.prepared = None
             return True
         now = self._clock.monotonic()
-        if now + self._pace.seconds_at_least(ticket.size, request.steps) > request.deadline:
+        if now + self._pace.seconds_at_least(ticket.size, steps_ahead(ticket, prepared)) > request.deadline:
             waited = f"too little time was left after {now - ticket.accepted:.1f} s in the queue"
             self._end(ticket, DeadlineExceeded(Reason.DEADLINE_PASSED, waited))
             return True
         if not self._slots.can_hold(ticket.mixes):
             self._end(ticket, _too_many_pinned(len(set(ticket.mixes))))
             return True
-        joining = self._start(ticket, prepared)
+        joining = self._start(ticket, prepared, now)
         if joining is None:
             return False
-        for index, sample in joining:
+        for running in joining:
             ticket.waiting.popleft()
-            self._batch.add(Running(ticket, index, sample, prepared, started=now))
+            self._batch.add(running)
+            self._queue.charge(request.tenant, self._work_left(running))
         self._admission.left(request.tenant, len(joining), ticket.work)
-        self._queue.charge(request.tenant, ticket.work * len(joining))
         if not ticket.waiting:
             self._queue.remove(request.tenant, ticket)
         stages = self._metrics.stage_seconds
@@ -223,11 +224,13 @@ class StepLoop:
             stages.labels("queue").observe(now - ticket.accepted)
             stages.labels("adapter_load").observe(prepared.adapter_seconds)
             stages.labels("text").observe(prepared.text_seconds)
+            if prepared.start is not None:
+                stages.labels("picture").observe(prepared.picture_seconds)
         return True
 
-    def _start(self, ticket: Ticket, prepared: Prepared) -> list[tuple[int, Sample]] | None:
-        """Make the samples of the pictures that join now, each with its slots in use; None if slots are lacking."""
-        started: list[tuple[int, Sample]] = []
+    def _start(self, ticket: Ticket, prepared: Prepared, now: float) -> list[Running] | None:
+        """Make the pictures that join now, each with its slots in use; None if slots are lacking."""
+        started: list[Running] = []
         held = 0
         try:
             for index in list(ticket.waiting)[: ticket.request.together]:
@@ -235,30 +238,13 @@ class StepLoop:
                 if slots is None:
                     return None
                 held += 1
-                reference = started[0][1] if started else None
-                started.append((index, self._make_sample(ticket, prepared, index, slots, reference)))
+                reference = started[0].sample if started else None
+                started.append(begin_picture(self._base, ticket, prepared, index, slots, reference, now))
         finally:
             if len(started) < ticket.request.together:
                 for _ in range(held):
                     self._release(ticket)
         return started
-
-    def _make_sample(
-        self, ticket: Ticket, prepared: Prepared, index: int, slots: Sequence[int], reference: Sample | None
-    ) -> Sample:
-        parts = zip(prepared.regions, prepared.mixes[1:], slots[1:], strict=True)
-        return start_sample(
-            ticket.request.seeds[index],
-            (self._base.latent_channels, *ticket.size),
-            cross=prepared.cross,
-            guidance=ticket.request.guidance_scale,
-            table=prepared.table,
-            slot=slots[0],
-            needs_factored=prepared.mixes[0].needs_factored,
-            lag=prepared.lag,
-            reference=reference,
-            regions=tuple(Region(part.mask, part.cross, slot, mix.needs_factored) for part, mix, slot in parts),
-        )
 
     def _step(self) -> None:
         """Take one step of the batch whose turn it is."""
@@ -290,7 +276,7 @@ class StepLoop:
         for ticket in self._live:
             slot = self._slots.slot_of(ticket.mixes[0]) if ticket.waiting else None
             if slot is not None:
-                steps[slot] = steps.get(slot, 0) + len(ticket.waiting) * ticket.request.steps
+                steps[slot] = steps.get(slot, 0) + len(ticket.waiting) * ticket.request.sampling_steps
         return steps
 
     def _account(self, result: Stepped, now: float) -> None:
@@ -322,11 +308,19 @@ class StepLoop:
     def _after_step(self, running: Running, now: float) -> None:
         sample, request = running.sample, running.ticket.request
         if sample.done:
+            if not end_phase(running, now):
+                return
             running.finished = now
             self._leave(running, "done")
-            self._metrics.stage_seconds.labels("denoise").observe(now - running.started)
+            stages = self._metrics.stage_seconds
+            stages.labels("denoise").observe(now - running.sampling)
+            if running.sampling > running.started:
+                stages.labels("inversion").observe(running.sampling - running.started)
             self._decoder.put(running)
-        elif request.preview_interval and sample.step % request.preview_interval == 0:
+        # While it inverts, an early look would show the caller's own picture.
+        elif (
+            request.preview_interval and sample.step % request.preview_interval == 0 and running.phase is Phase.SAMPLING
+        ):
             self._decoder.put_preview(running)
 
     def _report(self) -> None:
@@ -348,12 +342,14 @@ class StepLoop:
         tenant = ticket.request.tenant
         outcome = outcome_of(ticket.stream.error)
         for running in self._batch.of(ticket):
-            unused = 1 - running.sample.step / running.sample.table.steps
+            self._queue.charge(tenant, -self._work_left(running))
             self._leave(running, outcome)
-            self._queue.charge(tenant, -ticket.work * unused)
         self._admission.left(tenant, len(ticket.waiting), ticket.work)
         ticket.waiting.clear()
         self._queue.remove(tenant, ticket)
+
+    def _work_left(self, running: Running) -> float:
+        return self.work_of(row_steps_left(running), running.size)
 
     def _leave(self, running: Running, outcome: str) -> None:
         self._batch.remove(running)

@@ -3,6 +3,9 @@
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
 
 from hueshift.adapters.errors import Cancelled, DeadlineExceeded, HueshiftError, Internal, Reason
 from hueshift.engines.denoise import Sample
@@ -17,7 +20,9 @@ from hueshift.server.preparation import Prepared
 class Ticket:
     """One request. `size` is that of its latents (h, w); `work` the UNet work of one picture.
 
-    `mixes` are what every picture of it needs a slot for: its own mix first, then one for each region.
+    `mixes` are what every picture of it needs a slot for: its own mix first, then one for each region. `steps` are
+    those of all its pictures. `inverted` are the latents of the picture it starts from, once its first picture has
+    inverted it; until then, and while it is `inverting`, no other one joins.
 
     The step loop owns it; only `ended`, `end` and `send_image` may be used by other threads.
     """
@@ -41,6 +46,10 @@ class Ticket:
         self.preparing = False
         self.prepared: Prepared | None = None
         self.truncated = 0
+        self.steps = request.inversion_steps + request.sampling_steps * len(request.seeds)
+        self.inverting = False
+        self.inverted: Tensor | None = None
+        self.inversion_error: float | None = None
         self._steps_done = 0
         self._images = 0
         self._lock = threading.Lock()
@@ -54,11 +63,15 @@ class Ticket:
         """End it; return False if it had ended before."""
         return self.stream.close(error)
 
+    def take(self, prepared: Prepared) -> None:
+        """Keep what was prepared; now its steps are known exactly."""
+        self.prepared, self.truncated = prepared, prepared.truncated
+        self.steps = prepared.inversion_steps + prepared.table.steps * len(self.request.seeds)
+
     def progress(self, steps: int) -> None:
         """Count and report steps of its pictures."""
         self._steps_done += steps
-        of = self.request.steps * len(self.request.seeds)
-        self.stream.send(ProgressEvent(self._steps_done, of), slot="progress")
+        self.stream.send(ProgressEvent(self._steps_done, self.steps), slot="progress")
 
     def send_image(self, event: ImageEvent, now: float) -> None:
         """Send a finished picture; after the last one the request has ended."""
@@ -67,20 +80,36 @@ class Ticket:
             last = self._images == len(self.request.seeds)
         self.stream.send(event)
         if last:
-            self.stream.close(last=FinishedEvent(len(self.request.seeds), now - self.accepted, self.truncated))
+            count, seconds = len(self.request.seeds), now - self.accepted
+            self.stream.close(last=FinishedEvent(count, seconds, self.truncated, self.inversion_error))
+
+
+class Phase(StrEnum):
+    """What a picture in the batch is doing: see server/phases.py."""
+
+    INVERSION = "inversion"
+    RETURN = "return"
+    SAMPLING = "sampling"
 
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """One picture in the batch. Times are the clock's monotonic seconds."""
+    """One picture in the batch. Times are the clock's monotonic seconds; `sampling` is when sampling began."""
 
     ticket: Ticket
     index: int
     sample: Sample
     prepared: Prepared
     started: float
+    phase: Phase = Phase.SAMPLING
+    sampling: float = 0.0
     finished: float = 0.0
     plans: list[Plan] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """UNet rows kept for it, which are those of its largest phase."""
+        return self.ticket.request.rows
 
     @property
     def size(self) -> Size:

@@ -20,6 +20,13 @@ from hueshift.server.rpc.generation_guides import (
     check_regions,
     check_room,
 )
+from hueshift.server.rpc.generation_start import (
+    INVERSION_GUIDANCE,
+    INVERSION_SAMPLER,
+    WantedStart,
+    check_start,
+    inverts,
+)
 from hueshift.server.settings import LimitSettings
 from hueshift.v1 import generation_pb2 as pb
 
@@ -64,6 +71,7 @@ class CheckedRequest:
     priority: int
     lag: LagRequest | None = None
     regions: tuple[WantedRegion, ...] = ()
+    start: WantedStart | None = None
 
 
 def check_request(
@@ -77,7 +85,8 @@ def check_request(
     check = Checker()
     _check_text(check, request)
     count = check.whole("count", request.count, 1, limits.max_count, default=1)
-    sampler = check.choice("sampler", request.sampler, {pb.SAMPLER_UNSPECIFIED: DEFAULT_SAMPLER, **SAMPLERS}, "Sampler")
+    left_open = INVERSION_SAMPLER if inverts(request) else DEFAULT_SAMPLER
+    sampler = check.choice("sampler", request.sampler, {pb.SAMPLER_UNSPECIFIED: left_open, **SAMPLERS}, "Sampler")
     width = _check_size(check, "width", request.width, limits, base)
     height = _check_size(check, "height", request.height, limits, base)
     checked = CheckedRequest(
@@ -94,6 +103,7 @@ def check_request(
         priority=check.choice("priority", request.priority, _PRIORITIES, "Priority"),
         lag=check_lag(check, request),
         regions=check_regions(check, request, tenant, limits, base.layout, (width, height)),
+        start=check_start(check, request, limits),
     )
     check_room(check, request, count, 2 if checked.guidance_scale > 1 else 1, engine)
     check.done()
@@ -122,7 +132,7 @@ def _check_seeds(check: Checker, request: pb.GenerateRequest, count: int) -> tup
 
 def _check_guidance(check: Checker, request: pb.GenerateRequest, limits: LimitSettings) -> float:
     if not request.HasField("guidance_scale"):
-        return limits.default_guidance_scale
+        return INVERSION_GUIDANCE if inverts(request) else limits.default_guidance_scale
     scale = request.guidance_scale
     if not (math.isfinite(scale) and 1 <= scale <= MAX_GUIDANCE):
         check.wrong("guidance_scale", f"{scale:g} given; allowed: 1 (off) to {MAX_GUIDANCE:g}")

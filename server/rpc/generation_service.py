@@ -23,6 +23,7 @@ from hueshift.server.generation import (
     ProgressEvent,
     QueuedEvent,
     RegionRequest,
+    StartRequest,
     Timings,
 )
 from hueshift.server.rpc.adapter_uses import WantedAdapter
@@ -85,6 +86,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._resolve_all, call.tenant, (checked.adapters, *(region.adapters for region in checked.regions))
         )
         areas = await self._masks.sanitise([region.area for region in checked.regions])
+        start = await self._start(checked)
         deadline = call.deadline
         if deadline is None:
             deadline = self._clock.monotonic() + self._server.default_deadline_seconds
@@ -94,6 +96,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 RegionRequest(region.prompt, adapters, area, region.feather)
                 for region, adapters, area in zip(checked.regions, of_regions, areas, strict=True)
             ),
+            start=start,
         )
         check_slots(made, self._engine)
         handle = self._scheduler.submit(made)
@@ -101,6 +104,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with aclosing(handle.events()) as events:
             async for event in events:
                 yield _to_response(event, call.request_id)
+
+    async def _start(self, checked: CheckedRequest) -> StartRequest | None:
+        wanted = checked.start
+        if wanted is None:
+            return None
+        picture = await self._masks.sanitise_start(wanted.data, checked.width, checked.height)
+        return StartRequest(picture, wanted.strength, wanted.inversion)
 
     def _resolve_all(self, tenant: str, mixes: Sequence[tuple[WantedAdapter, ...]]) -> list[tuple[AppliedAdapter, ...]]:
         return [self._resolve(tenant, wanted) for wanted in mixes]
@@ -174,6 +184,7 @@ def _to_response(event: GenerationEvent, request_id: str) -> pb.GenerateResponse
         total=_duration(event.total_seconds),
         truncated_tokens=event.truncated_tokens,
         request_id=request_id,
+        inversion_error=event.inversion_error,
     )
     return pb.GenerateResponse(finished=finished)
 
@@ -213,6 +224,8 @@ def _to_timings(timings: Timings) -> pb.Timings:
         text=_duration(timings.text),
         denoise=_duration(timings.denoise),
         decode=_duration(timings.decode),
+        picture=_duration(timings.picture),
+        inversion=_duration(timings.inversion),
     )
 
 

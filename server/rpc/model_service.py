@@ -11,6 +11,12 @@ from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS
 from hueshift.server.rpc.finetune_settings import write_settings
 from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, SAMPLERS
 from hueshift.server.rpc.generation_guides import max_regions
+from hueshift.server.rpc.generation_start import (
+    DEFAULT_STRENGTH,
+    INVERSION_GUIDANCE,
+    MAX_START_BYTES,
+    default_inversion_steps,
+)
 from hueshift.server.rpc.names import not_found
 from hueshift.server.rpc.pages import check_page_size, decode_token
 from hueshift.server.settings import Settings
@@ -50,6 +56,7 @@ def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> m
         name=f"models/{base.name}",
         base_hash=base.base_hash,
         engine=engine.name,
+        architecture=base.architecture.value,
         plans=[plan.value for plan in engine.plans],
         samplers=list(SAMPLERS),
         default_sampler=default_sampler,
@@ -71,6 +78,10 @@ def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> m
         lag=Plan.FULL in engine.plans,
         shared_attention=Plan.FULL in engine.plans,
         max_regions=max_regions(engine),
+        max_start_bytes=min(MAX_START_BYTES, settings.server.max_message_bytes),
+        default_strength=DEFAULT_STRENGTH,
+        default_inversion_steps=default_inversion_steps(limits),
+        default_inversion_guidance_scale=INVERSION_GUIDANCE,
     )
 
 

@@ -195,6 +195,7 @@ class GenerateRequest(_message.Message):
     LAG_FIELD_NUMBER: _builtins.int
     SHARED_ATTENTION_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
+    PICTURE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the picture shows. Required, at most 2,000 characters; tokens past the text encoder's length are cut off and
     counted in Finished.truncated_tokens.
@@ -249,6 +250,10 @@ class GenerateRequest(_message.Message):
         is drawn from `prompt` with `adapters`.
         """
 
+    @_builtins.property
+    def picture(self) -> Global___StartPicture:
+        """Start from a picture instead of from noise: img2img, or with `inversion` an edit that keeps the picture's own noise."""
+
     def __init__(
         self,
         *,
@@ -269,16 +274,98 @@ class GenerateRequest(_message.Message):
         lag: Global___LagSampling | None = ...,
         shared_attention: _builtins.bool = ...,
         regions: _abc.Iterable[Global___Region] | None = ...,
+        picture: Global___StartPicture | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "lag", b"lag"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "lag", b"lag", "picture", b"picture"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "adapters", b"adapters", "count", b"count", "eta", b"eta", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "lag", b"lag", "negative_prompt", b"negative_prompt", "preview_interval", b"preview_interval", "priority", b"priority", "prompt", b"prompt", "regions", b"regions", "sampler", b"sampler", "seeds", b"seeds", "shared_attention", b"shared_attention", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "adapters", b"adapters", "count", b"count", "eta", b"eta", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "lag", b"lag", "negative_prompt", b"negative_prompt", "picture", b"picture", "preview_interval", b"preview_interval", "priority", b"priority", "prompt", b"prompt", "regions", b"regions", "sampler", b"sampler", "seeds", b"seeds", "shared_attention", b"shared_attention", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class StartPicture(_message.Message):
+    """The picture that generation starts from. Without `inversion` it is noised with fresh noise of the seed to the level
+    that `strength` asks for, and denoised from there (SDEdit, Meng et al. 2022): any sampler, any adapters, LAG sampling,
+    shared attention and regions.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    INVERSION_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """PNG, JPEG or WebP of at most Model.max_start_bytes. It is scaled until it just covers the request's width and
+    height, and what stands over is cut off, half on either side.
+    """
+    strength: _builtins.float
+    """How much may change: the share of the steps that run, above 0 to 1; at least one step runs. Absent means
+    Model.default_strength, or 1 with `inversion`. At 1 every step runs, from pure noise but for the small share of the
+    picture (7 % for Stable Diffusion) that is left at the schedule's highest level.
+    """
+    @_builtins.property
+    def inversion(self) -> Global___Inversion:
+        """Invert the picture first, then sample from what that gives."""
+
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        strength: _builtins.float | None = ...,
+        inversion: Global___Inversion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "inversion", b"inversion", "strength", b"strength"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "data", b"data", "inversion", b"inversion", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+
+Global___StartPicture: _TypeAlias = StartPicture  # noqa: Y015
+
+@_typing.final
+class Inversion(_message.Message):
+    """Single-image editing (Han et al. 2023, section 3.5): DDIM runs backwards (Song et al. 2020) with the request's adapters
+    and prompt, without guidance, up to the level that `strength` asks for; sampling with guidance starts there. Best with
+    an adapter tuned on the one picture (FINE_TUNE_SUBJECT_EDIT). Where the request leaves them open, the sampler is
+    SAMPLER_DDIM and the guidance scale Model.default_inversion_guidance_scale; `eta` above 0 (Han et al. use 0.5) lets more
+    change. A request with several pictures inverts once, in its first one. Not with shared attention or regions.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    NOISE_SHARE_FIELD_NUMBER: _builtins.int
+    REPORT_ERROR_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Steps from the clean picture to pure noise; `strength` runs its share of them. 0 means
+    Model.default_inversion_steps; at most the model's max_steps.
+    """
+    noise_share: _builtins.float
+    """How far the picture's noise is turned towards the seed's, on the great circle: 0 keeps it, 1 is img2img."""
+    report_error: _builtins.bool
+    """Run the way back without guidance too, before sampling, and tell in Finished.inversion_error how close it comes. As
+    many steps as the inversion.
+    """
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        noise_share: _builtins.float = ...,
+        report_error: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["noise_share", b"noise_share", "report_error", b"report_error", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Inversion: _TypeAlias = Inversion  # noqa: Y015
 
 @_typing.final
 class LagSampling(_message.Message):
@@ -480,7 +567,7 @@ class Progress(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     OF_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Steps done, summed over the request's pictures."""
+    """Steps done, summed over the request's pictures; those of an inversion count too."""
     of: _builtins.int
     """Steps in all, summed over the request's pictures."""
     def __init__(
@@ -706,6 +793,8 @@ class Timings(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     DENOISE_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
+    PICTURE_FIELD_NUMBER: _builtins.int
+    INVERSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
         """From acceptance to the first denoising step."""
@@ -720,11 +809,19 @@ class Timings(_message.Message):
 
     @_builtins.property
     def denoise(self) -> _duration_pb2.Duration:
-        """From the first to the last denoising step."""
+        """From the first to the last denoising step, without an inversion."""
 
     @_builtins.property
     def decode(self) -> _duration_pb2.Duration:
         """Decoding latents and encoding the file."""
+
+    @_builtins.property
+    def picture(self) -> _duration_pb2.Duration:
+        """Encoding the picture that the request starts from."""
+
+    @_builtins.property
+    def inversion(self) -> _duration_pb2.Duration:
+        """Inverting it, and the way back if that was asked for; 0 for pictures that start from another one's inversion."""
 
     def __init__(
         self,
@@ -734,10 +831,12 @@ class Timings(_message.Message):
         text: _duration_pb2.Duration | None = ...,
         denoise: _duration_pb2.Duration | None = ...,
         decode: _duration_pb2.Duration | None = ...,
+        picture: _duration_pb2.Duration | None = ...,
+        inversion: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_load", b"adapter_load", "decode", b"decode", "denoise", b"denoise", "queue", b"queue", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_load", b"adapter_load", "decode", b"decode", "denoise", b"denoise", "inversion", b"inversion", "picture", b"picture", "queue", b"queue", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load", b"adapter_load", "decode", b"decode", "denoise", b"denoise", "queue", b"queue", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load", b"adapter_load", "decode", b"decode", "denoise", b"denoise", "inversion", b"inversion", "picture", b"picture", "queue", b"queue", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -753,12 +852,17 @@ class Finished(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INVERSION_ERROR_FIELD_NUMBER: _builtins.int
     images: _builtins.int
     """How many pictures."""
     truncated_tokens: _builtins.int
     """Tokens of the prompt past the text encoder's length, which had no effect."""
     request_id: _builtins.str
     """The server's name for this request, as in its log."""
+    inversion_error: _builtins.float
+    """Root mean square distance of the picture's latents after inversion and the way back, over that of the latents; 0 is
+    perfect. Only where Inversion.report_error asked for it.
+    """
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
         """From acceptance to the last picture."""
@@ -770,11 +874,14 @@ class Finished(_message.Message):
         total: _duration_pb2.Duration | None = ...,
         truncated_tokens: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        inversion_error: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["total", b"total"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inversion_error", b"_inversion_error", "inversion_error", b"inversion_error", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "request_id", b"request_id", "total", b"total", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inversion_error", b"_inversion_error", "images", b"images", "inversion_error", b"inversion_error", "request_id", b"request_id", "total", b"total", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__inversion_error: _TypeAlias = _typing.Literal["inversion_error"]  # noqa: Y015
+    _WhichOneofArgType__inversion_error: _TypeAlias = _typing.Literal["_inversion_error", b"_inversion_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inversion_error) -> _WhichOneofReturnType__inversion_error | None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015

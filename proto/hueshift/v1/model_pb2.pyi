@@ -50,6 +50,11 @@ class Model(_message.Message):
     LAG_FIELD_NUMBER: _builtins.int
     SHARED_ATTENTION_FIELD_NUMBER: _builtins.int
     MAX_REGIONS_FIELD_NUMBER: _builtins.int
+    MAX_START_BYTES_FIELD_NUMBER: _builtins.int
+    DEFAULT_STRENGTH_FIELD_NUMBER: _builtins.int
+    DEFAULT_INVERSION_STEPS_FIELD_NUMBER: _builtins.int
+    DEFAULT_INVERSION_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `models/{model}`."""
     base_hash: _builtins.str
@@ -92,6 +97,16 @@ class Model(_message.Message):
     """True if the engine offers shared attention (GenerateRequest.shared_attention)."""
     max_regions: _builtins.int
     """Most regions of a picture with guidance (GenerateRequest.regions)."""
+    max_start_bytes: _builtins.int
+    """Largest file of a picture to start from (StartPicture.data) in bytes."""
+    default_strength: _builtins.float
+    """Strength used when a StartPicture without inversion gives none."""
+    default_inversion_steps: _builtins.int
+    """Steps of an inversion when it gives none."""
+    default_inversion_guidance_scale: _builtins.float
+    """Guidance scale used with an inversion when none is given."""
+    architecture: _builtins.str
+    """Kind of UNet: "stable-diffusion" (1.x and 2.x) or "stable-diffusion-xl". More may come."""
     @_builtins.property
     def plans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Plans the engine offers: `dense`, `factored`, `full`."""
@@ -131,10 +146,15 @@ class Model(_message.Message):
         lag: _builtins.bool = ...,
         shared_attention: _builtins.bool = ...,
         max_regions: _builtins.int = ...,
+        max_start_bytes: _builtins.int = ...,
+        default_strength: _builtins.float = ...,
+        default_inversion_steps: _builtins.int = ...,
+        default_inversion_guidance_scale: _builtins.float = ...,
+        architecture: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_hash", b"base_hash", "batch_capacity", b"batch_capacity", "default_guidance_scale", b"default_guidance_scale", "default_identifier", b"default_identifier", "default_sampler", b"default_sampler", "default_steps", b"default_steps", "engine", b"engine", "height", b"height", "lag", b"lag", "max_adapter_bytes", b"max_adapter_bytes", "max_count", b"max_count", "max_picture_bytes", b"max_picture_bytes", "max_pictures", b"max_pictures", "max_regions", b"max_regions", "max_size", b"max_size", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "methods", b"methods", "name", b"name", "plans", b"plans", "samplers", b"samplers", "shared_attention", b"shared_attention", "size_multiple", b"size_multiple", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_hash", b"base_hash", "batch_capacity", b"batch_capacity", "default_guidance_scale", b"default_guidance_scale", "default_identifier", b"default_identifier", "default_inversion_guidance_scale", b"default_inversion_guidance_scale", "default_inversion_steps", b"default_inversion_steps", "default_sampler", b"default_sampler", "default_steps", b"default_steps", "default_strength", b"default_strength", "engine", b"engine", "height", b"height", "lag", b"lag", "max_adapter_bytes", b"max_adapter_bytes", "max_count", b"max_count", "max_picture_bytes", b"max_picture_bytes", "max_pictures", b"max_pictures", "max_regions", b"max_regions", "max_size", b"max_size", "max_start_bytes", b"max_start_bytes", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "methods", b"methods", "name", b"name", "plans", b"plans", "samplers", b"samplers", "shared_attention", b"shared_attention", "size_multiple", b"size_multiple", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
