@@ -1,17 +1,26 @@
 """Batches that do not fit are cut and tried again, and a device that is gone ends the server and nothing hangs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
 from generation_bench import IDLE, Bench, counts, error_of, images
 from merging_engine import out_of_memory, refuse_above
+from structlog.testing import capture_logs
 from torch import Tensor
 
 from hueshift.adapters.errors import Reason, ResourceExhausted, Unavailable
 from hueshift.engines.interface import Plan
 from hueshift.engines.samplers import SamplerKind
 from hueshift.server.step_runner import RowLimits
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[list[MutableMapping[str, Any]]]:
+    """Catch the log: tracebacks drawn for people take seconds each."""
+    with capture_logs() as caught:
+        yield caught
 
 
 async def draw(engine: FakeEngine) -> tuple[Bench, list[bytes]]:

@@ -1,0 +1,124 @@
+"""Captured calls: when they are made, how long they stay, and that what cannot be captured still runs."""
+
+import torch
+from recording_lane import RecordingLane
+
+from hueshift.engines.cuda_buffers import NO_BRANCH, CallBuffers, CallShape, bucket_for, buckets_up_to
+from hueshift.engines.cuda_graphs import GraphKey, GraphStore
+
+
+def key(rows: int, role: str = "dense", side: int = 8) -> GraphKey:
+    """A key of this many rows."""
+    return GraphKey(role, CallShape(rows, side, side))
+
+
+def test_a_shape_is_captured_at_its_second_call_and_then_replayed() -> None:
+    lane, calls, roles = RecordingLane(), [], list[str]()
+    store = GraphStore(lane, limit=4, on_capture=roles.append)
+    for _ in range(4):
+        store.run(key(2), lambda: calls.append(2))
+    # Two eager calls, the capture runs nothing, two replays.
+    assert lane.log == ["capture 0", "replay 0", "replay 0"]
+    assert (len(calls), store.captures, roles) == (4, 1, ["dense"])
+
+
+def test_shapes_and_roles_have_graphs_of_their_own() -> None:
+    lane = RecordingLane()
+    store = GraphStore(lane, limit=8)
+    keys = [key(2), key(4), key(2, "factored"), key(2, side=16)]
+    for _ in range(3):
+        for one in keys:
+            store.run(one, lambda: None)
+    assert store.captures == len(keys) == len(store)
+    store.forget("dense")
+    assert [one in store for one in keys] == [False, False, True, False]
+
+
+def test_the_least_recently_used_goes_first_and_warmed_ones_stay() -> None:
+    lane = RecordingLane()
+    store = GraphStore(lane, limit=2)
+    store.warm(key(1), lambda: None)
+    for rows in (2, 4):
+        for _ in range(2):
+            store.run(key(rows), lambda: None)
+    store.run(key(2), lambda: None)
+    waits = len(lane.marks)
+    for _ in range(2):
+        store.run(key(8), lambda: None)
+    assert [key(rows) in store for rows in (1, 2, 4, 8)] == [True, True, False, True]
+    # The memory of the one that went must not go while its last replay runs.
+    assert [mark.waits for mark in lane.marks[waits:]] == [1]
+    store.run(key(4), lambda: None)
+    assert key(4) not in store
+
+
+def test_warming_runs_twice_before_it_captures_and_only_once() -> None:
+    lane, calls = RecordingLane(), []
+    store = GraphStore(lane, limit=2)
+    replay = store.warm(key(2), lambda: calls.append(1))
+    assert len(calls) == 2
+    assert store.warm(key(2), lambda: calls.append(1)) is replay
+    store.run(key(2), lambda: calls.append(1))
+    assert (len(calls), lane.captures) == (3, 1)
+
+
+def test_what_cannot_be_captured_runs_eagerly_for_good() -> None:
+    lane, calls = RecordingLane(), []
+    lane.refuse = True
+    store = GraphStore(lane, limit=2)
+    for _ in range(3):
+        store.run(key(2), lambda: calls.append(1))
+    lane.refuse = False
+    store.run(key(2), lambda: calls.append(1))
+    assert (len(calls), lane.captures) == (4, 0)
+
+
+def test_a_capture_without_memory_is_tried_again_later() -> None:
+    lane = RecordingLane()
+    lane.out_of_memory = True
+    store = GraphStore(lane, limit=2)
+    for _ in range(2):
+        store.run(key(2), lambda: None)
+    lane.out_of_memory = False
+    for _ in range(2):
+        store.run(key(2), lambda: None)
+    assert lane.captures == 1
+
+
+def test_without_graphs_every_call_is_eager() -> None:
+    lane, calls = RecordingLane(), []
+    store = GraphStore(lane, limit=2, enabled=False)
+    call = store.warm(key(2), lambda: calls.append(1))
+    call()
+    for _ in range(3):
+        store.run(key(2), lambda: calls.append(1))
+    assert (len(calls), lane.captures) == (6, 0)
+
+
+def test_buckets_waste_at_most_a_third() -> None:
+    assert buckets_up_to(16) == (1, 2, 3, 4, 6, 8, 12, 16)
+    assert buckets_up_to(10) == (1, 2, 3, 4, 6, 8, 10)
+    assert buckets_up_to(1) == (1,)
+    for largest in range(1, 100):
+        buckets = buckets_up_to(largest)
+        for rows in range(1, largest + 1):
+            bucket = bucket_for(rows, buckets)
+            assert rows <= bucket <= max(rows, rows * 1.5)
+
+
+def test_buffers_keep_their_addresses_and_fill_up_with_the_base() -> None:
+    host = torch.device("cpu")
+    buffers = CallBuffers(rows=4, area=64, channels=4, cross=(3, 5), added=0, device=host, dtype=torch.float32)
+    before = buffers.addresses
+    large, small = buffers.at(CallShape(4, 8, 8)), buffers.at(CallShape(2, 4, 8))
+    assert large.sample.is_contiguous(memory_format=torch.channels_last)
+    assert large.sample.data_ptr() == small.sample.data_ptr()
+    assert buffers.at(CallShape(4, 8, 8)) is large
+    sample = torch.randn(2, 4, 8, 8)
+    ones = torch.tensor([3, 1])
+    large.slots.fill_(9)
+    large.fill(sample, torch.tensor([5.0, 6.0]), torch.randn(2, 3, 5), None, ones, torch.tensor([NO_BRANCH, 1]))
+    assert torch.equal(large.sample[:2], sample)
+    assert large.slots.tolist() == [3, 1, 0, 0]
+    assert large.branches.tolist() == [NO_BRANCH, 1, NO_BRANCH, NO_BRANCH]
+    assert buffers.addresses == before
