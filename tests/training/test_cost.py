@@ -1,6 +1,7 @@
 """What jobs cost, from what jobs took."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_training import make_spec
@@ -27,7 +28,7 @@ def test_other_sizes_of_step_are_taken_in_proportion_to_the_nearest(tmp_path: Pa
     book.record("base", make_spec(batch_size=4), 10, 10.0)
     book.record("base", make_spec(batch_size=16), 10, 20.0)
 
-    def per_step(**given: float) -> float:
+    def per_step(**given: Any) -> float:
         cost = book.estimate("base", make_spec(steps=10, **given))
         assert cost is not None
         return cost.seconds_per_step
