@@ -24,6 +24,9 @@ TARGETS = {
     "factored_conv": "All convolutions with per-sample singular values, batch 16.",
     "sampler_step": "Guidance and sampler update in one pass. Target: within 1.3 times of a device copy.",
     "lag_mask": "Attention masks of all cross-attention blocks, 8 samples.",
+    "shared_training": "Whole steps of svdiff jobs, in bfloat16: one against making every weight in every step, then "
+    "several that share their steps against one at a time. Targets: twice as fast; 8 jobs, three times the jobs per "
+    "hour.",
 }
 # Pictures, not timings: docs/methods.md is theirs.
 OWN_PAGES = ("methods_cpu",)
@@ -61,6 +64,8 @@ def cost(row: dict[str, Any]) -> str:
         return f"{row['over_dense']:+.1%} over the layers dense"
     if "share_of_step" in row:
         return f"{row['share_of_step']:.1%} of the UNet step"
+    if "jobs_per_hour" in row:
+        return f"{row['jobs_per_hour']:.4g} jobs an hour; {row['baseline']}: {row['baseline_jobs_per_hour']:.4g}"
     return "–"
 
 

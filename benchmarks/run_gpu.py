@@ -13,7 +13,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ STEMS = (
     "factored_conv",
     "sampler_step",
     "lag_mask",
+    "shared_training",
 )
+# These time whole training steps, many launches each, and make their rows themselves.
+STEP_STEMS = ("shared_training",)
 MODELS = ("sd15", "sdxl")
 
 
@@ -108,6 +111,19 @@ def measure(stem: str, case: Case, about: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **details, **about}
 
 
+def measure_stem(
+    stem: str, models: Mapping[str, list[Weight]], about: Mapping[str, Any], *, sweep: bool
+) -> Iterator[dict[str, Any]]:
+    """Measure one benchmark's cases, one after the other."""
+    benchmark, device = load_benchmark(stem), torch.device("cuda")
+    if stem in STEP_STEMS:
+        for model in models.keys() & benchmark.SHAPES.keys():
+            yield from benchmark.rows(benchmark.SHAPES[model], device, about)
+        return
+    for case in benchmark.cases(models, device, sweep):
+        yield measure(stem, case, about)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(description="Benchmark the kernels on this machine's GPU.")
@@ -130,9 +146,10 @@ def main(arguments: Sequence[str]) -> int:
     folder = options.out / "sweep" if options.sweep else options.out
     folder.mkdir(parents=True, exist_ok=True)
     for stem in options.stems or STEMS:
+        if stem in STEP_STEMS and options.sweep:
+            continue
         with (folder / f"{stem}.jsonl").open("a", encoding="utf-8") as file:
-            for case in load_benchmark(stem).cases(models, torch.device("cuda"), options.sweep):
-                row = measure(stem, case, about)
+            for row in measure_stem(stem, models, about, sweep=options.sweep):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 print(
