@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from postgres import fresh_database
+from pydantic import SecretStr
 from small_jobs import small_spec
 
 from hueshift.engines.base_model import BaseModel
@@ -24,6 +26,7 @@ from hueshift.server.stop import StopFlag
 from hueshift.server.store.job_records import EventKind, JobState, NewJob
 from hueshift.server.store.stores import Stores, open_stores
 from hueshift.server.worker import Worker
+from hueshift.training.cost import open_speeds
 
 STEPS, CHECKPOINT_EVERY = 4, 2
 # Where the second attempt must begin: without a checkpoint at step 1, else after the last one; None: nothing is left.
@@ -34,9 +37,9 @@ START_SECONDS = 120
 class Bench:
     """A store with one queued job, and ways to work on it."""
 
-    def __init__(self, folder: Path, cache: Path, trainer: BaseTrainer, steps: int = STEPS) -> None:
+    def __init__(self, folder: Path, cache: Path, trainer: BaseTrainer, steps: int = STEPS, database: str = "") -> None:
         self.settings = Settings(
-            store=StoreSettings(path=folder, cache_path=cache),
+            store=StoreSettings(path=folder, cache_path=cache, database_url=SecretStr(database)),
             model=ModelSettings(clip_path=None),
             training=TrainingSettings(threads=1, lease_seconds=300, poll_seconds=0.05),
         )
@@ -109,7 +112,7 @@ def trainer(base_model: BaseModel, cache_dir: Path) -> Iterator[BaseTrainer]:
     """A trainer in this process with as many threads as the workers have: the bits depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield BaseTrainer(base_model, load_factors(base_model, cache_dir), None)
+    yield BaseTrainer(base_model, load_factors(base_model, cache_dir), None, cache_dir, open_speeds(cache_dir))
     torch.set_num_threads(before)
 
 
@@ -124,9 +127,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, train
     return content_hash
 
 
-@pytest.fixture
-def bench(tmp_path: Path, cache_dir: Path, trainer: BaseTrainer) -> Iterator[Bench]:
-    bench = Bench(tmp_path, cache_dir, trainer)
+@pytest.fixture(params=["sqlite", "postgres"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path, trainer: BaseTrainer) -> Iterator[Bench]:
+    database = ""
+    if request.param == "postgres":
+        database = fresh_database(request.getfixturevalue("postgres_server"), "kills")
+    bench = Bench(tmp_path, cache_dir, trainer, database=database)
     yield bench
     bench.stores.close()
 
