@@ -63,11 +63,17 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """CLIP scores of a job's samples: against the pictures, against their prompts, and the base model's own."""
+    """CLIP scores of a job's samples: against the pictures, against their prompts, and the base model's own.
+
+    `prior_kept` is how much other things look as before, 1 being all; `diversity` how much pictures of one prompt
+    differ. None where the server did not measure them.
+    """
 
     clip_i: float
     clip_t: float
     clip_i_base: float
+    prior_kept: float | None = None
+    diversity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,13 +266,23 @@ def read_job(message: pb.FineTune) -> FineTune:
         sequence=message.sequence,
         scores=optional(
             message.HasField("scores"),
-            lambda: Scores(message.scores.clip_i, message.scores.clip_t, message.scores.clip_i_base),
+            lambda: _read_scores(message.scores),
         ),
         cost=optional(
             message.HasField("cost"),
             lambda: Cost(message.cost.gpu_seconds, message.cost.seconds_per_step, message.cost.measured_steps),
         ),
         kept_energy=optional(message.HasField("kept_energy"), lambda: message.kept_energy),
+    )
+
+
+def _read_scores(message: pb.FineTuneScores) -> Scores:
+    return Scores(
+        message.clip_i,
+        message.clip_t,
+        message.clip_i_base,
+        optional(message.HasField("prior_kept"), lambda: message.prior_kept),
+        optional(message.HasField("diversity"), lambda: message.diversity),
     )
 
 

@@ -66,7 +66,8 @@ class BaseTrainer:
 
 def _numbers(result: TrainingResult) -> dict[str, float] | None:
     """What the job's record keeps of a result: scores, and how much of it was kept."""
-    numbers = {} if result.scores is None else asdict(result.scores)
+    scores = {} if result.scores is None else asdict(result.scores)
+    numbers: dict[str, float] = {name: score for name, score in scores.items() if score is not None}
     if result.kept_energy is not None:
         numbers["kept_energy"] = result.kept_energy
     return numbers or None

@@ -22,6 +22,7 @@ from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.training.checkpoint import fingerprint_job, read_checkpoint, write_checkpoint
 from hueshift.training.class_pictures import class_latents, class_prompt, prune_cache
+from hueshift.training.evaluation.measures import diversity_of, paired_cosine
 from hueshift.training.latents import make_picture_set
 from hueshift.training.loop import TrainingTask, check_finite, train_step
 from hueshift.training.methods.learnable import Learnable
@@ -43,6 +44,8 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 CLASS_FOLDER = "class-pictures"
 # Enough for a stable mean of scores on a CPU, where each pair of pictures (base and adapted) costs two seconds.
 SCORE_PICTURES = 4
+# Also drawn with the adapter and without it, so four seconds more: they show whether other things have changed.
+PRIOR_PICTURES = 2
 _log = structlog.get_logger()
 
 
@@ -291,10 +294,14 @@ class _Job:
         # The words mean nothing to CLIP, and would only blur what the rest of the prompt asks for.
         learned = {subject.identifier for subject in self._spec.subjects}
         plain = [" ".join(word for word in prompt.split() if word not in learned) for prompt in prompts]
+        others = plain[:PRIOR_PICTURES]
+        before, after = self._draw(others, of_base=True), self._draw(others)
         return Scores(
             clip_i=clip.clip_i(pictures, self._pictures),
             clip_t=clip.clip_t(pictures, plain),
             clip_i_base=clip.clip_i(self._draw(prompts, of_base=True), self._pictures),
+            prior_kept=paired_cosine(clip.embed_pictures(before), clip.embed_pictures(after)),
+            diversity=diversity_of(clip.embed_pictures(pictures), prompts),
         )
 
     def _stop_if_asked(self) -> None:

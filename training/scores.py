@@ -21,11 +21,16 @@ class Scores:
     """How a job did: sample pictures against training pictures, against their prompts, and the base's own against both.
 
     All are mean cosines, -1 to 1. `clip_i_base` is `clip_i` of the base model's pictures of the same prompts and seeds.
+    `prior_kept` compares pictures of the prompts without the learned words, with the adapter and without it, of the
+    same seeds: 1 means that nothing else has changed. `diversity` is 1 minus the cosine of sample pictures of one
+    prompt with each other; None where no prompt was drawn twice.
     """
 
     clip_i: float
     clip_t: float
     clip_i_base: float
+    prior_kept: float | None = None
+    diversity: float | None = None
 
 
 class ClipScorer:

@@ -103,6 +103,8 @@ def job_table(job: "FineTune") -> "Table":
             "ended": time_text(job.ended),
             "CLIP-I": None if scores is None else f"{scores.clip_i:.3f} (base model: {scores.clip_i_base:.3f})",
             "CLIP-T": None if scores is None else f"{scores.clip_t:.3f}",
+            "prior kept": _share(None if scores is None else scores.prior_kept),
+            "diversity": _share(None if scores is None else scores.diversity),
             "kept": None if job.kept_energy is None else f"{job.kept_energy:.1%} of what was learned",
             "cost": _cost_text(job),
         }
@@ -126,3 +128,7 @@ def _cost_text(job: "FineTune") -> str | None:
         return None
     cost = job.cost
     return f"{cost.gpu_seconds:.0f} s ({cost.seconds_per_step:.2f} s a step, mean of {cost.measured_steps})"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"

@@ -927,24 +927,41 @@ class FineTuneScores(_message.Message):
     CLIP_I_FIELD_NUMBER: _builtins.int
     CLIP_T_FIELD_NUMBER: _builtins.int
     CLIP_I_BASE_FIELD_NUMBER: _builtins.int
+    PRIOR_KEPT_FIELD_NUMBER: _builtins.int
+    DIVERSITY_FIELD_NUMBER: _builtins.int
     clip_i: _builtins.float
     """Mean cosine between sample pictures and training pictures."""
     clip_t: _builtins.float
     """Mean cosine between sample pictures and their prompts."""
     clip_i_base: _builtins.float
     """As clip_i, for the base model's pictures of the same prompts and seeds."""
+    prior_kept: _builtins.float
+    """What the base model keeps: mean cosine between pictures of the sample prompts without the learned words, with the
+    adapter and without it, of the same seeds. 1 means that it draws other things as before.
+    """
+    diversity: _builtins.float
+    """1 minus the mean cosine between sample pictures of one prompt; absent where no prompt was drawn twice."""
     def __init__(
         self,
         *,
         clip_i: _builtins.float = ...,
         clip_t: _builtins.float = ...,
         clip_i_base: _builtins.float = ...,
+        prior_kept: _builtins.float | None = ...,
+        diversity: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_prior_kept", b"_prior_kept", "diversity", b"diversity", "prior_kept", b"prior_kept"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_i", b"clip_i", "clip_i_base", b"clip_i_base", "clip_t", b"clip_t"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_prior_kept", b"_prior_kept", "clip_i", b"clip_i", "clip_i_base", b"clip_i_base", "clip_t", b"clip_t", "diversity", b"diversity", "prior_kept", b"prior_kept"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
+    _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
+    _WhichOneofReturnType__prior_kept: _TypeAlias = _typing.Literal["prior_kept"]  # noqa: Y015
+    _WhichOneofArgType__prior_kept: _TypeAlias = _typing.Literal["_prior_kept", b"_prior_kept"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__diversity) -> _WhichOneofReturnType__diversity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prior_kept) -> _WhichOneofReturnType__prior_kept | None: ...
 
 Global___FineTuneScores: _TypeAlias = FineTuneScores  # noqa: Y015
 
