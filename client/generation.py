@@ -54,12 +54,38 @@ class Region:
     feather: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """Keeps the picture's own noise instead of drawing some: DDIM inversion with the request's adapters and prompt.
+
+    `steps` 0 is the server's default. `noise_share` turns the noise towards the seed's, 0 keeps it and 1 is img2img.
+    `report_error` has Finished tell how close the way back comes, for as many steps again.
+    """
+
+    steps: int = 0
+    noise_share: float = 0.0
+    report_error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StartPicture:
+    """A PNG, JPEG or WebP to start from, and the share of the steps that run: how much may change, 0 to 1.
+
+    `strength` None is the server's default. Without `inversion` this is img2img.
+    """
+
+    data: bytes
+    strength: float | None = None
+    inversion: Inversion | None = None
+
+
 class GenerateOptions(TypedDict, total=False):
     """Options of a Generate call; what is absent takes the server's default.
 
     `seeds`: one per picture, or one to count up from. `timeout`: seconds for the whole call. `preview_interval`: steps
     between early looks, 0 for none. `lag`: True for the adapters' own words. `shared_attention`: all pictures take the
-    style of the first one. The model's record tells which of the last three the server offers.
+    style of the first one. The model's record tells which of the last three the server offers. `picture`: start from
+    it, as bytes or with more to say.
     """
 
     adapters: Adapters
@@ -79,6 +105,7 @@ class GenerateOptions(TypedDict, total=False):
     lag: bool | LagSampling
     shared_attention: bool
     regions: Sequence[Region]
+    picture: bytes | StartPicture
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +154,8 @@ class Timings:
     text: float
     denoise: float
     decode: float
+    picture: float = 0.0
+    inversion: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +182,16 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All pictures were sent. `truncated_tokens` of the prompt had no effect."""
+    """All pictures were sent. `truncated_tokens` of the prompt had no effect.
+
+    `inversion_error` is the relative error of an inversion and the way back, if it was asked for.
+    """
 
     images: int
     seconds: float
     truncated_tokens: int
     request_id: str
+    inversion_error: float | None = None
 
 
 GenerateEvent: TypeAlias = Queued | Progress | Preview | Picture | Finished
@@ -189,6 +222,8 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         request.format = to_enum(pb.ImageFormat, "IMAGE_FORMAT", options["format"])
     if "priority" in options:
         request.priority = to_enum(pb.Priority, "PRIORITY", options["priority"])
+    if "picture" in options:
+        request.picture.CopyFrom(_to_start(options["picture"]))
     return request
 
 
@@ -206,7 +241,8 @@ def read_event(response: pb.GenerateResponse) -> GenerateEvent | None:
             return _picture(response.image)
         case "finished":
             done = response.finished
-            return Finished(done.images, to_seconds(done.total), done.truncated_tokens, done.request_id)
+            error = done.inversion_error if done.HasField("inversion_error") else None
+            return Finished(done.images, to_seconds(done.total), done.truncated_tokens, done.request_id, error)
     return None
 
 
@@ -249,6 +285,22 @@ def _to_region(region: Region) -> pb.Region:
     return message
 
 
+def _to_start(picture: bytes | StartPicture) -> pb.StartPicture:
+    start = StartPicture(picture) if isinstance(picture, bytes) else picture
+    message = pb.StartPicture(data=start.data)
+    if start.strength is not None:
+        message.strength = start.strength
+    if start.inversion is not None:
+        message.inversion.CopyFrom(
+            pb.Inversion(
+                steps=start.inversion.steps,
+                noise_share=start.inversion.noise_share,
+                report_error=start.inversion.report_error,
+            )
+        )
+    return message
+
+
 def _to_applied(adapters: Iterable[pb.AppliedAdapter]) -> tuple[AppliedAdapter, ...]:
     return tuple(
         AppliedAdapter(a.adapter, a.revision, a.content_hash, a.weight, dict(a.block_weights)) for a in adapters
@@ -274,6 +326,8 @@ def _picture(image: pb.Image) -> Picture:
             text=to_seconds(times.text),
             denoise=to_seconds(times.denoise),
             decode=to_seconds(times.decode),
+            picture=to_seconds(times.picture),
+            inversion=to_seconds(times.inversion),
         ),
         mask=image.mask,
         regions=tuple(_to_applied(region.adapters) for region in image.regions),

@@ -49,6 +49,12 @@ class Model:
     lag: bool
     shared_attention: bool
     max_regions: int
+    max_start_bytes: int
+    default_strength: float
+    default_inversion_steps: int
+    default_inversion_guidance_scale: float
+    architecture: str
+    """`stable-diffusion` or `stable-diffusion-xl`; empty from servers older than this client."""
 
 
 def get_call(name: str) -> Unary[pb.GetModelRequest, pb.GetModelResponse, Model]:
@@ -71,7 +77,8 @@ def read_model(message: pb.Model) -> Model:
     plain = (
         "name base_hash engine default_steps default_guidance_scale width height size_multiple max_size max_count "
         "max_steps max_tokens batch_capacity default_identifier max_adapter_bytes max_picture_bytes max_pictures "
-        "lag shared_attention max_regions"
+        "lag shared_attention max_regions max_start_bytes default_strength default_inversion_steps "
+        "default_inversion_guidance_scale architecture"
     )
     return Model(
         plans=tuple(message.plans),

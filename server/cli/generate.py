@@ -16,6 +16,15 @@ from hueshift.server.cli.guides import LagFlag, LagWords, MasksFlag, Regions, Sh
 from hueshift.server.cli.output import Output, plain, rows_table
 from hueshift.server.cli.parse import parse_size, parse_use
 from hueshift.server.cli.session import Session, connected
+from hueshift.server.cli.start import (
+    ErrorFlag,
+    InversionSteps,
+    InvertFlag,
+    NoiseShare,
+    PictureFile,
+    Strength,
+    start_picture,
+)
 
 if TYPE_CHECKING:
     from hueshift.client.generation import Finished, GenerateEvent, Picture
@@ -52,12 +61,16 @@ def generate(
     save_masks: MasksFlag = False,
     shared_attention: SharedFlag = False,
     region: Regions = None,
+    picture: PictureFile = None,
+    strength: Strength = None,
+    invert: InvertFlag = False,
+    inversion_steps: InversionSteps = None,
+    noise_share: NoiseShare = 0.0,
+    report_inversion_error: ErrorFlag = False,
 ) -> None:
     """Draw pictures from a prompt, with any mix of adapters, and write them to a folder."""
     from hueshift.client.generation import AdapterUse, Picture
 
-    if preview and not session.output.interactive:
-        raise typer.BadParameter("there is no terminal to draw in", param_hint="--preview")
     width, height = parse_size(size)
     options: dict[str, Any] = {
         "adapters": [AdapterUse(*parse_use(text)) for text in adapter or ()],
@@ -75,9 +88,10 @@ def generate(
         "preview_interval": _PREVIEW_STEPS if preview else 0,
         "timeout": timeout,
         **guide_options(lag, lag_word, save_masks, shared_attention, region),
+        "picture": start_picture(picture, strength, invert, inversion_steps, noise_share, report_inversion_error),
     }
     given = {name: value for name, value in options.items() if value is not None}
-    view = GenerateView(session.output, preview)
+    view = _make_view(session.output, preview)
     saved: list[Saved] = []
     with closing(session.client.generate(prompt, **given)) as events, view:
         for event in events:
@@ -85,6 +99,12 @@ def generate(
             if isinstance(event, Picture):
                 saved.append(_save(out / picture_name(prompt, event.seed, event.media_type), event))
     _report(session.output, saved, view.finished)
+
+
+def _make_view(output: Output, preview: bool) -> "GenerateView":
+    if preview and not output.interactive:
+        raise typer.BadParameter("there is no terminal to draw in", param_hint="--preview")
+    return GenerateView(output, preview)
 
 
 @dataclass
@@ -185,5 +205,7 @@ def _report(output: Output, saved: list[Saved], finished: "Finished | None") -> 
     if finished is not None:
         if finished.truncated_tokens:
             output.note(f"The last {finished.truncated_tokens} tokens of the prompt were too many and had no effect.")
+        if finished.inversion_error is not None:
+            output.note(f"Inversion and the way back change the picture's latents by {finished.inversion_error:.1%}.")
         noun = "picture" if finished.images == 1 else "pictures"
         output.note(f"{finished.images} {noun} in {finished.seconds:.1f} s (request {finished.request_id})")

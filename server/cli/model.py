@@ -22,6 +22,7 @@ def show_model(
     facts = facts_table(
         {
             "model": model.name,
+            "architecture": model.architecture,
             "base hash": model.base_hash,
             "engine": f"{model.engine} ({', '.join(model.plans)})",
             "size": f"{model.width}x{model.height}, multiples of {model.size_multiple} up to {model.max_size}",
@@ -32,6 +33,8 @@ def show_model(
             "LAG sampling": "yes" if model.lag else "no",
             "shared attention": "yes" if model.shared_attention else "no",
             "regions": f"at most {model.max_regions} a picture",
+            "from a picture": f"of at most {size_text(model.max_start_bytes)}, strength {model.default_strength:.2g}; "
+            f"inversion in {model.default_inversion_steps} steps, guidance {model.default_inversion_guidance_scale:g}",
             "prompt": f"{model.max_tokens} tokens",
             "identifier": model.default_identifier,
             "adapter files": f"at most {size_text(model.max_adapter_bytes)}",
