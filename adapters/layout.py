@@ -61,12 +61,16 @@ class BaseLayout:
 
     A spectral row is one flat fp32 vector of `spectral_size` values: the singular values of all matrices in order, then
     the weights of all norms in order. `matrix_offsets` and `norm_offsets` tell where each layer begins in it.
+
+    `token_width` is that of a word's embedding. Where a base model has two text encoders (SDXL) it holds those of both
+    side by side, and `token_parts` are their widths; else that is empty.
     """
 
     base_hash: str
     matrices: tuple[MatrixLayer, ...]
     norms: tuple[NormLayer, ...]
     token_width: int
+    token_parts: tuple[int, ...] = ()
     matrix_offsets: dict[str, int] = field(init=False, repr=False, compare=False)
     norm_offsets: dict[str, int] = field(init=False, repr=False, compare=False)
     sigma_size: int = field(init=False)

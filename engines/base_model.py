@@ -125,7 +125,7 @@ def load_base_model(path: Path, *, device: str = "cpu", dtype: torch.dtype = tor
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         schedule=NoiseSchedule.from_config(read_config(path / "scheduler" / "scheduler_config.json")),
-        layout=read_layout(unet, base_hash, sum(widths)),
+        layout=read_layout(unet, base_hash, sum(widths), tuple(widths) if xl else ()),
         latent_channels=int(unet.config.in_channels),
         latent_factor=2 ** (len(vae.config.block_out_channels) - 1),
         sample_size=int(unet.config.sample_size),
@@ -134,8 +134,8 @@ def load_base_model(path: Path, *, device: str = "cpu", dtype: torch.dtype = tor
     )
 
 
-def read_layout(unet: nn.Module, base_hash: str, token_width: int) -> BaseLayout:
-    """List the adaptable layers of a UNet in module order."""
+def read_layout(unet: nn.Module, base_hash: str, token_width: int, token_parts: tuple[int, ...] = ()) -> BaseLayout:
+    """List the adaptable layers of a UNet in module order; `token_parts` are the widths of SDXL's text encoders."""
     matrices: list[MatrixLayer] = []
     norms: list[NormLayer] = []
     for name, module in unet.named_modules():
@@ -143,7 +143,7 @@ def read_layout(unet: nn.Module, base_hash: str, token_width: int) -> BaseLayout
             matrices.append(MatrixLayer(name, tuple(module.weight.shape)))
         elif isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
             norms.append(NormLayer(name, module.weight.numel()))
-    return BaseLayout(base_hash, tuple(matrices), tuple(norms), token_width)
+    return BaseLayout(base_hash, tuple(matrices), tuple(norms), token_width, token_parts)
 
 
 def hash_weights(path: Path) -> str:

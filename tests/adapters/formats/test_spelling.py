@@ -14,8 +14,21 @@ from hueshift.engines.base_model import read_layout
 
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "sample_size": 64}
 
+SDXL: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "cross_attention_dim": 2048,
+}
 
-@pytest.mark.parametrize("config", [SD15, {"layers_per_block": 1, "block_out_channels": (32, 32, 64, 64)}])
+
+@pytest.mark.parametrize("config", [SD15, SDXL, {"layers_per_block": 1, "block_out_channels": (32, 32, 64, 64)}])
 def test_names_of_the_first_code_are_those_of_diffusers(config: dict[str, Any]) -> None:
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel(**config)
@@ -35,7 +48,7 @@ def test_names_of_the_first_code_are_those_of_diffusers(config: dict[str, Any]) 
 
 
 def _first_code_names(names: LayerNames, layers: list[str]) -> dict[str, str]:
-    beginnings = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
+    beginnings = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
     return {layer: name for name, layer in names._layer_of.items() if layer and name.startswith(beginnings)}
 
 
