@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -57,17 +57,38 @@ with their licences.
 
 
 def make_studio(work: Path, cache: Path, bars: Bars, steps: int | None = None) -> Studio:
-    """Load the model, build the engine, and train what is not in `work` yet; `steps` in the place of the lessons'."""
+    """Load the model and build the engine; `steps` stands in for the lessons' own."""
     with bars.stage("Load the model"):
         base = load_base_model(EMBEDDED_MODEL)
         painter = make_painter(base, cache)
     school = School(base, painter.engine.factors, work / "adapters")
-    adapters: dict[str, Adapter] = {}
-    for lesson in LESSONS:
-        with bars.stage(f"Learn: {lesson.title}") as stage:
-            taught = school.teach(lesson.spec(steps), lesson.pictures(), partial(_tell, stage))
-            adapters[lesson.key] = taught.adapter
-    return Studio(painter, adapters, PICTURES)
+    return Studio(painter, TaughtAdapters(school, bars, steps), PICTURES)
+
+
+class TaughtAdapters(Mapping[str, Adapter]):
+    """The lessons' adapters by key, each trained when it is first asked for, unless the school has it already."""
+
+    def __init__(self, school: School, bars: Bars, steps: int | None) -> None:
+        self._school, self._bars, self._steps = school, bars, steps
+        self._lessons = {lesson.key: lesson for lesson in LESSONS}
+        self._taught: dict[str, Adapter] = {}
+
+    def __getitem__(self, key: str) -> Adapter:
+        """Return the adapter of a lesson, after training it if need be."""
+        if key not in self._taught:
+            lesson = self._lessons[key]
+            with self._bars.stage(f"Learn: {lesson.title}") as stage:
+                taught = self._school.teach(lesson.spec(self._steps), lesson.pictures(), partial(_tell, stage))
+            self._taught[key] = taught.adapter
+        return self._taught[key]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys."""
+        return iter(self._lessons)
+
+    def __len__(self) -> int:
+        """How many lessons there are."""
+        return len(self._lessons)
 
 
 def write_panel(page: Path, name: str, panel: Panel) -> None:
