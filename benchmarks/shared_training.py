@@ -343,5 +343,6 @@ def _row(
         "floor_ms": round(floor, 5),
         "floor_share": round(floor / ms[0], 3),
         "tflops": round(flops / ms[0] / 1e9, 3),
+        "flops": flops,
         "batch": batch,
     }

@@ -15,6 +15,7 @@ from hueshift.server.worker import Trained
 from hueshift.training.cost import SpeedBook, open_speeds
 from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.scores import ClipScorer
+from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.spec import TrainingSpec
 
 _CLASS_FOLDER = "class-pictures"
@@ -23,14 +24,21 @@ _CLASS_FOLDER = "class-pictures"
 class BaseTrainer:
     """Runs `hueshift.training.run.run_training` on one base model.
 
-    Class pictures are shared by all jobs, below `cache`; `speeds` remembers what steps take.
+    Class pictures are shared by all jobs, below `cache`; `speeds` remembers what steps take. With `sharing` jobs that
+    run in several threads take their steps together.
     """
 
     def __init__(
-        self, base: BaseModel, factors: SpectralFactors, clip: ClipScorer | None, cache: Path, speeds: SpeedBook
+        self,
+        base: BaseModel,
+        factors: SpectralFactors,
+        clip: ClipScorer | None,
+        cache: Path,
+        speeds: SpeedBook,
+        sharing: SharedTraining | None = None,
     ) -> None:
         self._base, self._factors, self._clip = base, factors, clip
-        self._cache, self._speeds = cache, speeds
+        self._cache, self._speeds, self._sharing = cache, speeds, sharing
 
     @classmethod
     def load(cls, settings: Settings, device: str = "cpu") -> Self:
@@ -38,7 +46,13 @@ class BaseTrainer:
         base = load_base_model(settings.model.path, device=device)
         clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
         cache = settings.store.cache_path.expanduser()
-        return cls(base, load_factors(base, cache), clip, cache, open_speeds(cache))
+        factors, training = load_factors(base, cache), settings.training
+        sharing = None
+        if training.jobs_per_worker > 1:
+            sharing = SharedTraining(
+                base, factors, max_rows=training.shared_rows, patience=training.shared_wait_seconds
+            )
+        return cls(base, factors, clip, cache, open_speeds(cache), sharing)
 
     def train(
         self,
@@ -59,6 +73,7 @@ class BaseTrainer:
             hooks=run,
             masks=masks,
             class_folder=self._cache / _CLASS_FOLDER,
+            sharing=self._sharing,
         )
         self._speeds.record(self._base.base_hash, spec, result.steps_taken, result.step_seconds)
         return Trained(result.adapter, _numbers(result))

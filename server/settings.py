@@ -118,6 +118,9 @@ class LimitSettings(_Section):
     queue_size: int = Field(256, ge=1, description="Pictures that may wait; more are refused with RESOURCE_EXHAUSTED.")
     tenant_queue_size: int = Field(128, ge=1, description="Pictures of one tenant that may wait.")
     max_adapter_bytes: int = Field(256 * MIB, ge=1, description="Largest adapter file.")
+    row_cache_bytes: int = Field(
+        GIB, ge=0, description="Composed rows kept in host memory (page-locked on CUDA), least recently used out first."
+    )
     host_cache_bytes: int = Field(GIB, ge=0, description="Adapters kept in host memory, least recently used out first.")
     max_picture_bytes: int = Field(16 * MIB, ge=1, description="Largest training picture in bytes.")
     max_picture_pixels: int = Field(40_000_000, ge=1, description="Largest training picture in pixels.")
@@ -140,6 +143,15 @@ class TrainingSettings(_Section):
     )
     devices: tuple[str, ...] = Field(
         (), description="CUDA devices that train and never serve (cuda:1), one worker each; none: on the CPU."
+    )
+    jobs_per_worker: int = Field(
+        1, ge=1, le=64, description="Jobs of one method that a worker trains at a time, their steps in one batch."
+    )
+    shared_rows: int = Field(
+        0, ge=0, description="Most UNet rows of such a batch; 0: as many as memory holds, found by trying."
+    )
+    shared_wait_seconds: float = Field(
+        2.0, gt=0, description="How long one job may keep the others of its batch waiting at a step."
     )
     threads: int = Field(0, ge=0, description="CPU threads per worker; 0 means one per core.")
     nice: int = Field(5, ge=0, le=19, description="How far workers step back for serving on a shared CPU.")

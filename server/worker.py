@@ -1,4 +1,4 @@
-"""The worker: takes one job after the other, trains it, publishes its adapter. Runs in a process of its own.
+"""The worker: takes jobs, trains them, publishes their adapters. Runs in a process of its own.
 
 It may die at any point. What it had not committed is done again by the next one, from the job's last checkpoint.
 """
@@ -20,6 +20,7 @@ from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, HueshiftError, Internal, Reason, ResourceExhausted, Unavailable
 from hueshift.adapters.file import write_adapter
 from hueshift.server.clock import Clock
+from hueshift.server.crew import Crew
 from hueshift.server.failpoints import Failpoint
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.job_lease import LeaseKeeper
@@ -93,21 +94,36 @@ class Worker:
         self._stop = stop
         self._failpoint = failpoint
         self._tidy_at = clock.monotonic() + _TIDY_SECONDS
+        self._crew = Crew(settings.jobs_per_worker, self._work_or_wait)
 
     def run(self) -> None:
-        """Take jobs, one at a time, until the stop flag is up."""
-        while not self._stop.requested:
-            try:
-                self._tidy()
-                self._jobs.expire_leases()
-                claimed = self._jobs.claim(self._owner, self._settings.lease_seconds)
-                if claimed is not None:
-                    self.work(claimed)
-                    continue
-            except (HueshiftError, SQLAlchemyError):
-                # The database does not answer. A job in hand comes back when its lease runs out.
-                _LOG.warning("worker.store_unavailable", exc_info=True)
-            time.sleep(self._settings.poll_seconds)
+        """Take jobs, as many at a time as the settings say, until the stop flag is up."""
+        try:
+            while not self._stop.requested:
+                if self._crew.full or not self._take():
+                    time.sleep(self._settings.poll_seconds)
+        finally:
+            self._stop.request()
+            self._crew.wait()
+
+    def _take(self) -> bool:
+        try:
+            self._tidy()
+            self._jobs.expire_leases()
+            claimed = self._jobs.claim(self._owner, self._settings.lease_seconds, self._crew.fits)
+        except (HueshiftError, SQLAlchemyError):
+            _LOG.warning("worker.store_unavailable", exc_info=True)
+            return False
+        return claimed is not None and self._crew.take(claimed)
+
+    def _work_or_wait(self, claimed: ClaimedJob) -> bool:
+        try:
+            self.work(claimed)
+        except (HueshiftError, SQLAlchemyError):
+            # The database does not answer. A job in hand comes back when its lease runs out.
+            _LOG.warning("worker.store_unavailable", exc_info=True)
+            return False
+        return True
 
     def _tidy(self) -> None:
         """Remove, now and then, what jobs that ended elsewhere left on this host."""
@@ -124,7 +140,9 @@ class Worker:
         self._failpoint.at("claimed")
         begun = self._clock.monotonic()
         try:
-            limits = JobLimits(self._settings.max_job_seconds, self._settings.max_job_memory)
+            limits = JobLimits(
+                self._settings.max_job_seconds, self._settings.max_job_memory, self._crew.share_of_memory
+            )
             lease_seconds = self._settings.lease_seconds
             with LeaseKeeper(self._jobs, claimed.lease, lease_seconds, self._clock, limits=limits) as keeper:
                 run = JobRun(

@@ -5,7 +5,7 @@ fencing token, so every write of the old holder is refused from then on; the ada
 that ends the job. Every change of state writes its event in the same transaction.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_, update
@@ -22,6 +22,7 @@ from hueshift.server.store.job_quotas import OPEN_STATES, JobQuotas, charge, che
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
 from hueshift.server.store.publisher import AdapterPublisher
 from hueshift.server.store.tables import idempotency, jobs
+from hueshift.training.spec import TrainingSpec
 
 CREATE_METHOD = "CreateFineTune"
 # Enough to find the fault by; the log has the rest.
@@ -120,20 +121,26 @@ class JobStore:
                 return self._change(connection, job.job_id, cancel_requested=True)
             return job
 
-    def claim(self, owner: str, lease_seconds: float) -> ClaimedJob | None:
-        """Take the next job, in the order of `job_order`. Returns None when nothing waits that may run now."""
+    def claim(
+        self, owner: str, lease_seconds: float, fits: Callable[[TrainingSpec], bool] = lambda spec: True
+    ) -> ClaimedJob | None:
+        """Take the next job, in the order of `job_order`.
+
+        Returns None when nothing waits that may run now, or when the next one does not fit: none is passed by.
+        """
         now = self._clock.time()
         query = next_job(now, self._quotas)
         with self._database.read() as connection:
             # Idle workers poll; only a job worth taking is worth the write lock.
-            if connection.scalar(query) is None:
+            spec = connection.scalar(select(jobs.c.spec).where(jobs.c.job_id == query.scalar_subquery()))
+            if spec is None or not fits(TrainingSpec.from_json(spec)):
                 return None
         with self._database.write() as connection:
             # One at a time: two claims at once would both count the same running jobs, and pass a tenant's limit.
             lock(connection, "jobs/claim")
             waiting = (jobs.c.job_id == connection.scalar(query)) & (jobs.c.state == JobState.QUEUED.value)
             row = connection.execute(select(jobs).where(waiting).with_for_update()).one_or_none()
-            if row is None:
+            if row is None or not fits(TrainingSpec.from_json(row.spec)):
                 return None
             job = self._move(
                 connection,
