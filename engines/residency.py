@@ -1,4 +1,4 @@
-"""Adapters at hand: a host tier of whole adapters, bounded by bytes, and a slot tier of composed rows in the engine.
+"""Adapters at hand in the engine: the slot tier, over composed rows and whole adapters (engines/residency_tiers.py).
 
 Reading a file and composing a row happen on the threads that prepare requests. What is left to the engine's thread is
 one copy of a finished row into a slot.
@@ -7,145 +7,15 @@ one copy of a finished row into a slot.
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from operator import itemgetter
-from typing import Protocol
 
-from torch import Tensor
-
-from hueshift.adapters.adapter import Adapter
-from hueshift.adapters.blocks import Weight, add_weights
 from hueshift.adapters.errors import Reason, ResourceExhausted
 from hueshift.engines.interface import BASE_SLOT, EngineRow, UNetEngine
-from hueshift.engines.rows import RowLayout
-from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.engines.text_side import TextSide, compose_text_side
-
-Mix = tuple[tuple[str, Weight], ...]
-"""Content hashes of adapters with their weights, sorted, each hash once. The empty mix is the base model."""
-
-
-class Tier(StrEnum):
-    """Where a row can be found."""
-
-    HOST = "host"
-    SLOT = "slot"
-
-
-class ResidencyObserver(Protocol):
-    """Hears what the caches do, from any thread."""
-
-    def looked_up(self, tier: Tier, *, hit: bool) -> None:
-        """Something was asked for, and was there or not."""
-
-    def loaded(self, tier: Tier, seconds: float) -> None:
-        """Something was brought in, in `seconds`."""
-
-    def evicted(self, tier: Tier) -> None:
-        """Something was thrown out."""
-
-    def holds(self, tier: Tier, entries: int, nbytes: int) -> None:
-        """The tier's contents changed."""
-
-
-def make_mix(adapters: Iterable[tuple[str, Weight]]) -> Mix:
-    """Return the canonical mix of (content hash, weight): sorted, equal hashes added up, zero weights left out.
-
-    Weights by block are canonical when they come from `resolve_blocks`, so that equal mixes share a slot.
-    """
-    weights: dict[str, Weight] = {}
-    for content_hash, weight in adapters:
-        weights[content_hash] = add_weights(weights.get(content_hash, 0.0), weight)
-    return tuple((key, weight) for key, weight in sorted(weights.items(), key=itemgetter(0)) if weight != 0)
-
-
-class HostCache:
-    """Adapters in host memory by content hash, least recently used out first. Safe to call from any thread.
-
-    Several threads that miss the same adapter at once cause one `load`; they all get its result, or its error, and an
-    error is not remembered. An adapter larger than `max_bytes` is handed out but not kept.
-    """
-
-    def __init__(self, load: Callable[[str], Adapter], max_bytes: int, observer: ResidencyObserver) -> None:
-        self._load, self._max_bytes, self._observer = load, max_bytes, observer
-        self._lock = threading.Lock()
-        self._held: OrderedDict[str, Adapter] = OrderedDict()
-        self._nbytes = 0
-        self._flights: dict[str, Future[Adapter]] = {}
-
-    def get(self, content_hash: str) -> Adapter:
-        """Return the adapter, loading it if need be. Raises what `load` raises."""
-        with self._lock:
-            adapter = self._held.get(content_hash)
-            if adapter is not None:
-                self._held.move_to_end(content_hash)
-            flight = self._flights.get(content_hash)
-            mine: Future[Adapter] = Future()
-            if adapter is None and flight is None:
-                self._flights[content_hash] = mine
-        self._observer.looked_up(Tier.HOST, hit=adapter is not None)
-        if adapter is not None:
-            return adapter
-        return flight.result() if flight is not None else self._fly(content_hash, mine)
-
-    def drop(self, content_hashes: Iterable[str]) -> None:
-        """Forget adapters; one that is being loaded right now is handed out but not kept."""
-        with self._lock:
-            for content_hash in content_hashes:
-                self._flights.pop(content_hash, None)
-                if content_hash in self._held:
-                    self._forget(content_hash)
-            self._tell()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._nbytes
-
-    def __contains__(self, content_hash: str) -> bool:
-        """True if the adapter is held."""
-        return content_hash in self._held
-
-    def __len__(self) -> int:
-        """Adapters held."""
-        return len(self._held)
-
-    def _fly(self, content_hash: str, flight: Future[Adapter]) -> Adapter:
-        begin = time.perf_counter()
-        try:
-            adapter = self._load(content_hash)
-        except BaseException as error:
-            with self._lock:
-                self._land(content_hash, flight)
-            flight.set_exception(error)
-            raise
-        self._observer.loaded(Tier.HOST, time.perf_counter() - begin)
-        with self._lock:
-            # A drop in the meantime took the flight away: then the adapter must not be kept.
-            if self._land(content_hash, flight) and adapter.nbytes <= self._max_bytes:
-                self._held[content_hash] = adapter
-                self._nbytes += adapter.nbytes
-                while self._nbytes > self._max_bytes:
-                    self._forget(next(iter(self._held)))
-                self._tell()
-        flight.set_result(adapter)
-        return adapter
-
-    def _land(self, content_hash: str, flight: Future[Adapter]) -> bool:
-        if self._flights.get(content_hash) is not flight:
-            return False
-        del self._flights[content_hash]
-        return True
-
-    def _forget(self, content_hash: str) -> None:
-        self._nbytes -= self._held.pop(content_hash).nbytes
-        self._observer.evicted(Tier.HOST)
-
-    def _tell(self) -> None:
-        self._observer.holds(Tier.HOST, len(self._held), self._nbytes)
+from hueshift.engines.mixes import Mix
+from hueshift.engines.residency_host import HostCache, RowCache
+from hueshift.engines.residency_tiers import ResidencyObserver, Tier
+from hueshift.engines.text_side import TextSide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,20 +46,11 @@ class _Resident:
 class SlotCache:
     """Which mix is in which slot of the engine; least recently used out first, never one in use or pinned.
 
-    `prepare`, `resident` and `snapshot` may be called from any thread; the rest only from the engine's own.
+    `prepare`, `prefetch`, `resident` and `snapshot` may be called from any thread; the rest only from the engine's own.
     """
 
-    def __init__(
-        self,
-        engine: UNetEngine,
-        host: HostCache,
-        rows: RowLayout,
-        factors: SpectralFactors,
-        norms: Mapping[str, Tensor],
-        observer: ResidencyObserver,
-    ) -> None:
-        self._engine, self._host, self._observer = engine, host, observer
-        self._rows, self._factors, self._norms = rows, factors, norms
+    def __init__(self, engine: UNetEngine, rows: RowCache, observer: ResidencyObserver) -> None:
+        self._engine, self._rows, self._observer = engine, rows, observer
         self._lock = threading.Lock()
         self._held: OrderedDict[Mix, _Resident] = OrderedDict()
         self._holders: Counter[str] = Counter()
@@ -197,8 +58,8 @@ class SlotCache:
 
     @property
     def host(self) -> HostCache:
-        """The tier below."""
-        return self._host
+        """The tier of whole adapters."""
+        return self._rows.host
 
     def prepare(self, mix: Mix) -> PreparedMix:
         """Load and compose what `mix` needs; free of cost for the base and for a mix in a slot.
@@ -214,10 +75,14 @@ class SlotCache:
         if held is not None:
             return PreparedMix(mix, None, held.needs_factored, held.text)
         begin = time.perf_counter()
-        weighted = [(self._host.get(content_hash), weight) for content_hash, weight in mix]
-        row = self._rows.compose(weighted, self._factors, self._norms)
-        text = compose_text_side(weighted, self._factors)
-        return PreparedMix(mix, row, row.needs_factored, text, time.perf_counter() - begin)
+        composed = self._rows.get(mix)
+        seconds = time.perf_counter() - begin
+        return PreparedMix(mix, composed.row, composed.row.needs_factored, composed.text, seconds)
+
+    def prefetch(self, mix: Mix) -> None:
+        """Compose a mix ahead of its preparation, unless it is at hand or on its way. Raises what `prepare` raises."""
+        if mix and mix not in self._held and not self._rows.coming(mix):
+            self._rows.get(mix)
 
     def fits(self, prepared: PreparedMix) -> bool:
         """False if the mix was in a slot when it was prepared, but has been evicted since: prepare it again."""
@@ -303,7 +168,7 @@ class SlotCache:
     def drop(self, content_hashes: Iterable[str]) -> None:
         """Evict every mix that holds one of the adapters, pinned or not; one in use goes when its last use ends."""
         gone = set(content_hashes)
-        self._host.drop(gone)
+        self._rows.drop(gone)
         for mix in [mix for mix in self._held if any(content_hash in gone for content_hash, _ in mix)]:
             held = self._held[mix]
             held.pinned, held.doomed = False, True

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.conditioning import Conditioner, CrossInputs
+from hueshift.engines.mixes import Mix
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.picture_start import encode_start, first_step
 from hueshift.engines.region_masks import make_masks
-from hueshift.engines.residency import Mix, PreparedMix, SlotCache
+from hueshift.engines.residency import PreparedMix, SlotCache
 from hueshift.engines.samplers import SamplerTable, make_path_tables, make_table, noise_levels
 from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import Clock

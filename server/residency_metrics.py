@@ -1,6 +1,6 @@
 """What the adapter caches do, as metrics."""
 
-from hueshift.engines.residency import Tier
+from hueshift.engines.residency_tiers import Tier
 from hueshift.server.metrics import Metrics
 
 

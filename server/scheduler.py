@@ -6,6 +6,7 @@ on threads of their own, and the event loop of the services never waits for any 
 """
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ from hueshift.adapters.errors import Cancelled, Reason, Unavailable
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import Conditioner
 from hueshift.engines.interface import UNetEngine
+from hueshift.engines.mixes import make_mix
 from hueshift.engines.planner import Planner
-from hueshift.engines.residency import PreparedMix, SlotCache, make_mix
+from hueshift.engines.residency import PreparedMix, SlotCache
 from hueshift.engines.vae import VaeStage
 from hueshift.server.admission import Admission, QueueLimits
 from hueshift.server.clock import Clock
@@ -96,6 +98,8 @@ class Scheduler:
             on_batch=self._nudge,
             on_error=self.watch.heard,
         )
+        # One thread: it only runs ahead of the preparing ones, and what is wrong with an adapter they find out again.
+        self._prefetcher = preparers or ThreadPoolExecutor(1, "hueshift-prefetch")
         self._loop = StepLoop(
             engine,
             base,
@@ -137,6 +141,10 @@ class Scheduler:
         stream: EventStream[GenerationEvent] = EventStream()
         ticket = Ticket(request, stream, size=size, work=work, accepted=now)
         stream.send(QueuedEvent(position))
+        for mix in dict.fromkeys(ticket.mixes):
+            # Refused while the scheduler closes; the request is then ended by the loop.
+            with contextlib.suppress(RuntimeError):
+                self._prefetcher.submit(self._slots.prefetch, mix)
         self._post(lambda: self._loop.accept(ticket))
         return GenerationHandle(request.request_id, stream, lambda: self._give_up(ticket))
 
@@ -187,6 +195,7 @@ class Scheduler:
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        self._prefetcher.shutdown(wait=True, cancel_futures=True)
         self._preparers.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
 

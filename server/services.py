@@ -12,9 +12,11 @@ from hueshift.adapters.errors import HueshiftError
 from hueshift.adapters.formats.draft import ImportBase
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import make_conditioner
+from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_setup import planner_of
 from hueshift.engines.interface import UNetEngine
-from hueshift.engines.residency import HostCache, SlotCache
+from hueshift.engines.residency import SlotCache
+from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.vae import VaeStage
@@ -61,7 +63,19 @@ class ServiceSet:
         base, engine, limits = parts.base, parts.engine, settings.limits
         observer = ResidencyMetrics(metrics)
         host = HostCache(lambda key: stores.adapters.load(key, base.layout), limits.host_cache_bytes, observer)
-        slots = SlotCache(engine, host, parts.rows, parts.factors, parts.norms, observer)
+        slots = SlotCache(
+            engine,
+            RowCache(
+                host,
+                parts.rows,
+                parts.factors,
+                parts.norms,
+                limits.row_cache_bytes,
+                observer,
+                pinned=isinstance(engine, CudaEngine),
+            ),
+            observer,
+        )
         conditioner = make_conditioner(base, parts.factors)
         self.scheduler = Scheduler(
             engine,

@@ -10,7 +10,7 @@ from torch import Tensor
 from hueshift.adapters.errors import Cancelled, DeadlineExceeded, HueshiftError, Internal, Reason
 from hueshift.engines.denoise import Sample
 from hueshift.engines.interface import Plan
-from hueshift.engines.residency import Mix, make_mix
+from hueshift.engines.mixes import Mix, make_mix
 from hueshift.server.event_stream import EventStream
 from hueshift.server.generation import FinishedEvent, GenerationEvent, GenerationRequest, ImageEvent, ProgressEvent
 from hueshift.server.pace import Size

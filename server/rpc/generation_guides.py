@@ -7,8 +7,8 @@ from typing import Protocol
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout
 from hueshift.engines.interface import Plan
+from hueshift.engines.mixes import make_mix
 from hueshift.engines.region_masks import Area, Box
-from hueshift.engines.residency import make_mix
 from hueshift.server.generation import GenerationRequest, LagRequest
 from hueshift.server.rpc.adapter_uses import WantedAdapter, check_uses
 from hueshift.server.rpc.checker import Checker

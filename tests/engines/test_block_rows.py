@@ -13,7 +13,9 @@ from hueshift.adapters.algebra import mix_blocks
 from hueshift.adapters.blocks import BlockWeights, Weight, complement, resolve_blocks
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.interface import EngineRow
-from hueshift.engines.residency import HostCache, SlotCache, make_mix
+from hueshift.engines.mixes import make_mix
+from hueshift.engines.residency import SlotCache
+from hueshift.engines.residency_host import HostCache, RowCache
 
 KINDS = (AdapterKind.SPECTRAL, AdapterKind.LOWRANK)
 
@@ -118,7 +120,7 @@ def test_equal_mixes_share_a_slot_and_others_do_not() -> None:
     log = ResidencyLog()
     engine = FakeEngine(slots=4)
     rows, factors, norms = tiny_rows()
-    slots = SlotCache(engine, HostCache(store.__getitem__, 10**6, log), rows, factors, norms, log)
+    slots = SlotCache(engine, RowCache(HostCache(store.__getitem__, 10**6, log), rows, factors, norms, 10**6, log), log)
     layout = rows.layout
     ways = (
         {"block": 1.0, TARGET: 0.0},

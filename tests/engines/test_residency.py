@@ -12,7 +12,10 @@ from tiny_layout import lowrank_adapter, spectral_adapter, tiny_rows
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import InvalidArgument, NotFound, Reason, ResourceExhausted
 from hueshift.engines.interface import BASE_SLOT, EngineRow
-from hueshift.engines.residency import HostCache, SlotCache, Tier, make_mix
+from hueshift.engines.mixes import make_mix
+from hueshift.engines.residency import SlotCache
+from hueshift.engines.residency_host import HostCache, RowCache
+from hueshift.engines.residency_tiers import Tier
 from hueshift.engines.text_side import merge_words
 
 SIZE = spectral_adapter(1).nbytes
@@ -39,7 +42,8 @@ class Store:
 def caches(slots: int = 4, max_bytes: int = 10**6) -> tuple[SlotCache, FakeEngine, Store, ResidencyLog]:
     """Both tiers over a counting store."""
     store, log, engine = Store(), ResidencyLog(), FakeEngine(slots=slots)
-    return SlotCache(engine, HostCache(store.load, max_bytes, log), *tiny_rows(), log), engine, store, log
+    host = HostCache(store.load, max_bytes, log)
+    return SlotCache(engine, RowCache(host, *tiny_rows(), max_bytes, log), log), engine, store, log
 
 
 def test_host_cache_keeps_the_recently_used_within_its_bytes() -> None:
@@ -206,7 +210,7 @@ def test_a_row_the_engine_refuses_costs_no_slot() -> None:
             super().load_row(slot, row)
 
     store, log = Store(), ResidencyLog()
-    slots = SlotCache(Picky(slots=2), HostCache(store.load, 10**6, log), *tiny_rows(), log)
+    slots = SlotCache(Picky(slots=2), RowCache(HostCache(store.load, 10**6, log), *tiny_rows(), 10**6, log), log)
     with pytest.raises(InvalidArgument):
         slots.acquire(slots.prepare(make_mix([("2", 1.0)])))
     assert slots.acquire(slots.prepare(make_mix([("1", 1.0)]))) is not None

@@ -20,7 +20,8 @@ from hueshift.engines.build import AdapterEngine, EngineOptions, build_engine
 from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.interface import Plan
 from hueshift.engines.pictures import PictureFormat
-from hueshift.engines.residency import HostCache, SlotCache
+from hueshift.engines.residency import SlotCache
+from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.samplers import SamplerKind
 from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import SystemClock
@@ -61,7 +62,7 @@ async def scheduler(
     metrics = Metrics(CollectorRegistry())
     observer = ResidencyMetrics(metrics)
     host = HostCache(adapters.__getitem__, 2**30, observer)
-    slots = SlotCache(engine, host, engine.rows, engine.factors, engine.norms, observer)
+    slots = SlotCache(engine, RowCache(host, engine.rows, engine.factors, engine.norms, 10**8, observer), observer)
     scheduler = Scheduler(
         engine,
         base_model,

@@ -19,8 +19,8 @@ from hueshift.adapters.errors import (
     Reason,
 )
 from hueshift.engines.interface import Plan
+from hueshift.engines.mixes import make_mix
 from hueshift.engines.region_masks import Box
-from hueshift.engines.residency import make_mix
 from hueshift.server.generation import LagRequest
 
 

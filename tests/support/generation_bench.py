@@ -25,7 +25,8 @@ from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.planner import Planner
 from hueshift.engines.region_masks import Box
-from hueshift.engines.residency import HostCache, SlotCache
+from hueshift.engines.residency import SlotCache
+from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.samplers import SamplerKind
 from hueshift.engines.text import TokenizedPrompt
 from hueshift.engines.text_side import TextSide
@@ -83,7 +84,15 @@ class FakeVae:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.encoded: list[tuple[int, ...]] = []
         self.on_decode: Callable[[], None] = lambda: None
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [n, 4, H/8, W/8] of pixels [n, 3, H, W], and deviations that nobody should use."""
+        self.encoded.append(tuple(pixels.shape))
+        small = torch.nn.functional.avg_pool2d(pixels, 8)
+        mean = torch.cat([small, small.mean(1, keepdim=True)], dim=1)
+        return mean, torch.full_like(mean, torch.nan)
 
     def decode(self, latents: Tensor) -> Pixels:
         """Decode [n, 4, h, w] to [n, 8h, 8w, 3]."""
@@ -176,7 +185,8 @@ class Bench:
         self.engine = engine or FakeEngine(slots=slots, max_batch=max_batch)
         self.folder = AdapterFolder()
         observer = ResidencyMetrics(self.metrics)
-        self.slots = SlotCache(self.engine, HostCache(self.folder.load, 10**6, observer), *tiny_rows(WIDTH), observer)
+        host = HostCache(self.folder.load, 10**6, observer)
+        self.slots = SlotCache(self.engine, RowCache(host, *tiny_rows(WIDTH), 10**6, observer), observer)
         self.vae = FakeVae()
         self.scheduler = Scheduler(
             self.engine,

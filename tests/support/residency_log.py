@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from hueshift.engines.residency import Tier
+from hueshift.engines.residency_tiers import Tier
 
 
 class ResidencyLog:
