@@ -75,6 +75,8 @@ class CudaEngine:
             dtype=self.dtype,
         )
         self._queued: deque[Mark] = deque()
+        self._copies = lane.beside()
+        self._arriving: dict[int, Mark] = {}
         self.costs: CostTable | None = None
         """Measured at start (engines/calibration.py)."""
         self.capacity: Mapping[tuple[int, int], int] = {}
@@ -110,12 +112,17 @@ class CudaEngine:
         return frozenset() if self._merged is None else self._merged.writing
 
     def load_row(self, slot: int, row: EngineRow) -> None:
-        """Copy a row into a slot; see UNetEngine. The copy is queued: steps that run are not held up."""
-        with self.lane.running():
+        """Copy a row into a slot; see UNetEngine. The copy runs beside the steps: only its readers wait."""
+        copies = self._copies
+        # Steps that are queued may still read what the slot held.
+        copies.after(self.lane.mark())
+        on_host = all(part is None or part.device.type == "cpu" for part in (row.spectral, row.lowrank))
+        with copies.apart() if on_host else copies.running():
             self._slabs.load(slot, row)
+        arrived = self._arriving[slot] = copies.mark()
         self._branches[slot] = NO_BRANCH if row.lowrank is None else slot
         if self._merged is not None:
-            self._merged.loaded(slot)
+            self._merged.loaded(slot, arrived)
 
     def row(self, slot: int) -> EngineRow:
         """Views of what a slot holds."""
@@ -160,6 +167,7 @@ class CudaEngine:
         network = self._network(plan, adapter_index)
         branches = self._branches[adapter_index.cpu()]
         self._throttle()
+        self._await_rows(adapter_index)
         with torch.no_grad(), self.lane.running():
             views.fill(latents, timesteps, cross, added, adapter_index, branches)
             self.graphs.run(GraphKey(network.role, shape), partial(network.call, views))
@@ -182,6 +190,7 @@ class CudaEngine:
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         device, dtype = self.lane.device, self.dtype
         self._throttle()
+        self._await_rows(adapter_index)
         with torch.no_grad(), self.lane.running():
             placed = Guides(*(part.to(device) for part in (guides.lag, guides.lag_source, guides.reference)))
             network: AdaptedUNet = self.networks.full
@@ -231,6 +240,14 @@ class CudaEngine:
                 return self.networks.merged(self._merged.use(slot))
             plan = Plan.FACTORED
         return self.networks.of(plan)
+
+    def _await_rows(self, adapter_index: Tensor) -> None:
+        """Let the lane wait for the copies of the rows that a call reads."""
+        if self._arriving:
+            for slot in set(adapter_index.tolist()):
+                arrived = self._arriving.pop(slot, None)
+                if arrived is not None:
+                    self.lane.after(arrived)
 
     def _throttle(self) -> None:
         while len(self._queued) > _AHEAD:

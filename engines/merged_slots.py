@@ -119,9 +119,9 @@ class MergedSlots:
         """Count the call that `use` was for, once it is queued."""
         held.used = self._lane.mark()
 
-    def loaded(self, slot: int) -> None:
-        """The row of a slot was replaced: its merged weights are of no use any more."""
-        self._loaded[slot] = self._lane.mark()
+    def loaded(self, slot: int, arrived: Mark) -> None:
+        """The row of a slot was replaced, from `arrived` on: its merged weights are of no use any more."""
+        self._loaded[slot] = arrived
         held = self._held.pop(slot, None)
         if held is not None:
             if held.written is not None:

@@ -128,26 +128,41 @@ def test_a_merge_runs_beside_the_steps_and_waits_for_what_it_needs(tiny: TinyPar
     lane = RecordingLane(passing=False)
     engine = make_engine(tiny, lane, weight_slots=1)
     load_adapters(tiny, engine)
-    assert lane.aside is not None
-    loaded = lane.marks[0]
+    copies, aside = lane.besides
+    loaded = copies.marks[0]
     engine.merge(1)
     # The merge waits for the copy of its row; the steps' lane waits for nothing.
-    assert loaded in lane.aside.waited
+    assert loaded in aside.waited
     assert lane.waited == []
     assert (set(engine.merging), set(engine.merged)) == ({1}, {BASE_SLOT})
     inputs, index = tiny.inputs(1), torch.full((1,), 1)
-    # Until it is written the factored plan answers.
+    # Until it is written the factored plan answers, from the row.
     engine.denoise(Plan.MERGED, *inputs, index)
-    assert lane.waited == []
-    written = lane.aside.marks[-1]
+    assert lane.waited == [loaded]
+    written = aside.marks[-1]
     written.passed = True
     assert (set(engine.merging), set(engine.merged)) == (set(), {BASE_SLOT, 1})
     engine.denoise(Plan.MERGED, *inputs, index)
-    assert lane.waited == [written]
+    assert lane.waited == [loaded, written]
     used = lane.marks[-2]
     engine.merge(2)
     # The weights are overwritten only after the last step that read them.
-    assert used in lane.aside.waited
+    assert used in aside.waited
+
+
+def test_a_copy_of_a_row_holds_up_only_those_who_read_it(tiny: TinyParts) -> None:
+    lane = RecordingLane(passing=False)
+    engine = make_engine(tiny, lane, weight_slots=0)
+    load_adapters(tiny, engine)
+    first, second, third = lane.besides[0].marks
+    engine.denoise(Plan.FACTORED, *tiny.inputs(2), torch.tensor([0, 2]))
+    assert lane.waited == [second]
+    engine.denoise(Plan.FACTORED, *tiny.inputs(3), torch.tensor([1, 2, 3]))
+    assert lane.waited == [second, first, third]
+    # And the copy itself waits for the steps that may still read the slot's former row.
+    before = len(lane.marks)
+    engine.load_row(2, EngineRow())
+    assert lane.besides[0].waited[-1] is lane.marks[before]
 
 
 def test_the_host_is_at_most_a_step_ahead(tiny: TinyParts) -> None:

@@ -27,7 +27,7 @@ class ManualMark:
 
 class RecordingLane(HostLane):
     """Counts captures and replays by order; `refuse` and `out_of_memory` make captures fail. Marks are passed at once,
-    those of the lane beside it (`aside`) when `passing` says so.
+    if `passing` says so.
     """
 
     def __init__(self, *, passing: bool = True) -> None:
@@ -37,7 +37,7 @@ class RecordingLane(HostLane):
         self.passing = passing
         self.marks: list[ManualMark] = []
         self.waited: list[Mark] = []
-        self.aside: RecordingLane | None = None
+        self.besides: list[RecordingLane] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -70,9 +70,9 @@ class RecordingLane(HostLane):
         self.waited.append(mark)
 
     def beside(self) -> "RecordingLane":
-        """The lane that merges run on."""
-        self.aside = RecordingLane(passing=self.passing)
-        return self.aside
+        """Another one, kept: the engine makes one for copies, then one for merges."""
+        self.besides.append(RecordingLane(passing=self.passing))
+        return self.besides[-1]
 
     @property
     def captures(self) -> int:
