@@ -9,6 +9,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import resource
 import shutil
@@ -112,7 +113,7 @@ def run(shape: str, dtype: str, folder: Path) -> dict[str, object]:
     row: dict[str, object] = {
         "bench": "export_large",
         "case": f"{shape}-dense-{dtype}",
-        "hardware": f"CPU {platform.machine()}",
+        "hardware": f"{os.cpu_count()}-core {platform.machine()} CPU",
         "versions": {name: version(name) for name in ("torch", "diffusers", "onnx")},
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -121,6 +122,8 @@ def run(shape: str, dtype: str, folder: Path) -> dict[str, object]:
     rows = RowLayout(made[0].layout, ("proj_out",), 16, text_side=False)
     timed(lambda: write_unet(made[0], SpectralFactors({}, {}, {}), rows, Plan.DENSE).save(folder), row, "write")
     row["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+    row["ms"] = float(str(row["write_s"])) * 1000
+    row["case"] = f"{row['case']}, {int(str(row['bytes'])) / 1e9:.1f} GB written"
     # So that what follows does not count the model.
     made.clear()
     timed(lambda: onnx.checker.check_model(str(folder / GRAPH_FILE)), row, "checker")

@@ -27,6 +27,8 @@ TARGETS = {
     "shared_training": "Whole steps of svdiff jobs, in bfloat16: one against making every weight in every step, then "
     "several that share their steps against one at a time. Targets: twice as fast; 8 jobs, three times the jobs per "
     "hour.",
+    "export_large": "Writing the dense graph of a whole UNet beyond 2 GiB, one weight at a time; then onnx.checker and "
+    "TensorRT's parser read it. No target.",
 }
 # Pictures, not timings: docs/methods.md is theirs.
 OWN_PAGES = ("methods_cpu",)

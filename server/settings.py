@@ -45,7 +45,7 @@ class ServerSettings(_Section):
 class ModelSettings(_Section):
     """The base model."""
 
-    path: Path = Field(EMBEDDED_MODEL, description="A diffusers Stable Diffusion 1.x or 2.x folder.")
+    path: Path = Field(EMBEDDED_MODEL, description="A diffusers Stable Diffusion 1.x, 2.x or XL folder.")
     clip_path: Path | None = Field(EMBEDDED_CLIP, description="CLIP folder for the scores of fine-tuning jobs.")
     default_identifier: str = Field("sks", description="Word learned when a job names none.")
 

@@ -128,6 +128,27 @@ def test_mixed_batch_equals_merged_weights(bench: Bench, plan: Plan) -> None:
     assert bench.world.count("replay") == 1, "the second call is the captured one"
 
 
+def test_sdxl_plans_take_the_added_embedding(tiny_xl: TinyParts, tmp_path: Path) -> None:
+    """Built, verified, mixed and merged; what pooled text adds is an input of every plan."""
+    options = EngineOptions(cache_dir=tmp_path, kind="tensorrt", slots=3, max_batch=4, max_size=128, merge_after=2)
+    bench = Bench(tiny_xl, options)
+    assert bench.build().name == "tensorrt"
+    assert max(bench.parity.values()) < 5e-3
+    engine = bench.engine()
+    row = tiny_xl.row((tiny_xl.random_adapter(1), 1.0))
+    engine.load_row(1, row)
+    inputs, added = tiny_xl.inputs(2), tiny_xl.added(2)
+    expected = [tiny_xl.merged_output(one, *inputs, added) for one in (EngineRow(), row)]
+    for _ in range(2):
+        out = engine.denoise(Plan.FACTORED, *inputs, torch.tensor([0, 1]), added)
+        assert error(out[0], expected[0][0]) < CLOSE
+        assert error(out[1], expected[1][1]) < CLOSE
+    engine.merge(1)
+    assert error(engine.denoise_merged(*inputs, added), expected[1]) < CLOSE
+    with pytest.raises(InvalidArgument, match="added: absent"):
+        engine.denoise(Plan.FACTORED, *inputs, torch.tensor([0, 1]))
+
+
 def test_batch_is_filled_with_base_rows(bench: Bench) -> None:
     engine = bench.engine(cuda_graphs=False)
     inputs = bench.parts.inputs(4)
