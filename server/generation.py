@@ -1,6 +1,5 @@
 """What the services and the scheduler say to each other about one Generate call: the request and its events."""
 
-import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
@@ -72,14 +71,6 @@ class StartRequest:
     strength: float
     inversion: InversionRequest | None = None
 
-    @property
-    def inversion_steps(self) -> int:
-        """Steps of the inversion and of the way back together; a step more or less, as the schedule has it."""
-        if self.inversion is None:
-            return 0
-        once = max(1, math.ceil(self.inversion.steps * self.strength))
-        return once * (2 if self.inversion.report_error else 1)
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -129,8 +120,13 @@ class GenerationRequest:
 
     @property
     def inversion_steps(self) -> int:
-        """Steps that the first picture takes before it samples."""
-        return 0 if self.start is None else self.start.inversion_steps
+        """Steps that the first picture takes before it samples, at least: the schedule may ask for a few more."""
+        inversion = None if self.start is None else self.start.inversion
+        if inversion is None:
+            return 0
+        # Sampling begins at this share of the training timesteps, or above (with "leading" spacing exactly here).
+        once = max(1, inversion.steps * (self.sampling_steps - 1) // self.steps)
+        return once * (2 if inversion.report_error else 1)
 
     @property
     def row_steps(self) -> float:

@@ -305,7 +305,7 @@ class StartPicture(_message.Message):
     strength: _builtins.float
     """How much may change: the share of the steps that run, above 0 to 1; at least one step runs. Absent means
     Model.default_strength, or 1 with `inversion`. At 1 every step runs, from pure noise but for the small share of the
-    picture (7 % for Stable Diffusion) that is left at the schedule's highest level.
+    picture that is left at the level of the first step (Stable Diffusion: 8 % at 50 steps, 12 % at 10).
     """
     @_builtins.property
     def inversion(self) -> Global___Inversion:
