@@ -11,6 +11,8 @@ import pytest
 import structlog
 from fake_service import FakeServer, png
 from PIL import Image
+from tiny_painter import make_tiny_painter
+from tiny_training import make_tiny_base
 
 from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.file import write_adapter
@@ -106,6 +108,31 @@ def test_wrong_words_are_told_before_anything_is_drawn(
     truth = run("evaluate", "served", "fox", *asked, "--identifier", "sks", "--truth", "nothing")
     assert "PROMPT=FILE" in truth.err
     assert not fake.service.seen
+
+
+def test_a_matrix_is_run_once_and_told_again(
+    run: Run, tmp_path: Path, base_model: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter = make_tiny_painter(*make_tiny_base(base_model))
+    monkeypatch.setattr(drawing, "make_painter", lambda *_, **__: painter)
+    (tmp_path / "one.png").write_bytes(png())
+    plan = {
+        "cases": [{"name": "blob", "kind": "object", "class_noun": "ball", "pictures": [{"file": "one.png"}]}],
+        "methods": [{"name": "words", "method": "textual_inversion", "settings": {"batch_size": 1}}],
+        "budgets": [{"steps": 1}],
+        "prompts": 1,
+        "prior": ["a lemon"],
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    words = ("evaluate", "matrix", tmp_path / "plan.json", "--out", tmp_path / "out", "--json")
+    none = run(*words, "--max-minutes", 0)
+    assert (none.code, none.json["rows"], none.json["left"]) == (0, [], 3)
+    done = run(*words)
+    assert done.code == 0, done.err
+    assert [row["cell"] for row in done.json["rows"]] == ["blob, real", "blob, base", "blob, words, 1 steps, seed 0"]
+    assert done.json["left"] == 0
+    assert run(*words).json == done.json
+    assert all(Path(file).is_file() for file in done.json["files"])
 
 
 def test_a_wrong_plan_is_named(run: Run, tmp_path: Path) -> None:
