@@ -11,6 +11,7 @@ from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 from hueshift.training.checks import (
     CHOICES,
     LISTS,
+    check_edit,
     check_learning,
     check_pictures,
     check_prompts,
@@ -65,8 +66,8 @@ _METHODS: Mapping[Method, Mapping[str, Any]] = MappingProxyType(
         Method.LORA: {"learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "targets": LORA_TARGETS},
         # The learning rate is the words': identifier_learning_rate; the other one has nothing to move.
         Method.TEXTUAL_INVERSION: {"learning_rate": 1e-2, "token_vectors": 4, "anchor_below": 0},
-        Method.CUSTOM_DIFFUSION: {"learning_rate": 1e-4},
-        Method.DREAMBOOTH: {"learning_rate": 1e-4, "rank": 16},
+        Method.CUSTOM_DIFFUSION: {"learning_rate": 1e-3},
+        Method.DREAMBOOTH: {"learning_rate": 5e-4, "rank": 16},
     }
 )
 _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyType(
@@ -83,12 +84,20 @@ _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyTy
             "identifier_learning_rate": 1e-2,
             "anchor_below": 100,
         },
+        (Method.SVDIFF, SubjectKind.EDIT): {
+            "learning_rate": 1.5e-2,
+            "norm_learning_rate": 1e-3,
+            "caption_dropout": 0.0,
+            "anchor_below": 0,
+            "ema_decay": 0.0,
+        },
     }
 )
 _KINDS: Mapping[SubjectKind, Mapping[str, Any]] = MappingProxyType(
     {
         SubjectKind.SUBJECT: {"steps": 120, "identifier_learning_rate": 1e-2},
         SubjectKind.STYLE: {"steps": 150, "identifier_learning_rate": 3e-3},
+        SubjectKind.EDIT: {"steps": 60, "identifier_learning_rate": 0.0},
     }
 )
 # The paper's probability. Weight and layers it does not give where we could read it: on emoji-128 the mean squared
@@ -142,20 +151,24 @@ def complete_spec(
     """Check a request and fill in what it leaves open.
 
     `captions` has one entry per picture; an empty one becomes `a {identifier} {class_noun}` of the picture's subject.
-    `learn_identifier` None means True. `given` holds settings of TrainingSpec by name, None for those to be filled in.
-    No sample prompt means the first caption. Raises InvalidArgument with every wrong field (`settings.steps`,
-    `pictures[2].caption`, ...), what was given and what is allowed. Whether an identifier is one token needs the
-    tokenizer: `check_identifier`.
+    `learn_identifier` None means True; an edit learns none, and its one picture has a caption. `given` holds settings
+    of TrainingSpec by name, None for those to be filled in. No sample prompt means the first caption. Raises
+    InvalidArgument with every wrong field (`settings.steps`, `pictures[2].caption`, ...), what was given and what is
+    allowed. Whether an identifier is one token needs the tokenizer: `check_identifier`.
     """
-    learn = learn_identifier is not False
+    edit = subject_kind is SubjectKind.EDIT
+    learn = learn_identifier is not False and not edit
     first = Subject(identifier=identifier, class_noun=class_noun, identifier_init=tuple(identifier_init))
     subjects = (first, *more_subjects)
     shown = tuple(picture_subjects) or (0,) * len(captions)
     settings = {name: value for name, value in given.items() if value is not None}
     problems = check_settings(settings)
     chosen = _complete_settings(method, subject_kind, len(subjects), settings)
-    problems += check_subjects(subjects, shown)
-    problems += check_pictures(captions, shown, subjects, picture_repeats)
+    if edit:
+        problems += check_edit(method, captions, first, learn_identifier, bool(more_subjects) or any(shown))
+    else:
+        problems += check_subjects(subjects, shown)
+        problems += check_pictures(captions, shown, subjects, picture_repeats)
     problems += check_prompts(sample_prompts)
     _refuse(problems)
     problems += check_together(method, chosen, subjects)
