@@ -41,8 +41,8 @@ def show_weights(studio: Studio) -> Panel:
     ]
     return Panel(
         "Weights",
-        f"`{FOX}` with the SVDiff adapter at weights from 0 to 1.5, six mixes in one batch. The learned word is the "
-        "adapter's at every weight, so weight 0 is not the base model's picture: words do not scale.",
+        f"`{FOX}` with the SVDiff adapter at weights from 0, the base model, to 1.5, all in one batch. The learned "
+        "word stays what it is at every weight above 0; only the shifts scale.",
         [f"weight {weight:g}" for weight in WEIGHTS],
         rows,
     )

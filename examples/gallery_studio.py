@@ -35,8 +35,8 @@ class Studio:
     pictures: Path
 
     def of(self, key: str, weight: float = 1.0) -> Mix:
-        """An adapter alone."""
-        return [(self.adapters[key], weight)]
+        """An adapter alone; as in requests, one of weight 0 counts as absent, its words too."""
+        return [(self.adapters[key], weight)] if weight else []
 
     def draw_each(self, wanted: Sequence[tuple[Drawing, Mix]]) -> list[Image.Image]:
         """Draw pictures of different mixes, as many mixes together as the engine has slots."""
