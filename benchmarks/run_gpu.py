@@ -13,6 +13,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,8 @@ from hueshift.kernels.bench import Case, Weight, time_in_graph
 from hueshift.kernels.launch import triton
 
 FOLDER = Path(__file__).resolve().parent
+# These measure the whole engine and make their rows themselves, from a kit (engine_kit.py).
+ENGINE_STEMS = ("unet_step", "attach", "serve_mixed")
 STEMS = (
     "spectral_reassemble",
     "lowrank_merge",
@@ -33,6 +36,7 @@ STEMS = (
     "sampler_step",
     "lag_mask",
     "shared_training",
+    *ENGINE_STEMS,
 )
 # These time whole training steps, many launches each, and make their rows themselves.
 STEP_STEMS = ("shared_training",)
@@ -54,6 +58,8 @@ def load_benchmark(stem: str) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(stem)
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their own module up by its name.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -124,6 +130,29 @@ def measure_stem(
         yield measure(stem, case, about)
 
 
+def run_engine_stems(stems: Sequence[str], about: Mapping[str, Any], folder: Path) -> None:
+    """Run the engine's benchmarks on the first CUDA device; one model and its decomposition serve them all."""
+    if not stems:
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        kit = load_benchmark("engine_kit").full_kit(torch.device("cuda"), Path(cache), about)
+        for stem in stems:
+            run_engine(stem, kit, folder)
+            torch.cuda.empty_cache()
+
+
+def run_engine(stem: str, kit: Any, folder: Path) -> list[dict[str, Any]]:
+    """Run one benchmark of the engine with a kit, write its rows as they come, each to the file of its bench."""
+    rows = []
+    for row in load_benchmark(stem).rows(kit):
+        with (folder / f"{row['bench']}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {name: value for name, value in row.items() if isinstance(value, float)}
+        print(f"{row['bench']:20} {row['case']:44} " + "  ".join(f"{n} {v:.4g}" for n, v in shown.items()), flush=True)
+        rows.append(row)
+    return rows
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(description="Benchmark the kernels on this machine's GPU.")
@@ -145,7 +174,10 @@ def main(arguments: Sequence[str]) -> int:
     models = {model: read_weights(model) for model in options.models}
     folder = options.out / "sweep" if options.sweep else options.out
     folder.mkdir(parents=True, exist_ok=True)
-    for stem in options.stems or STEMS:
+    wanted = options.stems or STEMS
+    if not options.sweep:
+        run_engine_stems([stem for stem in wanted if stem in ENGINE_STEMS], about, folder)
+    for stem in [stem for stem in wanted if stem not in ENGINE_STEMS]:
         if stem in STEP_STEMS and options.sweep:
             continue
         with (folder / f"{stem}.jsonl").open("a", encoding="utf-8") as file:

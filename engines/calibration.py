@@ -13,7 +13,7 @@ from hueshift.engines.cost_model import CostTable
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
-from hueshift.engines.cuda_lane import Work
+from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.cuda_options import KernelUse
 from hueshift.engines.interface import BASE_SLOT, Plan
 from hueshift.engines.merged_slots import BASE_ROLE
@@ -71,7 +71,7 @@ def measure_costs(engine: CudaEngine, calls: Mapping[GraphKey, Work], progress: 
             plan = Plan.MERGED if key.role == BASE_ROLE else Plan(key.role)
             shape = key.shape
             with torch.no_grad():
-                times[plan, shape.rows, (shape.height, shape.width)] = lane.milliseconds(call, _REPEATS)
+                times[plan, shape.rows, (shape.height, shape.width)] = _median_ms(lane, call)
     progress("calibrate", len(calls), len(calls))
     return CostTable(times, _merge_ms(engine), _overhead_ms(engine, times))
 
@@ -100,7 +100,7 @@ def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
         engine.networks.choose(plan, kernels=kernels)
         call = engine.warm_one(plan.value, shape)
         with torch.no_grad():
-            times[kernels] = engine.lane.milliseconds(call, _REPEATS)
+            times[kernels] = _median_ms(engine.lane, call)
         engine.graphs.forget(plan.value)
     _log.info("layer_form", plan=plan.value, rows=rows, torch_ms=times[False], kernels_ms=times[True])
     return times[True] < times[False]
@@ -118,7 +118,7 @@ def _merge_ms(engine: CudaEngine) -> float:
         engine.finish_merges()
 
     again()
-    return engine.lane.milliseconds(again, _REPEATS)
+    return _median_ms(engine.lane, again)
 
 
 def _overhead_ms(engine: CudaEngine, times: Mapping[tuple[Plan, int, tuple[int, int]], float]) -> float:
@@ -133,4 +133,8 @@ def _overhead_ms(engine: CudaEngine, times: Mapping[tuple[Plan, int, tuple[int, 
     def call() -> None:
         engine.denoise(Plan.DENSE, placed[0], placed[1], placed[2], inputs[3], added)
 
-    return max(0.0, engine.lane.milliseconds(call, _REPEATS) - graph)
+    return max(0.0, _median_ms(engine.lane, call) - graph)
+
+
+def _median_ms(lane: GraphLane, work: Work) -> float:
+    return lane.times_ms(work, _REPEATS)[_REPEATS // 2]

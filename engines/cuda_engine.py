@@ -138,6 +138,12 @@ class CudaEngine:
             if self._merged.merges > begun:
                 self.observer.merge_began()
 
+    def finish_rows(self) -> None:
+        """Let the steps' lane wait for every row that is on its way."""
+        for arrived in self._arriving.values():
+            self.lane.after(arrived)
+        self._arriving.clear()
+
     def finish_merges(self) -> None:
         """Let the steps' lane wait for every merge that has begun."""
         if self._merged is not None:

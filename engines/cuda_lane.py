@@ -62,8 +62,8 @@ class GraphLane(Protocol):
         """A lane of the same device whose work runs at the same time."""
         ...
 
-    def milliseconds(self, work: Work, repeats: int) -> float:
-        """Median time of one run of `work`."""
+    def times_ms(self, work: Work, repeats: int) -> list[float]:
+        """Milliseconds of each run of `work`, sorted."""
         ...
 
     def free_bytes(self) -> int | None:
@@ -123,8 +123,8 @@ class CudaLane:
         """Another stream."""
         return CudaLane(self.device)
 
-    def milliseconds(self, work: Work, repeats: int) -> float:
-        """Median time between events around each run."""
+    def times_ms(self, work: Work, repeats: int) -> list[float]:
+        """Times between events around each run."""
         pairs = []
         with self.apart():
             for _ in range(repeats):
@@ -135,7 +135,7 @@ class CudaLane:
                 end.record(self._stream)
                 pairs.append((begin, end))
         self._stream.synchronize()
-        return float(sorted(begin.elapsed_time(end) for begin, end in pairs)[repeats // 2])
+        return sorted(float(begin.elapsed_time(end)) for begin, end in pairs)
 
     def free_bytes(self) -> int | None:
         """What the driver has left, and what torch holds but does not use."""
@@ -198,14 +198,14 @@ class HostLane:
         """Another one like it."""
         return HostLane()
 
-    def milliseconds(self, work: Work, repeats: int) -> float:
-        """Median on the wall clock."""
+    def times_ms(self, work: Work, repeats: int) -> list[float]:
+        """Times on the wall clock."""
         times = []
         for _ in range(repeats):
             begin = time.perf_counter()
             work()
             times.append((time.perf_counter() - begin) * 1000)
-        return sorted(times)[repeats // 2]
+        return sorted(times)
 
     def free_bytes(self) -> int | None:
         """Not known: the host's memory belongs to all processes."""

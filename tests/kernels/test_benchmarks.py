@@ -146,4 +146,4 @@ def test_the_page_takes_the_newest_row_of_a_case(tmp_path: Path) -> None:
     assert "3.1% of the UNet step" in page
     assert "+12.0% over the layers dense" in page
     assert "## serve" in page
-    assert page.count("Not yet measured.") == 6
+    assert page.count("Not yet measured.") == len(report.TARGETS) - 1

@@ -1,0 +1,235 @@
+"""What the engine's benchmarks are run with: a model with random weights, engines over it, adapters, and the clock.
+
+Random weights take as long as trained ones. `full` is SD1.5's architecture on a CUDA device; `tiny` runs the same code
+in seconds on a CPU, for the tests, and its figures mean nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
+from hueshift.engines.base_model import BaseModel, read_layout
+from hueshift.engines.cuda_engine import CudaEngine
+from hueshift.engines.cuda_lane import CudaLane, GraphLane, HostLane
+from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
+from hueshift.engines.cuda_setup import build_cuda
+from hueshift.engines.noise_schedule import NoiseSchedule
+from hueshift.engines.rows import RowLayout, read_norms
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.models.embedded import EMBEDDED_MODEL
+
+LOWRANK_TARGETS = ("to_q", "to_out.0", "proj_out")
+SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large and how long: networks' configurations, UNet rows, repeats, and the serving load."""
+
+    name: str
+    unet: Mapping[str, Any]
+    text: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    rows: tuple[int, ...]
+    compiles: tuple[CompileKind, ...]
+    repeats: int
+    steps: int
+    requests: int
+    tenants: tuple[int, ...]
+    adapters: tuple[int, ...]
+    rank: int = 4
+
+
+FULL = Scale(
+    name="sd15",
+    unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    vae={
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    },
+    rows=(2, 4, 8, 16, 32),
+    compiles=(CompileKind.GRAPH, CompileKind.INDUCTOR),
+    repeats=50,
+    steps=25,
+    requests=96,
+    tenants=(1, 2, 4, 8, 16),
+    adapters=(10, 1000, 10_000),
+)
+TINY = Scale(
+    name="tiny",
+    unet={
+        "sample_size": 8,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+    text={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    vae={
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    },
+    rows=(2, 4),
+    compiles=(CompileKind.GRAPH,),
+    repeats=3,
+    steps=2,
+    requests=4,
+    tenants=(1, 2),
+    adapters=(3,),
+)
+
+
+@dataclass
+class EngineKit:
+    """Everything at one scale on one device; `cache` is a folder for measured costs, `about` goes into every row."""
+
+    scale: Scale
+    device: torch.device
+    cache: Path
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The model, in fp32, as a server loads it."""
+        torch.manual_seed(0)
+        scale = self.scale
+        tokens = 77 if scale.name == "sd15" else 8
+        tokenizer: Any = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
+        tokenizer.model_max_length = tokens
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=tokens, pad_token_id=tokenizer.pad_token_id, **ends,
+            **scale.text,
+        )  # fmt: skip
+        unet: Any = UNet2DConditionModel(**scale.unet)
+        vae: Any = AutoencoderKL(**scale.vae)
+        text: Any = CLIPTextModel(config)
+        for module in (unet, vae, text):
+            module.to(self.device).eval().requires_grad_(False)
+        name = f"{scale.name}-random"
+        identity = hashlib.sha256(name.encode()).hexdigest()
+        levels = len(unet.config.block_out_channels)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return BaseModel(
+            name=name,
+            path=Path(name),
+            base_hash=identity,
+            unet=unet,
+            vae=vae,
+            text_encoder=text,
+            tokenizer=tokenizer,
+            schedule=NoiseSchedule.from_config(SCHEDULER),
+            layout=read_layout(unet, identity, config.hidden_size),
+            latent_channels=4,
+            latent_factor=factor,
+            sample_size=unet.config.sample_size,
+            size_multiple=factor * 2 ** (levels - 1),
+        )
+
+    @cached_property
+    def factors(self) -> SpectralFactors:
+        """Its decomposition in fp32, on the device: seconds, where fp64 takes minutes."""
+        factors = SpectralFactors({}, {}, {})
+        for layer in self.base.layout.matrices:
+            matrix = self.base.unet.get_parameter(f"{layer.name}.weight").detach().reshape(layer.rows, layer.cols)
+            u, sigma, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
+            factors.u[layer.name], factors.vh[layer.name] = u.cpu().contiguous(), vh.cpu().contiguous()
+            factors.sigma[layer.name] = sigma.cpu()
+        return factors
+
+    @cached_property
+    def rows(self) -> RowLayout:
+        """Spectral rows, and branches of the scale's rank on attention and its output."""
+        return RowLayout(self.base.layout, LOWRANK_TARGETS, self.scale.rank, text_side=False)
+
+    @cached_property
+    def norms(self) -> dict[str, Tensor]:
+        """Weights of its norms."""
+        return read_norms(self.base.layout, lambda name: self.base.unet.get_parameter(f"{name}.weight"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What engines and baselines run in."""
+        return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    def lane(self) -> GraphLane:
+        """A lane of the device."""
+        return CudaLane(self.device) if self.device.type == "cuda" else HostLane()
+
+    def engine(
+        self, *, compile: CompileKind, slots: int = 24, max_batch: int | None = None, **options: Any
+    ) -> CudaEngine:
+        """A warm engine that measured itself."""
+        native = (self.base.sample_size, self.base.sample_size)
+        defaults = CudaOptions(warm_sizes=(native,), max_area=native[0] * native[1], compile=compile, weight_slots=1)
+        if self.device.type != "cuda":
+            defaults = replace(defaults, kernels=KernelUse.OFF)
+        return build_cuda(
+            self.base,
+            self.factors,
+            self.rows,
+            self.norms,
+            slots=slots,
+            max_batch=max_batch or max(self.scale.rows),
+            options=replace(defaults, **options),
+            lane=self.lane(),
+            cache_dir=self.cache,
+            progress=lambda stage, done, total: None,
+        )
+
+    def adapter(self, seed: int, kind: AdapterKind) -> Adapter:
+        """A random adapter, as a store would hold it."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator) * 0.02
+
+        layout = self.base.layout
+        if kind is AdapterKind.SPECTRAL:
+            shifts = {layer.name: normal(layer.rank) for layer in layout.matrices}
+            return Adapter(kind, layout.base_hash, "svdiff", spectral=shifts)
+        rank = self.scale.rank
+        parts = {t.name: LowRankFactors(normal(rank, t.cols), normal(t.rows, rank)) for t in self.rows.targets}
+        return Adapter(kind, layout.base_hash, "lora", lowrank=parts)
+
+    def times(self, work: Callable[[], Any], repeats: int | None = None) -> dict[str, float]:
+        """Milliseconds of one run on the engine's device: median, 20th and 80th percentile."""
+        count = repeats or self.scale.repeats
+        work()
+        found = self.lane().times_ms(lambda: work() and None, count)
+        return {"ms": found[count // 2], "p20": found[count // 5], "p80": found[count * 4 // 5]}
+
+    def row(self, bench: str, case: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """One line of results."""
+        rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in figures.items()}
+        made = {"bench": bench, "case": f"{self.scale.name}-{case}", **rounded, **self.about}
+        json.dumps(made)
+        return made
+
+
+def full_kit(device: torch.device, cache: Path, about: Mapping[str, Any]) -> EngineKit:
+    """The kit that measures."""
+    return EngineKit(FULL, device, cache, about)
+
+
+def tiny_kit(cache: Path, about: Mapping[str, Any]) -> EngineKit:
+    """The kit that shows that everything runs."""
+    return EngineKit(TINY, torch.device("cpu"), cache, about)

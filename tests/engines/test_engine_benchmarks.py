@@ -1,0 +1,85 @@
+"""The engine's benchmarks run whole, on a tiny model on the CPU, and give rows that the page can show."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ABOUT = {"hardware": "none", "versions": {"torch": "2"}, "date": "2026-11-20", "commit": "abc"}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def load(name: str) -> Any:
+    """Import a file of the benchmarks folder."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny kit."""
+    return load("engine_kit").tiny_kit(tmp_path_factory.mktemp("costs"), ABOUT)
+
+
+@pytest.mark.parametrize(
+    ("stem", "cases"),
+    [
+        ("unet_step", {"tiny-dense-b2-graph", "tiny-factored-b4-graph", "tiny-merged-b2-graph"}),
+        ("attach", {"tiny-spectral-slot", "tiny-lowrank-rows", "tiny-spectral-host", "tiny-lowrank-file"}),
+        ("serve_mixed", {"tiny-2tenants-zipf-spectral-3adapters", "tiny-1tenants-zipf-lowrank-3adapters"}),
+    ],
+)
+# peft tells of layers that diffusers fuses back, and diffusers of defaults: theirs, not ours.
+@pytest.mark.filterwarnings("ignore")
+def test_every_benchmark_gives_whole_rows(kit: Any, tmp_path: Path, stem: str, cases: set[str]) -> None:
+    rows = load("run_gpu").run_engine(stem, kit, tmp_path)
+    found = {row["case"] for row in rows if row["bench"] == stem}
+    assert cases <= found
+    assert len(found) == sum(row["bench"] == stem for row in rows)
+    stored = [json.loads(line) for line in (tmp_path / f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert stored == [row for row in rows if row["bench"] == stem]
+    for row in rows:
+        assert row["hardware"] == "none"
+        if row["bench"] == "serve_mixed":
+            assert min(row["images_per_s"], row["ratio_a_fuse"], row["ratio_c_swap_per_user"]) > 0
+            assert row["p50_s"] <= row["p99_s"]
+        elif row["bench"] == "unet_profile":
+            shares = ("gemm", "convolution", "attention", "elementwise", "other", "gaps")
+            assert sum(row[name] for name in shares) == pytest.approx(1, abs=1e-3)
+        else:
+            assert 0 < row["p20"] <= row["ms"] <= row["p80"]
+    page = load("report").render(tmp_path)
+    assert all(case in page for case in cases)
+
+
+def test_requests_of_a_full_queue_wait_for_each_other() -> None:
+    serve_mixed = load("serve_mixed")
+    assert serve_mixed.closed_loop([1.0] * 6, 1) == [1.0] * 5
+    assert serve_mixed.closed_loop([1.0] * 8, 4) == [4.0] * 4
+    assert max(serve_mixed.zipf(3, 100)) < 3
+    drawn = serve_mixed.zipf(1000, 2000)
+    assert drawn.count(0) > 5 * drawn.count(10) > 0
+
+
+def test_kernels_are_sorted_by_name() -> None:
+    classify = load("unet_step").classify_kernel
+    names = {
+        "pytorch_flash::flash_fwd_kernel": "attention",
+        "sm90_xmma_fprop_implicit_gemm_f16f16": "convolution",
+        "cutlass_80_tensorop_f16_s16816gemm": "gemm",
+        "_product_kernel": "gemm",
+        "void at::native::vectorized_elementwise_kernel": "elementwise",
+        "triton_poi_fused_silu_3": "elementwise",
+        "something": "other",
+    }
+    assert {name: classify(name) for name in names} == names
