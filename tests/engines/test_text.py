@@ -76,7 +76,7 @@ def test_the_base_encoder_is_untouched(base_model: BaseModel, stage: TextStage) 
     assert torch.equal(plain(base_model, word), before)
     embeddings = base_model.text_encoder.get_input_embeddings()
     assert not embeddings._forward_hooks
-    assert stage._towers[0].embeddings.weight.data_ptr() == embeddings.weight.data_ptr()
+    assert next(stage._towers[0].embeddings.parameters()).data_ptr() == embeddings.weight.data_ptr()
 
 
 def test_threads_do_not_see_each_other(base_model: BaseModel, stage: TextStage) -> None:
