@@ -62,10 +62,14 @@ class Method(StrEnum):
 
 
 class Subject(StrEnum):
-    """What training pictures have in common. UNKNOWN stands for values newer than this client."""
+    """What training pictures have in common; EDIT: there is one, and its prompt, to be edited.
+
+    UNKNOWN stands for values newer than this client.
+    """
 
     SUBJECT = "subject"
     STYLE = "style"
+    EDIT = "edit"
     UNKNOWN = "unknown"
 
 

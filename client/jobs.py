@@ -66,7 +66,8 @@ class Scores:
     """CLIP scores of a job's samples: against the pictures, against their prompts, and the base model's own.
 
     `prior_kept` is how much other things look as before, 1 being all; `diversity` how much pictures of one prompt
-    differ. None where the server did not measure them.
+    differ. None where the server did not measure them. Edits tell how far their picture is off after inversion and the
+    way back, with the adapter and with the base model; without a CLIP the cosines are 0.
     """
 
     clip_i: float
@@ -74,6 +75,8 @@ class Scores:
     clip_i_base: float
     prior_kept: float | None = None
     diversity: float | None = None
+    inversion_error: float | None = None
+    inversion_error_base: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +286,8 @@ def _read_scores(message: pb.FineTuneScores) -> Scores:
         message.clip_i_base,
         optional(message.HasField("prior_kept"), lambda: message.prior_kept),
         optional(message.HasField("diversity"), lambda: message.diversity),
+        optional(message.HasField("inversion_error"), lambda: message.inversion_error),
+        optional(message.HasField("inversion_error_base"), lambda: message.inversion_error_base),
     )
 
 

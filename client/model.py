@@ -19,6 +19,8 @@ class MethodInfo:
     method: Method
     subject_defaults: Mapping[str, Setting]
     style_defaults: Mapping[str, Setting]
+    edit_defaults: Mapping[str, Setting]
+    """Empty where the method cannot be used for edits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ def _read_method(message: pb.MethodInfo) -> MethodInfo:
         method=from_enum(finetune_pb2.FineTuneMethod, "FINE_TUNE_METHOD", Method, message.method, Method.UNKNOWN),
         subject_defaults=read_settings(message.subject_defaults),
         style_defaults=read_settings(message.style_defaults),
+        edit_defaults=read_settings(message.edit_defaults),
     )
 
 

@@ -85,4 +85,6 @@ def _numbers(result: TrainingResult) -> dict[str, float] | None:
     numbers: dict[str, float] = {name: score for name, score in scores.items() if score is not None}
     if result.kept_energy is not None:
         numbers["kept_energy"] = result.kept_energy
+    if result.inversion is not None:
+        numbers |= {"inversion_error": result.inversion.tuned, "inversion_error_base": result.inversion.base}
     return numbers or None

@@ -123,6 +123,35 @@ def check_learning(method: Method, learn: bool, rate: float) -> list[FieldViolat
     return [FieldViolation(field, "off, but the word is all that textual_inversion learns; turn it on")]
 
 
+def check_edit(
+    method: Method, captions: Sequence[str], first: Subject, learn: bool | None, several: bool
+) -> list[FieldViolation]:
+    """Check a job of one picture and its prompt. `several`: other subjects or pictures of them were named."""
+    problems: list[FieldViolation] = []
+
+    def refuse(field: str, problem: str) -> None:
+        problems.append(FieldViolation(field, problem))
+
+    if method is Method.TEXTUAL_INVERSION:
+        refuse("method", f"{method} learns words alone, and an edit learns none; use {Method.SVDIFF}")
+    if len(captions) != 1:
+        refuse("pictures", f"{len(captions)} given; an edit takes 1")
+    for i, caption in enumerate(captions):
+        if (problem := _text_problem(caption, MAX_TEXT)) is not None:
+            refuse(f"pictures[{i}].caption", f"{problem}: an edit begins with what the picture shows")
+    if first.identifier:
+        refuse("identifier", f"{first.identifier[:80]!r} given, but an edit learns no word; leave it out")
+    if learn:
+        refuse("learn_identifier", "true given, but an edit learns no word; leave it out")
+    if first.identifier_init:
+        refuse("identifier_init", "given, but an edit learns no word; leave it out")
+    if several:
+        refuse("more_subjects", "given, but an edit has its one picture; leave them out")
+    if len(first.class_noun) > MAX_IDENTIFIER:
+        refuse("class_noun", f"{len(first.class_noun)} characters given; allowed: at most {MAX_IDENTIFIER}")
+    return problems
+
+
 def check_subjects(subjects: Sequence[Subject], shown: Sequence[int]) -> list[FieldViolation]:
     """Check the subjects, and that each picture shows one of them and each of them is shown."""
     problems: list[FieldViolation] = []

@@ -173,10 +173,7 @@ def complete_spec(
     _refuse(problems)
     problems += check_together(method, chosen, subjects)
     problems += check_learning(method, learn, chosen["identifier_learning_rate"])
-    filled = tuple(
-        caption if caption.strip() else f"a {subjects[of].identifier} {subjects[of].class_noun}"
-        for caption, of in zip(captions, shown, strict=True)
-    )
+    filled = _fill_captions(captions, shown, subjects)
     _refuse(problems + (_check_words_stand(subjects, filled, shown) if learn else []))
     return TrainingSpec(
         method=method,
@@ -193,6 +190,13 @@ def complete_spec(
         picture_repeats=tuple(picture_repeats) if any(times != 1 for times in picture_repeats) else (),
         masked_pictures=tuple(masked_pictures),
         **chosen,
+    )
+
+
+def _fill_captions(captions: Sequence[str], shown: Sequence[int], subjects: Sequence[Subject]) -> tuple[str, ...]:
+    return tuple(
+        caption if caption.strip() else f"a {subjects[of].identifier} {subjects[of].class_noun}"
+        for caption, of in zip(captions, shown, strict=True)
     )
 
 

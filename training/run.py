@@ -12,6 +12,7 @@ import numpy as np
 import structlog
 import torch
 from PIL import Image
+from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, InvalidArgument, Reason
@@ -22,6 +23,7 @@ from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.training.checkpoint import fingerprint_job, read_checkpoint, write_checkpoint
 from hueshift.training.class_pictures import class_latents, class_prompt, prune_cache
+from hueshift.training.editing import InversionErrors, measure_inversion
 from hueshift.training.evaluation.measures import diversity_of, paired_cosine
 from hueshift.training.latents import make_picture_set
 from hueshift.training.loop import TrainingTask, check_finite, train_step
@@ -34,7 +36,7 @@ from hueshift.training.plateau import CHECK_INTERVAL, LEAST_GAIN, fixed_loss
 from hueshift.training.samples import Sampler
 from hueshift.training.scores import ClipScorer, Scores
 from hueshift.training.sharing.shared_training import SharedTraining
-from hueshift.training.spec import TrainingSpec
+from hueshift.training.spec import SubjectKind, TrainingSpec
 from hueshift.training.state import TrainingState
 from hueshift.training.stepping import StepAlone, Stepper
 from hueshift.training.unet import TrainingUNet, make_unet
@@ -75,7 +77,8 @@ class TrainingHooks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a job made; `scores` is None without a CLIP, `kept_energy` where nothing was compressed.
+    """What a job made; `scores` is None without a CLIP, `kept_energy` where nothing was compressed, `inversion` but for
+    edits.
 
     `steps_taken` in `step_seconds` are those of this call; a resumed job took others before.
     """
@@ -86,6 +89,7 @@ class TrainingResult:
     kept_energy: float | None = None
     steps_taken: int = 0
     step_seconds: float = 0.0
+    inversion: InversionErrors | None = None
 
 
 def run_training(
@@ -217,7 +221,16 @@ class _Job:
             identifier=self._spec.identifier,
             class_noun=self._spec.class_noun,
         )
-        return TrainingResult(adapter, scores, tuple(self._state.losses), learned.kept_energy, *self._taken)
+        inversion = self._invert(values) if self._spec.subject_kind is SubjectKind.EDIT else None
+        losses = tuple(self._state.losses)
+        return TrainingResult(adapter, scores, losses, learned.kept_energy, *self._taken, inversion)
+
+    @torch.no_grad()
+    def _invert(self, values: Mapping[str, Tensor]) -> InversionErrors:
+        captions, device = self._spec.captions, self._task.device
+        before = (self._captions.contexts(captions, None)[0], self._learnable.base_rows().to(device))
+        after = (self._captions.contexts(captions, values)[0], self._learnable.rows(values).to(device))
+        return measure_inversion(self._sampler, self._task.pictures.latents.mean[0].to(device), before, after)
 
     def _step(self) -> None:
         begun = time.perf_counter()

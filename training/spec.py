@@ -19,10 +19,11 @@ class Method(StrEnum):
 
 
 class SubjectKind(StrEnum):
-    """What the pictures have in common."""
+    """What the pictures have in common. EDIT: there is one, and its prompt, to be edited; no word is learned."""
 
     SUBJECT = "subject"
     STYLE = "style"
+    EDIT = "edit"
 
 
 class LoraInit(StrEnum):
@@ -68,9 +69,9 @@ class TrainingSpec:
 
     Fields with defaults came later; a default is what jobs did before the field was there.
 
-    `identifier`, `class_noun` and `identifier_init` are the first subject's; `more_subjects` follow, and
-    `picture_subjects` tells which subject each picture shows (empty: the first). `picture_repeats` says how often each
-    comes in a pass (empty: once); `masked_pictures` are the indices of pictures whose masks are given.
+    `identifier` (empty: an edit), `class_noun` and `identifier_init` are the first subject's; `more_subjects` follow,
+    and `picture_subjects` tells which subject each picture shows (empty: the first). `picture_repeats` says how often
+    each comes in a pass (empty: once); `masked_pictures` are the indices of pictures whose masks are given.
     `rank`, `alpha`, `targets` and `lora_init` are LoRA's; DreamBooth and Custom Diffusion also compress to `rank`.
     `token_vectors` and `per_layer` shape the learned words. `random_crops` 0 takes the centre of each picture, else
     that many random squares. `early_stop` 0 is off, else how many checks in a row must bring nothing.

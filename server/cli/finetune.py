@@ -55,6 +55,9 @@ def finetune(
     subject: Annotated[
         bool, typer.Option("--subject/--style", help="What the pictures share: one thing, or one manner of drawing.")
     ] = True,
+    edit: Annotated[
+        str, typer.Option(metavar="PROMPT", help="Learn one picture, which this describes, in order to edit it.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job and tell its cost; queue nothing.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     out: Annotated[
@@ -64,14 +67,14 @@ def finetune(
     lesson: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> None:
-    """Learn an adapter from a few pictures of one subject or of one style."""
+    """Learn an adapter from a few pictures of one subject or of one style, or from one picture that is to be edited."""
     if out is not None and not watch:
         raise typer.BadParameter("samples are saved while the job is watched; add --watch", param_hint="--out")
     if dry_run and watch:
         raise typer.BadParameter("there is nothing to watch in a dry run; leave one out", param_hint="--dry-run")
     options = _options(pictures, lesson)
     options["settings"] = chosen_settings(settings)
-    options["subject"] = Subject.SUBJECT if subject else Subject.STYLE
+    options |= _subject(subject, edit, options["captions"])
     options["validate_only"] = dry_run
     job = session.client.fine_tune(pictures, **options)
     if dry_run:
@@ -103,6 +106,14 @@ def _options(pictures: list[Path], lesson: Mapping[str, Any]) -> dict[str, Any]:
     if lesson["learn_identifier"] is not None:
         options["learn_identifier"] = lesson["learn_identifier"]
     return options
+
+
+def _subject(subject: bool, edit: str, captions: list[str]) -> dict[str, Any]:
+    if not edit:
+        return {"subject": Subject.SUBJECT if subject else Subject.STYLE}
+    if not subject or captions:
+        raise typer.BadParameter("it says what the picture shows; leave --style and captions out", param_hint="--edit")
+    return {"subject": Subject.EDIT, "captions": [edit]}
 
 
 def _captions(pictures: list[Path], captions: list[str], file: Path | None) -> list[str]:

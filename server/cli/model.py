@@ -44,7 +44,12 @@ def show_model(
     rows = [
         (info.method.value, kind, _settings_text(defaults))
         for info in model.methods
-        for kind, defaults in (("subject", info.subject_defaults), ("style", info.style_defaults))
+        for kind, defaults in (
+            ("subject", info.subject_defaults),
+            ("style", info.style_defaults),
+            ("edit", info.edit_defaults),
+        )
+        if defaults
     ]
     session.output.result(model, Group(facts, "", rows_table(("method", "for", "defaults"), rows)))
 

@@ -11,7 +11,7 @@ from hueshift.server.cli.output import facts_table, plain, time_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hueshift.client.jobs import FineTune, JobEvent
+    from hueshift.client.jobs import FineTune, JobEvent, Scores
     from hueshift.server.cli.session import Session
 
 
@@ -105,6 +105,7 @@ def job_table(job: "FineTune") -> "Table":
             "CLIP-T": None if scores is None else f"{scores.clip_t:.3f}",
             "prior kept": _share(None if scores is None else scores.prior_kept),
             "diversity": _share(None if scores is None else scores.diversity),
+            "inversion": None if scores is None else _inversion_text(scores),
             "kept": None if job.kept_energy is None else f"{job.kept_energy:.1%} of what was learned",
             "cost": _cost_text(job),
         }
@@ -121,6 +122,12 @@ def plan_table(job: "FineTune") -> "Table":
             "cost": _cost_text(job) or "not known: no job of this kind has run on this server yet",
         }
     )
+
+
+def _inversion_text(scores: "Scores") -> str | None:
+    if scores.inversion_error is None or scores.inversion_error_base is None:
+        return None
+    return f"{scores.inversion_error:.1%} off after the way back (base model: {scores.inversion_error_base:.1%})"
 
 
 def _cost_text(job: "FineTune") -> str | None:

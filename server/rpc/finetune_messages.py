@@ -28,6 +28,7 @@ _SUBJECTS: Mapping["pb.FineTuneSubject.ValueType", SubjectKind] = {
     pb.FINE_TUNE_SUBJECT_UNSPECIFIED: SubjectKind.SUBJECT,
     pb.FINE_TUNE_SUBJECT_SUBJECT: SubjectKind.SUBJECT,
     pb.FINE_TUNE_SUBJECT_STYLE: SubjectKind.STYLE,
+    pb.FINE_TUNE_SUBJECT_EDIT: SubjectKind.EDIT,
 }
 _STATES: Mapping["pb.FineTuneState.ValueType", JobState] = {
     pb.FINE_TUNE_STATE_QUEUED: JobState.QUEUED,
@@ -51,7 +52,7 @@ def read_spec(spec: pb.FineTuneSpec, default_identifier: str) -> TrainingSpec:
         method=_METHODS[spec.method],
         subject_kind=_SUBJECTS[spec.subject],
         captions=[picture.caption for picture in spec.pictures],
-        identifier=spec.identifier or default_identifier,
+        identifier=spec.identifier or ("" if spec.subject == pb.FINE_TUNE_SUBJECT_EDIT else default_identifier),
         class_noun=spec.class_noun,
         learn_identifier=spec.learn_identifier if spec.HasField("learn_identifier") else None,
         identifier_init=list(spec.identifier_init),
@@ -101,7 +102,7 @@ def to_message(job: JobRecord, cost: Cost | None = None) -> pb.FineTune:
         message.error.reason = job.error_reason
         message.error.message = job.error_message or ""
     scores = job.scores or {}
-    if "clip_i" in scores:
+    if "clip_i" in scores or "inversion_error" in scores:
         names = pb.FineTuneScores.DESCRIPTOR.fields_by_name
         message.scores.CopyFrom(pb.FineTuneScores(**{name: scores[name] for name in names if name in scores}))
     if "kept_energy" in scores:

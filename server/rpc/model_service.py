@@ -90,6 +90,7 @@ def _describe_method(method: Method, number: "finetune_pb2.FineTuneMethod.ValueT
         method=number,
         subject_defaults=_defaults(method, SubjectKind.SUBJECT),
         style_defaults=_defaults(method, SubjectKind.STYLE),
+        edit_defaults=None if method is Method.TEXTUAL_INVERSION else _defaults(method, SubjectKind.EDIT),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fake_service import FakeServer
 
+from hueshift.v1 import finetune_pb2
 from hueshift.v1 import generation_pb2 as pb
 
 Run = Callable[..., Any]
@@ -37,3 +38,13 @@ def test_options_without_a_picture_are_refused(fake: FakeServer, run: Run, tmp_p
 @pytest.mark.usefixtures("fake")
 def test_a_missing_file_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("generate", "fox", "--out", tmp_path, "--picture", tmp_path / "none.png").code == 2
+
+
+def test_one_picture_is_learned_to_be_edited(fake: FakeServer, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "apple.png"
+    file.write_bytes(b"png")
+    assert run("finetune", file, "--edit", "a red apple").code == 0
+    spec = fake.service.seen["CreateFineTune"][0][0].spec
+    assert (spec.subject, spec.pictures[0].caption) == (finetune_pb2.FINE_TUNE_SUBJECT_EDIT, "a red apple")
+    assert run("finetune", file, "--edit", "a red apple", "--style").code == 2
+    assert run("finetune", file, "--edit", "a red apple", "--caption", "an apple").code == 2

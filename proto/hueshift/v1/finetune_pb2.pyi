@@ -152,6 +152,11 @@ class _FineTuneSubjectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FineT
     """One thing or character, shown in several ways."""
     FINE_TUNE_SUBJECT_STYLE: _FineTuneSubject.ValueType  # 2
     """One manner of drawing, shown on several things."""
+    FINE_TUNE_SUBJECT_EDIT: _FineTuneSubject.ValueType  # 3
+    """One picture and its prompt, to be edited (Han et al. 2023, section 3.5): exactly one picture, with a caption that
+    says what it shows; no identifier, no further subjects. The adapter is for Generate with StartPicture.inversion, or
+    for pictures from noise, with the caption changed.
+    """
 
 class FineTuneSubject(_FineTuneSubject, metaclass=_FineTuneSubjectEnumTypeWrapper):
     """What the pictures have in common."""
@@ -162,6 +167,11 @@ FINE_TUNE_SUBJECT_SUBJECT: FineTuneSubject.ValueType  # 1
 """One thing or character, shown in several ways."""
 FINE_TUNE_SUBJECT_STYLE: FineTuneSubject.ValueType  # 2
 """One manner of drawing, shown on several things."""
+FINE_TUNE_SUBJECT_EDIT: FineTuneSubject.ValueType  # 3
+"""One picture and its prompt, to be edited (Han et al. 2023, section 3.5): exactly one picture, with a caption that
+says what it shows; no identifier, no further subjects. The adapter is for Generate with StartPicture.inversion, or
+for pictures from noise, with the caption changed.
+"""
 Global___FineTuneSubject: _TypeAlias = FineTuneSubject  # noqa: Y015
 
 class _FineTuneState:
@@ -597,7 +607,9 @@ class FineTuneSpec(_message.Message):
     subject: Global___FineTuneSubject.ValueType
     """What the pictures have in common."""
     identifier: _builtins.str
-    """Word to learn. Empty: the model's default identifier. It must be one token of the model's tokenizer."""
+    """Word to learn. Empty: the model's default identifier, and none for an edit. It must be one token of the model's
+    tokenizer.
+    """
     class_noun: _builtins.str
     """Noun of what the subject is, for example `animal`, or of the style, for example `emoji`. Required when a picture
     has no caption, and for prior preservation.
@@ -929,6 +941,8 @@ class FineTuneScores(_message.Message):
     CLIP_I_BASE_FIELD_NUMBER: _builtins.int
     PRIOR_KEPT_FIELD_NUMBER: _builtins.int
     DIVERSITY_FIELD_NUMBER: _builtins.int
+    INVERSION_ERROR_FIELD_NUMBER: _builtins.int
+    INVERSION_ERROR_BASE_FIELD_NUMBER: _builtins.int
     clip_i: _builtins.float
     """Mean cosine between sample pictures and training pictures."""
     clip_t: _builtins.float
@@ -941,6 +955,12 @@ class FineTuneScores(_message.Message):
     """
     diversity: _builtins.float
     """1 minus the mean cosine between sample pictures of one prompt; absent where no prompt was drawn twice."""
+    inversion_error: _builtins.float
+    """Edits only: how far the picture's latents are off after DDIM inversion of 20 steps and the way back with the adapter,
+    root mean square over that of the latents. Told without a CLIP too; the cosines are then 0.
+    """
+    inversion_error_base: _builtins.float
+    """The same with the base model."""
     def __init__(
         self,
         *,
@@ -949,17 +969,27 @@ class FineTuneScores(_message.Message):
         clip_i_base: _builtins.float = ...,
         prior_kept: _builtins.float | None = ...,
         diversity: _builtins.float | None = ...,
+        inversion_error: _builtins.float | None = ...,
+        inversion_error_base: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_prior_kept", b"_prior_kept", "diversity", b"diversity", "prior_kept", b"prior_kept"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_inversion_error", b"_inversion_error", "_inversion_error_base", b"_inversion_error_base", "_prior_kept", b"_prior_kept", "diversity", b"diversity", "inversion_error", b"inversion_error", "inversion_error_base", b"inversion_error_base", "prior_kept", b"prior_kept"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_prior_kept", b"_prior_kept", "clip_i", b"clip_i", "clip_i_base", b"clip_i_base", "clip_t", b"clip_t", "diversity", b"diversity", "prior_kept", b"prior_kept"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_inversion_error", b"_inversion_error", "_inversion_error_base", b"_inversion_error_base", "_prior_kept", b"_prior_kept", "clip_i", b"clip_i", "clip_i_base", b"clip_i_base", "clip_t", b"clip_t", "diversity", b"diversity", "inversion_error", b"inversion_error", "inversion_error_base", b"inversion_error_base", "prior_kept", b"prior_kept"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
     _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
+    _WhichOneofReturnType__inversion_error: _TypeAlias = _typing.Literal["inversion_error"]  # noqa: Y015
+    _WhichOneofArgType__inversion_error: _TypeAlias = _typing.Literal["_inversion_error", b"_inversion_error"]  # noqa: Y015
+    _WhichOneofReturnType__inversion_error_base: _TypeAlias = _typing.Literal["inversion_error_base"]  # noqa: Y015
+    _WhichOneofArgType__inversion_error_base: _TypeAlias = _typing.Literal["_inversion_error_base", b"_inversion_error_base"]  # noqa: Y015
     _WhichOneofReturnType__prior_kept: _TypeAlias = _typing.Literal["prior_kept"]  # noqa: Y015
     _WhichOneofArgType__prior_kept: _TypeAlias = _typing.Literal["_prior_kept", b"_prior_kept"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__diversity) -> _WhichOneofReturnType__diversity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inversion_error) -> _WhichOneofReturnType__inversion_error | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inversion_error_base) -> _WhichOneofReturnType__inversion_error_base | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prior_kept) -> _WhichOneofReturnType__prior_kept | None: ...
 

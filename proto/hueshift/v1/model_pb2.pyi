@@ -169,6 +169,7 @@ class MethodInfo(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     SUBJECT_DEFAULTS_FIELD_NUMBER: _builtins.int
     STYLE_DEFAULTS_FIELD_NUMBER: _builtins.int
+    EDIT_DEFAULTS_FIELD_NUMBER: _builtins.int
     method: _finetune_pb2.FineTuneMethod.ValueType
     """Method."""
     @_builtins.property
@@ -179,16 +180,21 @@ class MethodInfo(_message.Message):
     def style_defaults(self) -> _finetune_pb2.FineTuneSettings:
         """The same for a style."""
 
+    @_builtins.property
+    def edit_defaults(self) -> _finetune_pb2.FineTuneSettings:
+        """The same for an edit of one picture; absent where the method cannot be used for it."""
+
     def __init__(
         self,
         *,
         method: _finetune_pb2.FineTuneMethod.ValueType = ...,
         subject_defaults: _finetune_pb2.FineTuneSettings | None = ...,
         style_defaults: _finetune_pb2.FineTuneSettings | None = ...,
+        edit_defaults: _finetune_pb2.FineTuneSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["style_defaults", b"style_defaults", "subject_defaults", b"subject_defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["edit_defaults", b"edit_defaults", "style_defaults", b"style_defaults", "subject_defaults", b"subject_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "style_defaults", b"style_defaults", "subject_defaults", b"subject_defaults"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edit_defaults", b"edit_defaults", "method", b"method", "style_defaults", b"style_defaults", "subject_defaults", b"subject_defaults"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
