@@ -97,7 +97,8 @@ class EditedLayers:
     def __init__(self, base: BaseModel, factors: SpectralFactors, names: Iterable[str]) -> None:
         self._factors = factors
         parameters = dict(base.unet.named_parameters())
-        # fp32 whatever the base is held in: it is 2 % of SD1.5's UNet (13 % of SDXL's: 1.4 GB), and runs once per request.
+        # fp32 whatever the base is held in: it runs once per request, and is 2 % of SD1.5's UNet (13 % of SDXL's,
+        # 1.4 GB).
         self._weights = {name: parameters[f"{name}.weight"].detach().float() for name in names}
         self._biases = {
             name: None if (bias := parameters.get(f"{name}.bias")) is None else bias.detach().float()

@@ -136,7 +136,9 @@ async def test_model_says_its_architecture(caller: RpcStubs) -> None:
 
 
 async def test_fine_tuning_is_refused(caller: RpcStubs) -> None:
-    spec = finetune_pb2.FineTuneSpec(identifier="sks", pictures=[finetune_pb2.PictureSpec(size_bytes=10, caption="a sks")])
+    spec = finetune_pb2.FineTuneSpec(
+        identifier="sks", pictures=[finetune_pb2.PictureSpec(size_bytes=10, caption="a sks")]
+    )
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await caller.finetunes.CreateFineTune(
             iter([finetune_pb2.CreateFineTuneRequest(spec=spec)]), metadata=caller.metadata
