@@ -36,7 +36,7 @@ TARGETS = {
     "attach": "From a request to a row that a step can read, by the tier the adapter is found in. "
     "Target: `slot` at most 1 ms, `rows` and `host` at most 5 ms.",
     "serve_mixed": "25 steps, 512 px, guidance on; tenants ask for the next picture when they have the last, and draw "
-    "adapters by Zipf's law. Ratios of images per second: to diffusers with load, fuse and unfuse for each request (a), "
+    "adapters by Zipf's law. Ratios of images per second: to diffusers with load, fuse and unfuse per request (a), "
     "to diffusers with peft's hot swap (b), to this engine with one user at a time (c). Target with 8 tenants: 8 times "
     "(a), 1.4 times (c).",
 }
