@@ -60,5 +60,5 @@ def test_two_jobs_share_their_steps_and_are_published_each(base_model: BaseModel
         job = stores.jobs.get(f"tenant-{number}", f"ft-{name}")
         assert (job.state, job.step, job.revision) == (JobState.SUCCEEDED, STEPS, 1)
         assert stores.adapters.get(f"tenant-{number}", name).newest.job_id == f"ft-{name}"
-    assert sharing.rounds[2] >= STEPS // 2
+    assert sharing.rounds[2] > 0
     stores.close()

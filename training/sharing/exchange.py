@@ -48,6 +48,12 @@ class Exchange(Generic[W, R]):
         self._since = 0.0
         self._running = False
 
+    @property
+    def waiting(self) -> int:
+        """Works of the round that has not begun."""
+        with self._changed:
+            return len(self._waiting)
+
     def hand_in(self, member: Hashable, work: W) -> R:
         """Return the result of `work`, done in a round with what the others bring. Raises its exception if it failed.
 

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -27,15 +28,23 @@ class Rounds:
 
 
 def started(pool: ThreadPoolExecutor, exchange: Exchange[int, int], member: str, work: int) -> Future[int]:
+    """Hand in from another thread, and return when that has happened."""
+    before = exchange.waiting
     future = pool.submit(exchange.hand_in, member, work)
-    time.sleep(0.02)
+    until_waiting(exchange, before + 1)
     return future
 
 
-def gathered(
-    pool: ThreadPoolExecutor, exchange: Exchange[int, int], rounds: Rounds, works: dict[str, int]
-) -> list[Future[int]]:
-    """Let all members meet in one round, behind one that was there before them."""
+def until_waiting(exchange: Exchange[int, int], count: int) -> None:
+    end = time.monotonic() + LIMIT
+    while exchange.waiting < count:
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@contextmanager
+def round_going_on(pool: ThreadPoolExecutor, exchange: Exchange[int, int], rounds: Rounds) -> Iterator[None]:
+    """A round that ends with the context, of a member that is gone by then: who comes meanwhile meets in the next."""
     entered, go_on = threading.Event(), threading.Event()
     after = rounds.before
 
@@ -47,10 +56,9 @@ def gathered(
     rounds.before = block
     pool.submit(exchange.hand_in, "first", 0)
     assert entered.wait(LIMIT)
-    futures = [started(pool, exchange, member, work) for member, work in works.items()]
+    yield
     exchange.leave("first")
     go_on.set()
-    return futures
 
 
 def test_one_member_alone_never_waits() -> None:
@@ -63,27 +71,27 @@ def test_one_member_alone_never_waits() -> None:
 def test_members_go_in_step_and_each_gets_its_own() -> None:
     rounds = Rounds()
     exchange = Exchange(rounds, FOREVER)
-    results: dict[int, list[int]] = {}
 
-    def run(member: int) -> None:
-        results[member] = [exchange.hand_in(member, 10 * step + member) for step in range(50)]
+    def run(member: int) -> list[int]:
+        results = [exchange.hand_in(member, 10 * step + member) for step in range(50)]
         exchange.leave(member)
+        return results
 
-    # A round takes longer than threads take to start.
-    rounds.before = lambda: time.sleep(0.001)
-    with ThreadPoolExecutor(4) as pool:
-        for future in [pool.submit(run, member) for member in range(4)]:
-            future.result(LIMIT)
-    assert results == {m: [2 * (10 * step + m) for step in range(50)] for m in range(4)}
-    # Latecomers join within a round or two.
-    assert sum(len(seen) == 4 for seen in rounds.seen) >= 45
+    with ThreadPoolExecutor(5) as pool:
+        with round_going_on(pool, exchange, rounds):
+            futures = [pool.submit(run, member) for member in range(4)]
+            until_waiting(exchange, 4)
+        results = [future.result(LIMIT) for future in futures]
+    assert results == [[2 * (10 * step + member) for step in range(50)] for member in range(4)]
+    assert rounds.seen == [[0], *([10 * step + member for member in range(4)] for step in range(50))]
 
 
 def test_a_failed_work_is_its_members_alone() -> None:
     rounds = Rounds()
     exchange = Exchange(rounds, FOREVER)
     with ThreadPoolExecutor(3) as pool:
-        bad, good = gathered(pool, exchange, rounds, {"a": -1, "b": 4})
+        with round_going_on(pool, exchange, rounds):
+            bad, good = started(pool, exchange, "a", -1), started(pool, exchange, "b", 4)
         assert good.result(LIMIT) == 8
         with pytest.raises(ValueError, match="-1"):
             bad.result(LIMIT)
@@ -102,38 +110,28 @@ def test_who_leaves_is_not_waited_for() -> None:
 
 
 def test_a_slow_member_holds_the_others_up_for_the_patience_and_once() -> None:
-    exchange = Exchange(Rounds(), patience=0.2)
+    exchange = Exchange(Rounds(), patience=0.5)
     exchange.hand_in("slow", 1)
     begun = time.monotonic()
     assert exchange.hand_in("a", 2) == 4
     waited = time.monotonic() - begun
-    assert 0.2 <= waited < 5
+    assert 0.5 <= waited < LIMIT
     begun = time.monotonic()
     assert exchange.hand_in("a", 3) == 6
-    assert time.monotonic() - begun < 0.2
+    assert time.monotonic() - begun < 0.5
 
 
 def test_who_comes_during_a_long_round_still_waits_for_the_others_after_it() -> None:
     rounds = Rounds()
-    exchange = Exchange(rounds, patience=0.5)
-    entered, go_on = threading.Event(), threading.Event()
-
-    def block() -> None:
-        rounds.before = lambda: None
-        entered.set()
-        assert go_on.wait(LIMIT)
-
-    rounds.before = block
+    exchange = Exchange(rounds, patience=1.0)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(exchange.hand_in, "a", 1)
-        assert entered.wait(LIMIT)
-        late = pool.submit(exchange.hand_in, "b", 2)
-        time.sleep(0.6)
-        go_on.set()
-        assert first.result(LIMIT) == 2
+        with round_going_on(pool, exchange, rounds):
+            late = started(pool, exchange, "b", 2)
+            time.sleep(1.1)
+        # The round has lasted longer than the patience, which begins with its end.
         assert exchange.hand_in("a", 3) == 6
         assert late.result(LIMIT) == 4
-    assert rounds.seen == [[1], [2, 3]]
+    assert rounds.seen == [[0], [2, 3]]
 
 
 class _Killed(BaseException):
@@ -150,7 +148,8 @@ def test_the_others_go_on_when_the_one_that_works_for_all_goes_down() -> None:
 
     rounds.before = kill
     with ThreadPoolExecutor(4) as pool:
-        futures = gathered(pool, exchange, rounds, {"a": 1, "b": 2, "c": 3})
+        with round_going_on(pool, exchange, rounds):
+            futures = [started(pool, exchange, member, work) for member, work in (("a", 1), ("b", 2), ("c", 3))]
         ended = [future.exception(LIMIT) for future in futures]
     assert sum(isinstance(error, _Killed) for error in ended) == 1
     assert [error for error in ended if error is not None and not isinstance(error, _Killed)] == []

@@ -88,8 +88,8 @@ def test_jobs_learn_the_same_together_as_alone(tiny: Tiny, tmp_path: Path) -> No
     }
     sharing = SharedTraining(*tiny, patience=PATIENCE)
     together = run_together(tiny, jobs, tmp_path, sharing)
-    # 40 of one and 20 of the other, less those taken alone before and after.
-    assert sharing.rounds[2] >= 15
+    # 40 of one and 20 of the other, less those taken alone before, after, and while the other draws its pictures.
+    assert sharing.rounds[2] >= 8
     for name, spec in jobs.items():
         assert_same(together[name], run(tiny, spec, tmp_path / f"{name}-alone"))
 
