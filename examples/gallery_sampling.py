@@ -18,22 +18,22 @@ from hueshift.training.evaluation.grids import GridRow
 _INVERSION_FACTOR = 2
 NOISE_SHARES = (0.0, 0.3, 0.6)
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)
-PAIR = f"a fluent 3d emoji of a {FOX_WORD} {FOX_NOUN} and a red heart"
 
 
 def show_lag(studio: Studio) -> Panel:
     """Residuals everywhere, and only where the fox is."""
     painter = studio.painter
     loaded = painter.load(studio.of("residuals"))
-    lag = studio.marks(PAIR, loaded, (FOX_WORD, FOX_NOUN))
-    drawings = [Drawing(PAIR, seed) for seed in range(5)]
+    lag = studio.marks(FOX, loaded, (FOX_WORD, FOX_NOUN))
+    drawings = [Drawing(FOX, seed) for seed in range(5)]
     confined = [painter.start(drawing, loaded, lag=lag) for drawing in drawings]
     pictures = painter.finish(confined)
     return Panel(
         "LAG sampling",
-        f"`{PAIR}` with Personalized Residuals: everywhere, and confined to where the attention to the words is "
+        f"`{FOX}` with Personalized Residuals: everywhere, and confined to where the attention to the words is "
         "above its median (Ham et al. 2024). The masks are means over steps and layers; white is where the residuals "
-        "always acted.",
+        "always acted: the ground stays the base model's. A median lets half of the picture pass however large the "
+        "thing is, so one that fills it, as here, loses likeness.",
         [f"seed {drawing.seed}" for drawing in drawings],
         [
             studio.draw_row("residuals", drawings, studio.of("residuals")),
@@ -46,15 +46,15 @@ def show_lag(studio: Studio) -> Panel:
 def show_shared(studio: Studio) -> Panel:
     """Pictures of one request that share the first one's style."""
     painter = studio.painter
-    prompt = "an emoji of a cat face"
+    prompt = "an emoji of a fish"
     drawings = [Drawing(prompt, seed) for seed in range(4)]
     loaded = painter.load(())
     first = painter.start(drawings[0], loaded)
     shared = [first, *(painter.start(drawing, loaded, reference=first) for drawing in drawings[1:])]
     return Panel(
         "Shared attention",
-        f"`{prompt}` says nothing of the style, so each seed has its own. With shared attention (StyleAligned, Hertz "
-        "et al. 2023) the others take the first one's, which stays as it was.",
+        f"`{prompt}` says nothing of style, so each seed has its own. With shared attention (StyleAligned, Hertz et "
+        "al. 2023) the others come closer to the first one's, which stays as it was.",
         [f"seed {drawing.seed}" for drawing in drawings],
         [studio.draw_row("each alone", drawings), GridRow("shared attention", painter.finish(shared))],
     )
