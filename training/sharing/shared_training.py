@@ -1,6 +1,7 @@
 """What the jobs of one process share on one device: UNets by family, and the steps taken on them."""
 
 import copy
+import gc
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -42,13 +43,18 @@ class SharedTraining:
         """Return the UNet and the stepper of a job; both its own if its method does not share."""
         family = family_of(spec)
         if family is None:
-            return make_unet(self._base, self._factors, learnable, spec), StepAlone()
+            return self._new_unet(spec, learnable), StepAlone()
         with self._lock:
             company = self._companies.get(family)
             if company is None:
-                unet = make_unet(self._base, self._factors, learnable, spec)
+                unet = self._new_unet(spec, learnable)
                 company = self._companies[family] = _Company(unet, self._max_rows, self._patience, self.rounds)
         return company.unet, SharedStepper(company)
+
+    def _new_unet(self, spec: TrainingSpec, learnable: Learnable) -> TrainingUNet:
+        # A UNet's hooks know it, so one that nobody uses goes only when cycles are looked for: do it before the next.
+        gc.collect()
+        return make_unet(self._base, self._factors, learnable, spec)
 
     def own_words(self, base: BaseModel) -> BaseModel:
         """The same base with a tokenizer for one thread: tokenizers do not stand two callers at once."""
