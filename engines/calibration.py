@@ -15,7 +15,7 @@ from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.cuda_options import KernelUse
-from hueshift.engines.interface import BASE_SLOT, Plan
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
 
@@ -110,10 +110,9 @@ def _merge_ms(engine: CudaEngine) -> float:
     if not engine.weight_slots:
         return inf
     slot = BASE_SLOT + 1
-    row = engine.row(slot)
 
     def again() -> None:
-        engine.load_row(slot, row)
+        engine.load_row(slot, EngineRow())
         engine.merge(slot)
         engine.finish_merges()
 

@@ -216,9 +216,10 @@ class CudaEngine:
 
     def warm(self) -> None:
         """Capture every plan at the usual sizes, the largest batch first: the smaller ones then fit in its memory."""
-        for role, shape, _ in self.captures_to_warm():
-            self.warm_one(role, shape)
-        with self.lane.apart():
+        # An engine that was measured was warmed for that.
+        if self.costs is None:
+            for role, shape, _ in self.captures_to_warm():
+                self.warm_one(role, shape)
             self.lane.mark().wait()
 
     def captures_to_warm(self) -> list[tuple[str, CallShape, Plan]]:
@@ -230,10 +231,10 @@ class CudaEngine:
 
     def warm_one(self, role: str, shape: CallShape) -> Callable[[], None]:
         """Compile and capture one call for good; return what queues it on the lane."""
-        views = self.buffers.at(shape)
+        views, key = self.buffers.at(shape), GraphKey(role, shape)
+        network = self.networks.named(role) if key in self.graphs else self.networks.compiled(role)
         with torch.no_grad():
-            call = partial(self.networks.compiled(role, shape).call, views)
-            return self.graphs.warm(GraphKey(role, shape), call)
+            return self.graphs.warm(key, partial(network.call, views))
 
     def _network(self, plan: Plan, adapter_index: Tensor) -> Network:
         if plan is Plan.MERGED and self._merged is not None:

@@ -70,17 +70,15 @@ class GraphLane(Protocol):
         """Bytes of the device that nothing holds, caches of the allocator included; None if that is not known."""
         ...
 
-    def peak_bytes(self, work: Work) -> int | None:
-        """The most bytes that `work` held beside what was there; None if that is not known."""
-        ...
-
 
 class CudaLane:
     """A CUDA stream with a memory pool for its graphs."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # With its number, as tensors have it: `cuda` and `cuda:0` are not equal.
+        number = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", number)
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
@@ -110,7 +108,8 @@ class CudaLane:
 
     def mark(self) -> Mark:
         """Mark what is queued so far."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Waiting for it sleeps: a thread that spins would take a core from decoding and the services.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return _CudaMark(event)
 
@@ -141,16 +140,6 @@ class CudaLane:
         """What the driver has left, and what torch holds but does not use."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-
-    def peak_bytes(self, work: Work) -> int | None:
-        """Peak of torch's allocator over one run."""
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        with self.apart():
-            work()
-        torch.cuda.synchronize(self.device)
-        return int(torch.cuda.max_memory_allocated(self.device) - before)
 
 
 class _CudaMark:
@@ -209,11 +198,6 @@ class HostLane:
 
     def free_bytes(self) -> int | None:
         """Not known: the host's memory belongs to all processes."""
-        return None
-
-    def peak_bytes(self, work: Work) -> int | None:
-        """Not known."""
-        work()
         return None
 
 

@@ -11,7 +11,7 @@ from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
-from hueshift.engines.cuda_buffers import CallShape, CallViews
+from hueshift.engines.cuda_buffers import CallViews
 from hueshift.engines.cuda_compile import compile_network
 from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.cuda_layers import slab_rows
@@ -129,9 +129,9 @@ class NetworkSet:
             found += [(BASE_ROLE, Plan.MERGED), *((network.role, Plan.MERGED) for network in self._merged)]
         return found
 
-    def compiled(self, role: str, shape: CallShape) -> Network:
-        """The network of a role as it is warmed: compiled if the options say so."""
-        network = self._named(role)
+    def compiled(self, role: str) -> Network:
+        """The network of a role as it is warmed for a shape: to be compiled at its next call if the options say so."""
+        network = self.named(role)
         if self._options.compile is not CompileKind.INDUCTOR:
             return network
         self._observer.compiled(role)
@@ -140,7 +140,8 @@ class NetworkSet:
             self._compiled[role] = replace(network, compute=compute)
         return self._compiled[role]
 
-    def _named(self, role: str) -> Network:
+    def named(self, role: str) -> Network:
+        """The network of a role."""
         if role == BASE_ROLE:
             return self.base
         return next(network for network in (*self._chosen.values(), *self._merged) if network.role == role)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hueshift.adapters.blocks import BlockWeights
 from hueshift.adapters.errors import Internal, Reason
 from hueshift.engines.pictures import encode_mask, encode_picture
+from hueshift.engines.side_stream import SideStream
 from hueshift.engines.vae import Pixels, VaeStage
 from hueshift.server.clock import Clock
 from hueshift.server.generation import AppliedAdapter, GenerationRequest, ImageEvent, PreviewEvent, Timings
@@ -60,6 +61,7 @@ class DecodeStage:
         self._previews: dict[Running, _Work] = {}
         self._busy = 0
         self._closing = False
+        self._beside = SideStream()
         self._encoders = ThreadPoolExecutor(_ENCODERS, "hueshift-encode")
         self._thread = threading.Thread(target=self._run, name="hueshift-decode", daemon=True)
 
@@ -103,7 +105,8 @@ class DecodeStage:
         if not works:
             return False
         try:
-            self._decode([work for work in works if not work.running.ticket.ended])
+            with self._beside.running(works[0].latents.device):
+                self._decode([work for work in works if not work.running.ticket.ended])
         except Exception as error:  # Whatever it was, it belongs to these requests, and the stage goes on.
             self._on_error(error)
             self._log.error("decoding failed", pictures=len(works), exc_info=error)
