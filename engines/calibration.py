@@ -3,11 +3,12 @@
 The figures go to disk (engines/cost_store.py), so only the first start on a GPU pays for measuring.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 import structlog
 import torch
+from torch import Tensor
 
 from hueshift.engines.cost_model import CostTable
 from hueshift.engines.cuda_buffers import CallShape
@@ -72,6 +73,7 @@ def measure_costs(engine: CudaEngine, calls: Mapping[GraphKey, Work], progress: 
             shape = key.shape
             with torch.no_grad():
                 times[plan, shape.rows, (shape.height, shape.width)] = _median_ms(lane, call)
+    times |= _full_ms(engine)
     progress("calibrate", len(calls), len(calls))
     return CostTable(times, _merge_ms(engine), _overhead_ms(engine, times))
 
@@ -90,6 +92,25 @@ def measure_capacity(engine: CudaEngine, calls: Mapping[GraphKey, Work]) -> dict
         engine.observer.capacity(size, capacity[size], free)
         _log.info("engine_capacity", height=size[0], width=size[1], rows=capacity[size], free_bytes=free)
     return capacity
+
+
+def _full_ms(engine: CudaEngine) -> dict[tuple[Plan, int, tuple[int, int]], float]:
+    """Times of the full plan, which is called eagerly, at the smallest guided batch and the largest."""
+    found: dict[tuple[Plan, int, tuple[int, int]], float] = {}
+    for rows in sorted({min(2, engine.max_batch), engine.max_batch}):
+        inputs, added = example_inputs(engine.base, rows), example_added(engine.base, rows)
+        placed = [part.to(engine.lane.device) for part in inputs[:3]]
+
+        def call(placed: Sequence[Tensor] = placed, index: Tensor = inputs[3], added: Tensor | None = added) -> None:
+            engine.denoise(Plan.FULL, placed[0], placed[1], placed[2], index, added)
+
+        try:
+            call()
+            found[Plan.FULL, rows, (inputs[0].shape[2], inputs[0].shape[3])] = _median_ms(engine.lane, call)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            _log.warning("full_plan_without_memory", rows=rows)
+    return found
 
 
 def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:

@@ -54,7 +54,7 @@ class CudaEngine:
         self.base, self.lane, self.options = base, lane, options
         self.observer = observer or Silent()
         self.buckets = buckets_up_to(max_batch)
-        self.dtype = torch.float32 if lane.device.type == "cpu" else torch.float16
+        self.dtype = options.dtype or (torch.float32 if lane.device.type == "cpu" else torch.float16)
         self._slabs = Slabs(rows, factors, norms, slots, lane.device, lowrank_dtype=self.dtype)
         # The branch index of every slot, on the host: rows without a branch are skipped by the kernels.
         self._branches = torch.full((slots,), NO_BRANCH, dtype=torch.int64)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import torch
+
 from hueshift.engines.cuda_attention import AttentionTable
 
 
@@ -34,7 +36,8 @@ class KernelUse(StrEnum):
 class CudaOptions:
     """`warm_sizes` are latent sizes (h, w) that are captured at start and stay; `max_area` the most latent positions of
     a picture; `graphs` the most captures of other shapes; `weight_slots` the mixes that can be merged at a time.
-    `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start.
+    `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start. Without a
+    `dtype` networks run in fp16 on a GPU and in fp32 on a CPU.
     """
 
     warm_sizes: tuple[tuple[int, int], ...]
@@ -45,6 +48,7 @@ class CudaOptions:
     kernels: KernelUse = KernelUse.AUTO
     weight_slots: int = 0
     graphs: int = 64
+    dtype: torch.dtype | None = None
 
 
 class EngineObserver(Protocol):

@@ -64,6 +64,8 @@ def build_cuda(
     if known is None:
         known = Calibration(measure_costs(engine, calls, progress), kernels)
         write_costs(cache_dir, identity, known)
+    # Made now, or the first request for it would hold up all others.
+    engine.networks.full  # noqa: B018 (it is kept)
     engine.costs = known.table
     engine.capacity = measure_capacity(engine, calls)
     return engine
@@ -90,6 +92,7 @@ def describe(engine: CudaEngine) -> dict[str, str]:
         "compile": f"{options.compile} autotune {options.autotune}",
         "kernels": options.kernels.value,
         "attention": str(options.attention),
+        "dtype": str(engine.dtype),
         "weight_slots": str(engine.weight_slots),
         "sizes": str(options.warm_sizes),
         "buckets": str(engine.buckets),
