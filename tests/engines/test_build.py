@@ -1,15 +1,18 @@
 """Which engine a deployment gets, and what it is told when it cannot have the one it asked for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from structlog.testing import capture_logs
 from tiny_unet import TinyParts
 
 from hueshift.adapters.errors import FailedPrecondition, HueshiftError, InvalidArgument, Reason
-from hueshift.engines.build import EngineOptions, build_engine, choose_device, choose_kind
+from hueshift.engines.build import EngineOptions, build_engine, choose_device, choose_kind, cuda_options
+from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.server.settings import EngineSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,5 +126,28 @@ def test_no_lowrank_targets_is_an_engine(tiny: TinyParts, tmp_path: Path) -> Non
 
 def test_defaults_are_those_of_the_settings(tmp_path: Path) -> None:
     options, settings = EngineOptions(cache_dir=tmp_path), EngineSettings()
-    for name in type(settings).model_fields:
+    # What the server reads itself.
+    elsewhere = {"vae_tiling_above"}
+    for name in type(settings).model_fields.keys() - elsewhere:
         assert getattr(options, name) == getattr(settings, name)
+
+
+def test_cuda_options_are_in_latents(tiny: TinyParts, tmp_path: Path) -> None:
+    options = EngineOptions(cache_dir=tmp_path, max_size=256, attention="sdpa,80:cudnn", kernels="on", merged_slots=3)
+    made = cuda_options(tiny.base, options)
+    assert made.warm_sizes == ((8, 8),)
+    assert made.max_area == 32 * 32
+    assert (made.compile, made.kernels, made.weight_slots) == (CompileKind.GRAPH, KernelUse.ON, 3)
+    sized = cuda_options(tiny.base, replace(options, warm_sizes=((64, 128), (256, 256)), compile="inductor"))
+    assert sized.warm_sizes == ((8, 16), (32, 32))
+    assert sized.compile is CompileKind.INDUCTOR
+    for wrong in ((64, 72), (0, 64), (512, 64)):
+        with pytest.raises(InvalidArgument, match="warm_sizes"):
+            cuda_options(tiny.base, replace(options, warm_sizes=(wrong,)))
+
+
+def test_settings_of_the_cuda_engine_are_checked() -> None:
+    EngineSettings(attention="cudnn,40:sdpa,160:xformers", warm_sizes=((512, 512), (512, 768)))
+    for wrong in ({"attention": "flash"}, {"compile": "fast"}, {"kernels": "maybe"}, {"merged_slots": -1}):
+        with pytest.raises(ValidationError):
+            EngineSettings(**wrong)  # type: ignore[arg-type]  # wrong on purpose
