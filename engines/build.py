@@ -165,7 +165,8 @@ def cuda_options(base: BaseModel, options: EngineOptions) -> CudaOptions:
     native = (base.pixels, base.pixels)
     sizes = []
     for height, width in options.warm_sizes or (native,):
-        if height % base.size_multiple or width % base.size_multiple or not 0 < max(height, width) <= options.max_size:
+        odd = height % base.size_multiple or width % base.size_multiple
+        if odd or min(height, width) <= 0 or max(height, width) > options.max_size:
             raise InvalidArgument.for_field(
                 "engine.warm_sizes",
                 f"{height}x{width}; sides must be multiples of {base.size_multiple} up to {options.max_size} "

@@ -150,4 +150,4 @@ def test_settings_of_the_cuda_engine_are_checked() -> None:
     EngineSettings(attention="cudnn,40:sdpa,160:xformers", warm_sizes=((512, 512), (512, 768)))
     for wrong in ({"attention": "flash"}, {"compile": "fast"}, {"kernels": "maybe"}, {"merged_slots": -1}):
         with pytest.raises(ValidationError):
-            EngineSettings(**wrong)  # type: ignore[arg-type]  # wrong on purpose
+            EngineSettings.model_validate(wrong)
