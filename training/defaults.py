@@ -85,10 +85,8 @@ _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyTy
             "anchor_below": 100,
         },
         (Method.SVDIFF, SubjectKind.EDIT): {
-            "learning_rate": 1.5e-2,
-            "norm_learning_rate": 1e-3,
-            "caption_dropout": 0.0,
-            "anchor_below": 0,
+            "learning_rate": 5e-3,
+            "norm_learning_rate": 3e-4,
             "ema_decay": 0.0,
         },
     }
@@ -97,7 +95,14 @@ _KINDS: Mapping[SubjectKind, Mapping[str, Any]] = MappingProxyType(
     {
         SubjectKind.SUBJECT: {"steps": 120, "identifier_learning_rate": 1e-2},
         SubjectKind.STYLE: {"steps": 150, "identifier_learning_rate": 3e-3},
-        SubjectKind.EDIT: {"steps": 60, "identifier_learning_rate": 0.0},
+        # One picture, which is wanted as it is: an anchor would keep the base's own detail.
+        SubjectKind.EDIT: {
+            "steps": 30,
+            "batch_size": 2,
+            "identifier_learning_rate": 0.0,
+            "caption_dropout": 0.0,
+            "anchor_below": 0,
+        },
     }
 )
 # The paper's probability. Weight and layers it does not give where we could read it: on emoji-128 the mean squared
