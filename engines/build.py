@@ -101,7 +101,7 @@ def build_engine(
     if kind == "torch":
         return TorchEngine(base, factors, rows, norms, slots=options.slots, max_batch=options.max_batch, device=device)
     if kind == "tensorrt":
-        return _build_tensorrt(base, options, device, rows, factors, norms, report, on_parity, on_fallback)
+        return _build_tensorrt(base, options, device, rows, factors, norms, report, on_parity, on_fallback, observer)
     return _build_onnx(base, options, rows, factors, norms, report, on_parity)
 
 
@@ -267,6 +267,7 @@ def _build_tensorrt(
     report: BuildProgress,
     on_parity: OnParity | None,
     on_fallback: OnFallback | None,
+    observer: EngineObserver | None,
 ) -> AdapterEngine:
     # The graph writer needs onnx, which may be absent.
     if not _is_installed("onnx"):
@@ -276,7 +277,12 @@ def _build_tensorrt(
     from hueshift.engines.tensorrt_setup import Model, build_tensorrt
 
     model = Model(base, factors, rows, norms)
-    return build_tensorrt(model, options, device, report, on_parity, on_fallback)
+
+    def second() -> AdapterEngine:
+        return _build_cuda(base, options, device, rows, factors, norms, report, observer)
+
+    on_cuda = second if device.type == "cuda" else None
+    return build_tensorrt(model, options, device, report, on_parity, on_fallback, second=on_cuda)
 
 
 def _is_installed(module: str) -> bool:

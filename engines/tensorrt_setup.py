@@ -1,6 +1,6 @@
 """From a base model to a serving TensorRT engine: export, build or find the plans, load, verify; or else torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.build import BuildProgress, EngineOptions
+from hueshift.engines.build import AdapterEngine, BuildProgress, EngineOptions
 from hueshift.engines.cache_files import digest_file
 from hueshift.engines.fallback_engine import FallbackEngine, OnFallback, report_fallback
 from hueshift.engines.interface import Plan
@@ -177,14 +177,19 @@ def build_tensorrt(
     on_parity: OnParity | None = None,
     on_fallback: OnFallback | None = None,
     parts: TensorRtParts | None = None,
-) -> FallbackEngine | TorchEngine:
+    second: Callable[[], AdapterEngine] | None = None,
+) -> AdapterEngine:
     """Return the verified engine, backed by torch; or torch itself, saying why in the log and to `on_fallback`.
+
+    `second` makes the engine of torch, the eager one by default.
 
     Raises TensorRtError instead of falling back if `options.fallback` is False.
     """
     tell = on_fallback or (lambda reason: None)
 
-    def make_torch() -> TorchEngine:
+    def make_torch() -> AdapterEngine:
+        if second is not None:
+            return second()
         return TorchEngine(
             model.base,
             model.factors,
