@@ -4,6 +4,7 @@ Random weights take as long as trained ones. `full` is SD1.5's architecture on a
 in seconds on a CPU, for the tests, and its figures mean nothing.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -169,6 +170,21 @@ class EngineKit:
     def dtype(self) -> torch.dtype:
         """What engines and baselines run in."""
         return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    @cached_property
+    def own_unet(self) -> Any:
+        """The model's UNet as diffusers runs it, in the dtype of the baselines."""
+        return copy.deepcopy(self.base.unet).to(self.dtype).to(memory_format=torch.channels_last)
+
+    def call_diffusers(self, count: int) -> bool:
+        """One eager call of that UNet, from a context of its own width."""
+        unet, side, width = self.own_unet, self.base.sample_size, self.own_unet.config.cross_attention_dim
+        latents = torch.zeros(count, 4, side, side, device=self.device, dtype=self.dtype)
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        context = torch.zeros(count, self.base.max_tokens, width, device=self.device, dtype=self.dtype)
+        with torch.no_grad():
+            unet(latents, 500, encoder_hidden_states=context)
+        return True
 
     def lane(self) -> GraphLane:
         """A lane of the device."""

@@ -33,6 +33,8 @@ TARGETS = {
     "Target: the compiled dense step at batch 2 at most 7.3 ms.",
     "unet_profile": "Where one such call's time goes, as shares; `next gain` is the largest beside matrix products and "
     "convolutions.",
+    "tensorrt_step": "One call of the TensorRT engine by plan and UNet batch, copies in and out included, SD1.5 at 512 "
+    "px; `refit` is a swap of the merged plan. No target: docs/tensorrt.md says what is known.",
     "attach": "From a request to a row that a step can read, by the tier the adapter is found in. "
     "Target: `slot` at most 1 ms, `rows` and `host` at most 5 ms.",
     "serve_mixed": "25 steps, 512 px, guidance on; tenants ask for the next picture when they have the last, and draw "

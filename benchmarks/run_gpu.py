@@ -26,7 +26,7 @@ from hueshift.kernels.launch import triton
 
 FOLDER = Path(__file__).resolve().parent
 # These measure the whole engine and make their rows themselves, from a kit (engine_kit.py).
-ENGINE_STEMS = ("unet_step", "attach", "serve_mixed")
+ENGINE_STEMS = ("unet_step", "attach", "serve_mixed", "tensorrt_step")
 STEMS = (
     "spectral_reassemble",
     "lowrank_merge",

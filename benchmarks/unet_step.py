@@ -30,7 +30,7 @@ CLASSES = (
 
 def rows(kit: Any) -> Iterator[dict[str, Any]]:
     """Measure everything at the kit's scale."""
-    eager = {count: kit.times(lambda count=count: _call_diffusers(kit, count)) for count in kit.scale.rows}
+    eager = {count: kit.times(lambda count=count: kit.call_diffusers(count)) for count in kit.scale.rows}
     for compile in kit.scale.compiles:
         engine = kit.engine(compile=compile)
         slots = _load(kit, engine)
@@ -117,25 +117,6 @@ def _time(kit: Any, engine: Any, plan: Plan, count: int) -> dict[str, float]:
 
 def _on_kernels(engine: Any, plan: Plan) -> bool:
     return bool(engine.networks.of(plan).unet.kernel_layers)
-
-
-def _call_diffusers(kit: Any, count: int) -> bool:
-    """One call of the model's own UNet, from a context of its own width."""
-    unet = _own_unet(kit)
-    side, dtype = kit.base.sample_size, kit.dtype
-    latents = torch.zeros(count, 4, side, side, device=kit.device, dtype=dtype)
-    context = torch.zeros(count, kit.base.max_tokens, unet.config.cross_attention_dim, device=kit.device, dtype=dtype)
-    with torch.no_grad():
-        unet(latents.contiguous(memory_format=torch.channels_last), 500, encoder_hidden_states=context)
-    return True
-
-
-def _own_unet(kit: Any) -> Any:
-    if not hasattr(kit, "eager_unet"):
-        import copy
-
-        kit.eager_unet = copy.deepcopy(kit.base.unet).to(kit.dtype).to(memory_format=torch.channels_last)
-    return kit.eager_unet
 
 
 def _profile_row(kit: Any, engine: Any, plan: Plan, compile: str) -> dict[str, Any]:

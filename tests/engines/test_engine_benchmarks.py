@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recording_tensorrt import make_parts
+from tensorrt_world import World
+
+from hueshift.engines.interface import BASE_SLOT
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ABOUT = {"hardware": "none", "versions": {"torch": "2"}, "date": "2026-11-20", "commit": "abc"}
@@ -83,3 +87,20 @@ def test_kernels_are_sorted_by_name() -> None:
         "something": "other",
     }
     assert {name: classify(name) for name in names} == names
+
+
+def test_tensorrt_gets_a_row_for_every_plan_and_the_refit(kit: Any) -> None:
+    benchmark = load("tensorrt_step")
+    engine = benchmark.make_engine(make_parts(World()), kit)
+    rows = {row["case"]: row for row in benchmark.measure(kit, engine)}
+    plans = {f"tiny-{plan}-b{count}" for plan in ("dense", "factored", "merged") for count in kit.scale.rows}
+    assert rows.keys() == plans | {"tiny-refit"}
+    for row in rows.values():
+        assert 0 < row["p20"] <= row["ms"] <= row["p80"]
+    assert all(rows[name]["ratio"] > 0 for name in plans)
+    assert engine.merged_slot not in (None, BASE_SLOT), "refits were timed with an adapter"
+
+
+def test_where_tensorrt_is_missing_nothing_is_measured(kit: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(load("tensorrt_step").rows(kit)) == []
+    assert "Nothing was measured" in capsys.readouterr().out
