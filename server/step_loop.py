@@ -252,7 +252,7 @@ class StepLoop:
         if not chosen:
             return
         size = chosen[0].size
-        results = self._runner.step(chosen, self._waiting_steps())
+        results = self._runner.step(chosen, self._waiting_steps() if self._runner.divides else {})
         now = self._clock.monotonic()
         ran = [running for result in results if result.error is None for running in result.running]
         seconds = sum(result.seconds for result in results)

@@ -69,6 +69,11 @@ class StepRunner:
         self._planner = planner
         self.limits = RowLimits(engine.max_batch, planner.capacity if planner is not None else None)
 
+    @property
+    def divides(self) -> bool:
+        """True if what waits counts for how a batch is run."""
+        return self._planner is not None
+
     def step(self, chosen: Sequence[Running], waiting: Mapping[int, int]) -> list[Stepped]:
         """Advance pictures of one size by one step; each is in exactly one of the results.
 

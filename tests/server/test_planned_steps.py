@@ -88,3 +88,14 @@ async def test_pictures_are_the_same_however_they_are_divided() -> None:
             assert len({plan for plan, _ in engine.calls}) > 1
             assert bench.value("hueshift_batch_splits_total", reason="cost") > 0
     assert found[0] == found[1]
+
+
+async def test_adapters_are_fetched_when_a_request_is_accepted() -> None:
+    bench = Bench()
+    handle = bench.submit("a", {"spec-0.1": 1.0, "low-0.2": 0.5})
+    # Before the loop has had a turn.
+    assert sorted(bench.folder.loads) == ["low-0.2", "spec-0.1"]
+    bench.run()
+    assert len(bench.folder.loads) == 2
+    assert len(await images(handle)) == 1
+    assert bench.value("hueshift_adapter_cache_hits_total", tier="rows") == 1

@@ -41,6 +41,11 @@ class MergingFakeEngine(FakeEngine):
         if slot in self.merged:
             self._touch(slot)
             return
+        if slot in self._pending:
+            return
+        # What makes room is gone as soon as the writing begins.
+        while self._ready and len(self._ready) + len(self._pending) >= self.weight_slots:
+            self._ready.pop(0)
         self.merges.append(slot)
         self._pending[slot] = 2
 
@@ -71,7 +76,7 @@ class MergingFakeEngine(FakeEngine):
             self._pending[slot] -= 1
             if not self._pending[slot]:
                 del self._pending[slot]
-                self._ready = [*self._ready, slot][-self.weight_slots :]
+                self._ready.append(slot)
         return super().denoise(plan, latents, timesteps, cross, adapter_index, added)
 
     def _touch(self, slot: int) -> None:
