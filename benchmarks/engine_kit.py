@@ -174,7 +174,8 @@ class EngineKit:
     @cached_property
     def own_unet(self) -> Any:
         """The model's UNet as diffusers runs it, in the dtype of the baselines."""
-        return copy.deepcopy(self.base.unet).to(self.dtype).to(memory_format=torch.channels_last)
+        unet: Any = copy.deepcopy(self.base.unet)
+        return unet.to(self.dtype).to(memory_format=torch.channels_last)
 
     def call_diffusers(self, count: int) -> bool:
         """One eager call of that UNet, from a context of its own width."""

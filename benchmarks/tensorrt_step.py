@@ -63,6 +63,7 @@ def measure(kit: Any, engine: TensorRtEngine) -> Iterator[dict[str, Any]]:
     for count in kit.scale.rows:
         latents, timesteps, cross, _ = (part.to(engine.lane.device) for part in example_inputs(kit.base, count))
         eager = time_work(engine, kit.scale.repeats, partial(kit.call_diffusers, count))
+        mixed = torch.tensor([1, 2] * count)[:count]
         works: dict[str, Callable[[], object]] = {
             "dense": partial(engine.denoise, Plan.DENSE, latents, timesteps, cross, torch.tensor([2] * count)),
             "factored": partial(
