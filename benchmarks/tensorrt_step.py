@@ -66,9 +66,7 @@ def measure(kit: Any, engine: TensorRtEngine) -> Iterator[dict[str, Any]]:
         mixed = torch.tensor([1, 2] * count)[:count]
         works: dict[str, Callable[[], object]] = {
             "dense": partial(engine.denoise, Plan.DENSE, latents, timesteps, cross, torch.tensor([2] * count)),
-            "factored": partial(
-                engine.denoise, Plan.FACTORED, latents, timesteps, cross, torch.tensor([1, 2] * count)[:count]
-            ),
+            "factored": partial(engine.denoise, Plan.FACTORED, latents, timesteps, cross, mixed),
             "merged": partial(engine.denoise_merged, latents, timesteps, cross),
         }
         for name, work in works.items():
