@@ -97,7 +97,7 @@ _KINDS: Mapping[SubjectKind, Mapping[str, Any]] = MappingProxyType(
         SubjectKind.STYLE: {"steps": 150, "identifier_learning_rate": 3e-3},
         # One picture, which is wanted as it is: an anchor would keep the base's own detail.
         SubjectKind.EDIT: {
-            "steps": 30,
+            "steps": 60,
             "batch_size": 2,
             "identifier_learning_rate": 0.0,
             "caption_dropout": 0.0,

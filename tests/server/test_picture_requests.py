@@ -302,6 +302,35 @@ async def test_a_deadline_counts_the_inversion() -> None:
     assert bench.value("hueshift_stage_seconds_count", stage="picture") == 2
 
 
+async def test_a_picture_that_waited_too_long_for_its_inversion_is_not_begun() -> None:
+    bench = Bench()
+    bench.engine.on_call = lambda _plan, _slots: bench.clock.advance(1)  # type: ignore[attr-defined]
+    bench.submit(steps=20)
+    bench.run()
+    # 35 steps at twice the speed seen take 17.5 s; admission, which has no schedule, counts 34.
+    handle = bench.submit(start=from_picture(steps=40), steps=4, deadline=bench.clock.monotonic() + 17.2)
+    calls = len(bench.engine.calls)
+    bench.run()
+    assert "too little time" in (await error_of(handle)).message
+    assert len(bench.engine.calls) == calls
+
+
+async def test_masks_are_those_of_sampling() -> None:
+    bench = Bench()
+    handle = bench.submit(
+        start=from_picture(steps=9),
+        steps=2,
+        adapters={"fox-0.3": 1.0},
+        prompt="fox animal",
+        lag=LagRequest(return_masks=True),
+    )
+    bench.run()
+    mask = Image.open(io.BytesIO((await images(handle))[0].mask))
+    # The fake engine's branches act on half of the blocks, at every step of both phases.
+    assert mask.getextrema() == (128, 128)
+    assert {plan for plan, _ in bench.engine.calls} == {Plan.FULL}
+
+
 def test_a_picture_is_covered_and_cut_evenly() -> None:
     vae: Any = FakeVae()
     wide = encode_start(vae, picture_file((128, 64)), 64, 64)
