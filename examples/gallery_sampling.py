@@ -77,6 +77,8 @@ def show_regions(studio: Studio) -> Panel:
         parts = zip(prompts, (left, right), masks, strict=True)
         regions = tuple(_region(studio, prompt, loaded, mask) for prompt, loaded, mask in parts)
         samples.append(painter.start(drawing, painter.load(()), regions=regions))
+    # Drawn before the others, which put their own mixes into slots.
+    both = painter.finish(samples)
     return Panel(
         "Regions",
         f"Left half: `{FOX}` with the fox's adapter. Right half: `{style}` with the style's. Edges fade over 16 "
@@ -85,7 +87,7 @@ def show_regions(studio: Studio) -> Panel:
         [
             studio.draw_row("left alone", [Drawing(FOX, one.seed) for one in drawings], studio.of("svdiff")),
             studio.draw_row("right alone", [Drawing(style, one.seed) for one in drawings], studio.of("style")),
-            GridRow("both, by region", painter.finish(samples)),
+            GridRow("both, by region", both),
         ],
     )
 

@@ -80,7 +80,8 @@ class Painter:
         """
         if len(mix) == 1 and not self.serves(mix[0][0]):
             return _Merged(self, *mix[0]).draw(drawings, report)
-        loaded = self.load(mix)
+        # The last slot, so that mixes which a caller has loaded into the first ones stay.
+        loaded = self.load(mix, self.engine.slots - 1)
         return self.finish([self.start(drawing, loaded) for drawing in drawings], report)
 
     def serves(self, adapter: Adapter) -> bool:
