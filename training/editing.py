@@ -10,8 +10,7 @@ from hueshift.engines.picture_start import inversion_error
 from hueshift.training.methods.learnable import Rows
 from hueshift.training.samples import RowsEngine, Sampler
 
-# Each of the two takes as many UNet calls there and as many back. At 50 steps, SVDiff's own number, the errors are
-# smaller in the same proportion, and four minutes of a slow CPU would go by.
+# Each of the two takes as many UNet calls there and as many back; SVDiff's own 50 would be 200, minutes of a slow CPU.
 INVERSION_STEPS = 20
 
 
