@@ -1,6 +1,7 @@
 """Starting from a picture: img2img's noise, inversion and its way back, and the mixing of noise."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from hueshift.engines.picture_start import (
     noise_picture,
     start_inversion,
 )
-from hueshift.engines.samplers import SamplerKind, make_inverse_table, make_table, noise_levels
+from hueshift.engines.samplers import SamplerKind, make_inverse_table, make_path_tables, make_table, noise_levels
 from hueshift.engines.text_side import TextSide
 
 SHAPE = (4, 8, 8)
@@ -93,6 +94,41 @@ def test_inverse_steps_undo_ddim_where_the_output_is_the_same(prediction: str, b
         assert torch.allclose(row[4] * x + row[5] * out, estimates[-i + 1], atol=2e-3)
         x = row[0] * x + row[1] * out
         assert torch.allclose(x, visited[-i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("begin", [0, 6])
+def test_a_path_to_ddims_own_level_is_its_inverse(prediction: str, begin: int) -> None:
+    schedule = schedule_of(prediction)
+    forward, inverse = make_table(schedule, SamplerKind.DDIM, 12, begin=begin), make_inverse_table(schedule, 12, begin)
+    up, down = make_path_tables(schedule, 12, float(forward.timesteps[0]))
+    for one, other in ((up, inverse), (down, forward)):
+        assert torch.equal(one.timesteps, other.timesteps)
+        assert torch.allclose(one.coefficients, other.coefficients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(SamplerKind))
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_a_path_ends_where_any_sampler_begins(kind: SamplerKind, spacing: str) -> None:
+    """True noise, carried up from the clean picture, lands on the level that the sampler expects, in 20 steps at most."""
+    schedule = replace(schedule_of(), timestep_spacing=spacing)
+    clean, noise = drawn(1).double(), drawn(2).double()
+    for steps, begin in ((4, 0), (10, 3), (30, 29), (50, 0)):
+        table = make_table(schedule, kind, steps, begin=begin)
+        up, down = make_path_tables(schedule, 20, float(table.timesteps[0]))
+        assert up.steps == down.steps <= 20
+        assert torch.equal(up.timesteps, down.timesteps.flip(0))
+        assert bool((up.timesteps.diff() > 0).all())
+        low = float(schedule.alphas_cumprod[0])
+        x = low**0.5 * clean + (1 - low) ** 0.5 * noise
+        for row in up.coefficients.double():
+            x = row[0] * x + row[1] * noise
+        signal, level = noise_levels(schedule, table)
+        assert torch.allclose(x, signal * clean + level * noise, atol=1e-4)
+        for row in down.coefficients.double():
+            assert torch.allclose(row[4] * x + row[5] * noise, clean, atol=1e-3)
+            x = row[0] * x + row[1] * noise
+        assert torch.allclose(x, low**0.5 * clean + (1 - low) ** 0.5 * noise, atol=1e-4)
 
 
 def test_mixing_keeps_both_ends_exactly_and_the_length_between() -> None:
