@@ -110,7 +110,7 @@ def test_a_path_to_ddims_own_level_is_its_inverse(prediction: str, begin: int) -
 @pytest.mark.parametrize("kind", list(SamplerKind))
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_a_path_ends_where_any_sampler_begins(kind: SamplerKind, spacing: str) -> None:
-    """True noise, carried up from the clean picture, lands on the level that the sampler expects, in 20 steps at most."""
+    """True noise, carried up from the clean picture, lands on the level the sampler expects, in 20 steps at most."""
     schedule = replace(schedule_of(), timestep_spacing=spacing)
     clean, noise = drawn(1).double(), drawn(2).double()
     for steps, begin in ((4, 0), (10, 3), (30, 29), (50, 0)):
