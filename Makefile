@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint proto setup bench bench-gpu methods gallery clean
+.PHONY: demo test test-cluster lint proto setup bench bench-gpu methods gallery clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,11 @@ demo: setup
 	$(BIN)/python -P examples/demo.py --out out/demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not cluster"
+
+# Ray over several nodes on this machine: minutes of starting and killing processes.
+test-cluster: setup
+	$(BIN)/pytest -m cluster
 
 lint: setup
 	$(BIN)/ruff format --check .
