@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import HueshiftError, Reason
 from hueshift.training.evaluation.drawing import Painter
 from hueshift.training.evaluation.grids import read_strip, write_strip
+from hueshift.training.evaluation.paces import Paces, count_steps
 from hueshift.training.evaluation.plan import Budget, CasePlan, MethodPlan, Plan, make_spec, read_questions
 from hueshift.training.evaluation.protocol import Judges, Questions, evaluate, evaluate_real, remember
 from hueshift.training.evaluation.rows import Row, append_row, read_rows
 from hueshift.training.evaluation.teaching import School, Taught
 
 BASE, REAL = "base", "real"
-# A few steps tell what all of them take; the first ones are slower.
-_PROBE_STEPS = 6
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)."""
@@ -51,7 +51,7 @@ class Cell:
 
 
 def list_cells(plan: Plan) -> list[Cell]:
-    """All cells: baselines of every case, then budget by budget, so that what steps take is known when time counts."""
+    """All cells: baselines of every case, then budget by budget, those of steps first."""
     cells = [Cell(case, method) for case in plan.cases for method in (REAL, BASE)]
     budgets = sorted(plan.budgets, key=lambda budget: budget.steps is None)
     return cells + [
@@ -87,6 +87,9 @@ class Matrix:
         self._school = School(painter.base, painter.engine.factors, out / "adapters")
         self._questions = {case.name: read_questions(plan, case, root) for case in plan.cases}
         self._draw_base = remember(painter.draw)
+        self._paces = Paces(
+            out / "paces.jsonl", lambda case, spec: self._school.step_seconds(spec, self._questions[case.name].real)
+        )
         for case in plan.cases:
             for method in plan.methods:
                 make_spec(case, method, 1, 0)
@@ -104,8 +107,11 @@ class Matrix:
         """Do what is missing and yield each new row, which is in the file by then.
 
         With `max_seconds` no cell is begun that would, taking as long as the longest so far, end after it. A cell that
-        fails because its training diverged is a result too: its row has `error` in the place of measures.
+        fails because its training diverged is a result too: its row has `error` in the place of measures. Where the
+        plan counts seconds, what a step takes is measured first: leave the machine alone until the first cell.
         """
+        if self._timed and self.missing():
+            self._paces.measure(self.plan.cases, self.plan.methods)
         begun, longest = self._clock(), 0.0
         for cell in self.missing():
             start = self._clock()
@@ -181,42 +187,37 @@ class Matrix:
             )
             write_strip(self._strip_path(cell), found.shown)
             return {"measures": found.measures.to_json()}
-        taught, steps = self._teach(cell, cell.plan, cell.budget, questions)
+        adapter, facts = self._teach(cell, cell.plan, cell.budget, questions)
         report = partial(self._progress, f"{cell.name}: draw")
-        mix = [(taught.adapter, 1.0)]
+        mix = [(adapter, 1.0)]
         found = evaluate(
             questions, self._judges, lambda drawings: self._painter.draw(drawings, mix, report), self._draw_base
         )
         write_strip(self._strip_path(cell), found.shown)
-        facts = _facts(taught, steps)
-        return {"measures": found.measures.to_json(), **facts, "served": self._painter.serves(taught.adapter)}
+        return {"measures": found.measures.to_json(), **facts, "served": self._painter.serves(adapter)}
 
-    def _teach(self, cell: Cell, method: MethodPlan, budget: Budget, questions: Questions) -> tuple[Taught, int]:
-        steps = self._steps(cell, method, budget, questions.real)
+    def _teach(
+        self, cell: Cell, method: MethodPlan, budget: Budget, questions: Questions
+    ) -> tuple[Adapter, dict[str, Any]]:
+        pace = self._paces.step_seconds(cell.case, method) if self._timed else None
+        steps = count_steps(budget, pace)
         spec = make_spec(cell.case, method, steps, cell.seed)
-        return self._school.teach(spec, questions.real, partial(self._progress, f"{cell.name}: train")), steps
+        taught = self._school.teach(spec, questions.real, partial(self._progress, f"{cell.name}: train"))
+        return taught.adapter, _facts(taught, steps, pace or taught.step_seconds)
 
-    def _steps(self, cell: Cell, method: MethodPlan, budget: Budget, pictures: Sequence[Image.Image]) -> int:
-        if budget.steps is not None:
-            return budget.steps
-        known: list[float] = [
-            row["step_seconds"]
-            for row in read_rows(self.rows)
-            if (row["case"], row["method"]) == (cell.case.name, cell.method) and row.get("step_seconds")
-        ]
-        if not known:
-            known = [self._school.step_seconds(make_spec(cell.case, method, _PROBE_STEPS, cell.seed), pictures)]
-        return max(1, round((budget.seconds or 0.0) / known[-1]))
+    @property
+    def _timed(self) -> bool:
+        return any(budget.seconds is not None for budget in self.plan.budgets)
 
     def _strip_path(self, cell: Cell) -> Path:
         name = "-".join(cell.name.replace(",", "").split())
         return self.out / "strips" / f"{name}-{self.key(cell)}.png"
 
 
-def _facts(taught: Taught, steps: int) -> dict[str, Any]:
+def _facts(taught: Taught, steps: int, step_seconds: float | None) -> dict[str, Any]:
     return {
         "steps": steps,
-        "step_seconds": None if taught.step_seconds is None else round(taught.step_seconds, 3),
+        "step_seconds": None if step_seconds is None else round(step_seconds, 3),
         "loss": round(taught.loss, 4),
         "kept_energy": None if taught.kept_energy is None else round(taught.kept_energy, 3),
         "bytes": taught.bytes,

@@ -62,6 +62,9 @@ def test_every_cell_has_a_row_and_is_done_once(folder: Path, painter: Painter, j
     assert set(trained["measures"]) >= {"clip_i", "truth", "clip_t", "prior", "diversity", "dino"}
     timed = rows[4]
     assert timed["steps"] == max(1, round(0.01 / trained["step_seconds"]))
+    paces = [json.loads(line) for line in (folder / "out" / "paces.jsonl").read_text().splitlines()]
+    assert [pace["cell"] for pace in paces] == ["svdiff, subject", "words, subject"]
+    assert trained["step_seconds"] == timed["step_seconds"] == round(paces[0]["step_seconds"], 3)
     again = make_matrix(folder, painter, judges)
     assert list(again.run()) == []
     assert [row["cell"] for row in again.results()] == names
