@@ -789,6 +789,7 @@ class FineTune(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     KEPT_ENERGY_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `tenants/{tenant}/fineTunes/{id}`, made by the server."""
     state: Global___FineTuneState.ValueType
@@ -798,7 +799,7 @@ class FineTune(_message.Message):
     subject: Global___FineTuneSubject.ValueType
     """What the pictures have in common."""
     step: _builtins.int
-    """Training steps done."""
+    """Training steps done. Fewer than `steps` for a job that succeeded early (FineTuneSettings.early_stop)."""
     steps: _builtins.int
     """Training steps in all."""
     loss: _builtins.float
@@ -808,11 +809,15 @@ class FineTune(_message.Message):
     revision: _builtins.int
     """Revision it published; 0 before that."""
     attempt: _builtins.int
-    """Times a worker took it."""
+    """Times a worker took it, since it was queued or last retried."""
     sequence: _builtins.int
     """Number of its newest event."""
     kept_energy: _builtins.float
     """Share of what was learned that its adapter keeps (squared norm of the change), where it was compressed."""
+    device_seconds: _builtins.float
+    """Seconds of the training device it has used since it was queued or last retried. Of a step that it shares with other
+    jobs, its part by rows of the batch.
+    """
     @_builtins.property
     def error(self) -> Global___FineTuneError:
         """Why it failed."""
@@ -858,10 +863,11 @@ class FineTune(_message.Message):
         scores: Global___FineTuneScores | None = ...,
         cost: Global___FineTuneCost | None = ...,
         kept_energy: _builtins.float | None = ...,
+        device_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "cost", b"cost", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "scores", b"scores", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "adapter", b"adapter", "attempt", b"attempt", "cost", b"cost", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "method", b"method", "name", b"name", "revision", b"revision", "scores", b"scores", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "step", b"step", "steps", b"steps", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "adapter", b"adapter", "attempt", b"attempt", "cost", b"cost", "create_time", b"create_time", "device_seconds", b"device_seconds", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "method", b"method", "name", b"name", "revision", b"revision", "scores", b"scores", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "step", b"step", "steps", b"steps", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kept_energy: _TypeAlias = _typing.Literal["kept_energy"]  # noqa: Y015
     _WhichOneofArgType__kept_energy: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy"]  # noqa: Y015
@@ -1284,3 +1290,59 @@ class CancelFineTuneResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelFineTuneResponse: _TypeAlias = CancelFineTuneResponse  # noqa: Y015
+
+@_typing.final
+class RetryFineTuneRequest(_message.Message):
+    """Which job to queue again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name or bare id."""
+    idempotency_key: _builtins.str
+    """The same key with the same job returns the job without queueing it once more. At most 64 characters; empty means
+    none.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryFineTuneRequest: _TypeAlias = RetryFineTuneRequest  # noqa: Y015
+
+@_typing.final
+class RetryFineTuneResponse(_message.Message):
+    """The job, as it stands after the call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINE_TUNE_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """True if the idempotency key had been used and nothing was queued."""
+    @_builtins.property
+    def fine_tune(self) -> Global___FineTune:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        fine_tune: Global___FineTune | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fine_tune", b"fine_tune"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fine_tune", b"fine_tune", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryFineTuneResponse: _TypeAlias = RetryFineTuneResponse  # noqa: Y015

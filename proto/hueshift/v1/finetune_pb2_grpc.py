@@ -61,6 +61,11 @@ class FineTuneServiceStub:
                 request_serializer=hueshift_dot_v1_dot_finetune__pb2.CancelFineTuneRequest.SerializeToString,
                 response_deserializer=hueshift_dot_v1_dot_finetune__pb2.CancelFineTuneResponse.FromString,
                 _registered_method=True)
+        self.RetryFineTune = channel.unary_unary(
+                '/hueshift.v1.FineTuneService/RetryFineTune',
+                request_serializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneRequest.SerializeToString,
+                response_deserializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneResponse.FromString,
+                _registered_method=True)
 
 
 class FineTuneServiceServicer:
@@ -105,6 +110,15 @@ class FineTuneServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryFineTune(self, request, context):
+        """Queues a failed job again: its attempts are counted anew, and it goes on from its last checkpoint where one was
+        kept. Only for failures that another try may mend (ATTEMPTS_EXHAUSTED, JOB_TIME_LIMIT, JOB_MEMORY_LIMIT) and while
+        the server keeps the job's pictures; else FAILED_PRECONDITION with JOB_NOT_RETRYABLE. Quotas are those of a new job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FineTuneServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,6 +146,11 @@ def add_FineTuneServiceServicer_to_server(servicer, server):
                     servicer.CancelFineTune,
                     request_deserializer=hueshift_dot_v1_dot_finetune__pb2.CancelFineTuneRequest.FromString,
                     response_serializer=hueshift_dot_v1_dot_finetune__pb2.CancelFineTuneResponse.SerializeToString,
+            ),
+            'RetryFineTune': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryFineTune,
+                    request_deserializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneRequest.FromString,
+                    response_serializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -271,6 +290,33 @@ class FineTuneService:
             '/hueshift.v1.FineTuneService/CancelFineTune',
             hueshift_dot_v1_dot_finetune__pb2.CancelFineTuneRequest.SerializeToString,
             hueshift_dot_v1_dot_finetune__pb2.CancelFineTuneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryFineTune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hueshift.v1.FineTuneService/RetryFineTune',
+            hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneRequest.SerializeToString,
+            hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneResponse.FromString,
             options,
             channel_credentials,
             insecure,

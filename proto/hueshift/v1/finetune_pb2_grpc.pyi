@@ -49,6 +49,11 @@ class FineTuneServiceStub:
     """Asks a job to stop. A queued job ends at once, a running one at its next training step. An ended job is returned
     as it is.
     """
+    RetryFineTune: _grpc.UnaryUnaryMultiCallable[_finetune_pb2.RetryFineTuneRequest, _finetune_pb2.RetryFineTuneResponse]
+    """Queues a failed job again: its attempts are counted anew, and it goes on from its last checkpoint where one was
+    kept. Only for failures that another try may mend (ATTEMPTS_EXHAUSTED, JOB_TIME_LIMIT, JOB_MEMORY_LIMIT) and while
+    the server keeps the job's pictures; else FAILED_PRECONDITION with JOB_NOT_RETRYABLE. Quotas are those of a new job.
+    """
 
 @_typing.type_check_only
 class FineTuneServiceAsyncStub(FineTuneServiceStub):
@@ -70,6 +75,11 @@ class FineTuneServiceAsyncStub(FineTuneServiceStub):
     CancelFineTune: _aio.UnaryUnaryMultiCallable[_finetune_pb2.CancelFineTuneRequest, _finetune_pb2.CancelFineTuneResponse]  # type: ignore[assignment]
     """Asks a job to stop. A queued job ends at once, a running one at its next training step. An ended job is returned
     as it is.
+    """
+    RetryFineTune: _aio.UnaryUnaryMultiCallable[_finetune_pb2.RetryFineTuneRequest, _finetune_pb2.RetryFineTuneResponse]  # type: ignore[assignment]
+    """Queues a failed job again: its attempts are counted anew, and it goes on from its last checkpoint where one was
+    kept. Only for failures that another try may mend (ATTEMPTS_EXHAUSTED, JOB_TIME_LIMIT, JOB_MEMORY_LIMIT) and while
+    the server keeps the job's pictures; else FAILED_PRECONDITION with JOB_NOT_RETRYABLE. Quotas are those of a new job.
     """
 
 class FineTuneServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -119,6 +129,17 @@ class FineTuneServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_finetune_pb2.CancelFineTuneResponse, _abc.Awaitable[_finetune_pb2.CancelFineTuneResponse]]:
         """Asks a job to stop. A queued job ends at once, a running one at its next training step. An ended job is returned
         as it is.
+        """
+
+    @_abc_1.abstractmethod
+    def RetryFineTune(
+        self,
+        request: _finetune_pb2.RetryFineTuneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_finetune_pb2.RetryFineTuneResponse, _abc.Awaitable[_finetune_pb2.RetryFineTuneResponse]]:
+        """Queues a failed job again: its attempts are counted anew, and it goes on from its last checkpoint where one was
+        kept. Only for failures that another try may mend (ATTEMPTS_EXHAUSTED, JOB_TIME_LIMIT, JOB_MEMORY_LIMIT) and while
+        the server keeps the job's pictures; else FAILED_PRECONDITION with JOB_NOT_RETRYABLE. Quotas are those of a new job.
         """
 
 def add_FineTuneServiceServicer_to_server(servicer: FineTuneServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

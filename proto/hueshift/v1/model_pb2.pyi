@@ -55,6 +55,7 @@ class Model(_message.Message):
     DEFAULT_INVERSION_STEPS_FIELD_NUMBER: _builtins.int
     DEFAULT_INVERSION_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `models/{model}`."""
     base_hash: _builtins.str
@@ -119,6 +120,10 @@ class Model(_message.Message):
     def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodInfo]:
         """Fine-tuning methods with their defaults."""
 
+    @_builtins.property
+    def capacity(self) -> Global___EngineCapacity:
+        """What the engine holds and runs at a time, as found at its start."""
+
     def __init__(
         self,
         *,
@@ -151,14 +156,87 @@ class Model(_message.Message):
         default_inversion_steps: _builtins.int = ...,
         default_inversion_guidance_scale: _builtins.float = ...,
         architecture: _builtins.str = ...,
+        capacity: Global___EngineCapacity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_hash", b"base_hash", "batch_capacity", b"batch_capacity", "default_guidance_scale", b"default_guidance_scale", "default_identifier", b"default_identifier", "default_inversion_guidance_scale", b"default_inversion_guidance_scale", "default_inversion_steps", b"default_inversion_steps", "default_sampler", b"default_sampler", "default_steps", b"default_steps", "default_strength", b"default_strength", "engine", b"engine", "height", b"height", "lag", b"lag", "max_adapter_bytes", b"max_adapter_bytes", "max_count", b"max_count", "max_picture_bytes", b"max_picture_bytes", "max_pictures", b"max_pictures", "max_regions", b"max_regions", "max_size", b"max_size", "max_start_bytes", b"max_start_bytes", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "methods", b"methods", "name", b"name", "plans", b"plans", "samplers", b"samplers", "shared_attention", b"shared_attention", "size_multiple", b"size_multiple", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_hash", b"base_hash", "batch_capacity", b"batch_capacity", "capacity", b"capacity", "default_guidance_scale", b"default_guidance_scale", "default_identifier", b"default_identifier", "default_inversion_guidance_scale", b"default_inversion_guidance_scale", "default_inversion_steps", b"default_inversion_steps", "default_sampler", b"default_sampler", "default_steps", b"default_steps", "default_strength", b"default_strength", "engine", b"engine", "height", b"height", "lag", b"lag", "max_adapter_bytes", b"max_adapter_bytes", "max_count", b"max_count", "max_picture_bytes", b"max_picture_bytes", "max_pictures", b"max_pictures", "max_regions", b"max_regions", "max_size", b"max_size", "max_start_bytes", b"max_start_bytes", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "methods", b"methods", "name", b"name", "plans", b"plans", "samplers", b"samplers", "shared_attention", b"shared_attention", "size_multiple", b"size_multiple", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class EngineCapacity(_message.Message):
+    """What an engine holds and runs at a time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    ADAPTER_SLOTS_FIELD_NUMBER: _builtins.int
+    MERGED_SLOTS_FIELD_NUMBER: _builtins.int
+    BUCKETS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    max_rows: _builtins.int
+    """Most UNet rows of one call; a picture with guidance takes two."""
+    adapter_slots: _builtins.int
+    """Adapter mixes resident at a time, beside the base model."""
+    merged_slots: _builtins.int
+    """Adapter mixes whose merged weights are resident at a time (plan `merged`); 0 without that plan."""
+    @_builtins.property
+    def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows that calls are filled up to; empty if calls take any number."""
+
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizeCapacity]:
+        """What fits in the device's memory by picture size; empty if the engine did not measure it."""
+
+    def __init__(
+        self,
+        *,
+        max_rows: _builtins.int = ...,
+        adapter_slots: _builtins.int = ...,
+        merged_slots: _builtins.int = ...,
+        buckets: _abc.Iterable[_builtins.int] | None = ...,
+        sizes: _abc.Iterable[Global___SizeCapacity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "buckets", b"buckets", "max_rows", b"max_rows", "merged_slots", b"merged_slots", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineCapacity: _TypeAlias = EngineCapacity  # noqa: Y015
+
+@_typing.final
+class SizeCapacity(_message.Message):
+    """What fits in the device's memory at one picture size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    width: _builtins.int
+    """Width in pixels."""
+    height: _builtins.int
+    """Height in pixels."""
+    rows: _builtins.int
+    """UNet rows of one call."""
+    def __init__(
+        self,
+        *,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "rows", b"rows", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizeCapacity: _TypeAlias = SizeCapacity  # noqa: Y015
 
 @_typing.final
 class MethodInfo(_message.Message):
