@@ -116,6 +116,10 @@ class AsyncClient:
         """Ask a job to stop, and return it."""
         return await self._unary(jobs.cancel_call(jobs.name_of(job)))
 
+    async def retry_job(self, job: str | jobs.FineTune) -> jobs.FineTune:
+        """Queue a failed job again, from its last checkpoint, and return it; the server says which can be retried."""
+        return await self._unary(jobs.retry_call(jobs.name_of(job)))
+
     async def watch(self, job: str | jobs.FineTune, after_sequence: int = 0) -> AsyncGenerator[jobs.JobEvent, None]:
         """Yield a job's events after a sequence number until it ends, across lost connections and server restarts."""
         cursor = jobs.WatchCursor(jobs.name_of(job), after_sequence)

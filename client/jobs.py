@@ -9,7 +9,7 @@ from hueshift.client.calls import Page, Paged, Unary, Upload
 from hueshift.client.choices import JobState, Method, Subject
 from hueshift.client.errors import CorruptAnswer
 from hueshift.client.job_spec import Setting, make_spec
-from hueshift.client.uploads import Source, chunks, read_source
+from hueshift.client.uploads import Source, chunks, new_key, read_source
 from hueshift.client.wire import from_enum, optional, to_datetime, to_enum
 from hueshift.v1 import finetune_pb2 as pb
 
@@ -92,7 +92,8 @@ class Cost:
 class FineTune:
     """A fine-tuning job. `loss` is None before its first step, times are None before they come.
 
-    `cost` is None until a job of its kind was measured, `kept_energy` where the adapter was not compressed.
+    One that succeeded with `step` below `steps` stopped early. `device_seconds` are those it has used. `cost` is None
+    until a job of its kind was measured, `kept_energy` where the adapter was not compressed.
     """
 
     name: str
@@ -113,6 +114,7 @@ class FineTune:
     scores: Scores | None
     cost: Cost | None = None
     kept_energy: float | None = None
+    device_seconds: float = 0.0
 
     @property
     def id(self) -> str:
@@ -210,6 +212,12 @@ def cancel_call(name: str) -> Unary[pb.CancelFineTuneRequest, pb.CancelFineTuneR
     return Unary(lambda s: s.finetune.CancelFineTune, request, lambda r: read_job(r.fine_tune))
 
 
+def retry_call(name: str) -> Unary[pb.RetryFineTuneRequest, pb.RetryFineTuneResponse, FineTune]:
+    """Queue a failed job again. Repeats of this one call queue it once."""
+    request = pb.RetryFineTuneRequest(name=name, idempotency_key=new_key())
+    return Unary(lambda s: s.finetune.RetryFineTune, request, lambda r: read_job(r.fine_tune))
+
+
 def name_of(job: str | FineTune) -> str:
     """Return the name of a job given as record or name."""
     return job.name if isinstance(job, FineTune) else job
@@ -276,6 +284,7 @@ def read_job(message: pb.FineTune) -> FineTune:
             lambda: Cost(message.cost.gpu_seconds, message.cost.seconds_per_step, message.cost.measured_steps),
         ),
         kept_energy=optional(message.HasField("kept_energy"), lambda: message.kept_energy),
+        device_seconds=message.device_seconds,
     )
 
 

@@ -114,6 +114,10 @@ class Client:
         """Ask a job to stop, and return it."""
         return self._unary(jobs.cancel_call(jobs.name_of(job)))
 
+    def retry_job(self, job: str | jobs.FineTune) -> jobs.FineTune:
+        """Queue a failed job again, from its last checkpoint, and return it; the server says which can be retried."""
+        return self._unary(jobs.retry_call(jobs.name_of(job)))
+
     def watch(self, job: str | jobs.FineTune, after_sequence: int = 0) -> Generator[jobs.JobEvent, None, None]:
         """Yield a job's events after a sequence number until it ends, across lost connections and server restarts."""
         cursor = jobs.WatchCursor(jobs.name_of(job), after_sequence)

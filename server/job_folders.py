@@ -1,7 +1,8 @@
 """Where a job keeps its files: pictures that its tenant sent, checkpoints, generated class pictures.
 
-The pictures are personal data. They go as soon as the job ends, unless the operator keeps them, and a sweep removes
-what a crash left behind. No name that a client sent becomes a path: job ids are made by the server.
+The pictures are personal data. They go as soon as the job ends, unless the operator keeps them; those of a job that may
+be retried go when that time is over. A sweep removes them, and what a crash left behind. No name that a client sent
+becomes a path: job ids are made by the server.
 """
 
 import contextlib
@@ -94,6 +95,15 @@ class JobFolders:
         """Return the sanitised masks by the indices of their pictures."""
         return {int(path.stem): path for path in sorted((self._root / job_id / _MASKS).glob("*.png"))}
 
+    def holds_inputs(self, job_id: str, pictures: int) -> bool:
+        """True if all pictures of a job are still here, or where its worker will fetch them.
+
+        Raises Unavailable (STORE_UNAVAILABLE).
+        """
+        if len(self.pictures(job_id)) == pictures:
+            return True
+        return self._mirror is not None and self._mirror.pictures(job_id) == pictures
+
     def work(self, job_id: str) -> Path:
         """Return the folder of checkpoints and generated class pictures."""
         folder = self._root / job_id / "work"
@@ -112,12 +122,12 @@ class JobFolders:
         shutil.rmtree(self._root / job_id, ignore_errors=True)
         self._forget(job_id, keep_pictures=False)
 
-    def sweep(self, open_jobs: Collection[str], min_age: float) -> int:
-        """End every folder older than `min_age` seconds that belongs to no open job. Returns how many there were."""
+    def sweep(self, kept_jobs: Collection[str], min_age: float) -> int:
+        """End every folder older than `min_age` seconds that belongs to no kept job. Returns how many there were."""
         swept = 0
         for folder in self._root.iterdir():
             age = time.time() - _last_change(folder)
-            if folder.name in open_jobs or age < min_age:
+            if folder.name in kept_jobs or age < min_age:
                 continue
             if folder.name.startswith(_STAGED_PREFIX):
                 self.discard(folder)
@@ -127,7 +137,7 @@ class JobFolders:
                 continue
             swept += 1
         if self._mirror is not None:
-            swept += self._mirror.sweep(open_jobs, min_age, keep_pictures=self._keep_pictures)
+            swept += self._mirror.sweep(kept_jobs, min_age, keep_pictures=self._keep_pictures)
         return swept
 
     def _forget(self, job_id: str, *, keep_pictures: bool) -> None:

@@ -25,6 +25,10 @@ class JobMirror:
             for file in sorted((folder / part).glob("*.png")):
                 self._objects.put(f"{_PREFIX}/{job_id}/{part}/{file.name}", file)
 
+    def pictures(self, job_id: str) -> int:
+        """Return how many pictures of a job are there. Raises Unavailable (STORE_UNAVAILABLE)."""
+        return sum(1 for _ in self._objects.entries(f"{_PREFIX}/{job_id}/pictures"))
+
     def send_checkpoint(self, job_id: str, token: int, file: Path) -> None:
         """Upload a checkpoint of the attempt with that fencing token."""
         self._objects.put(f"{_PREFIX}/{job_id}/work/{token:012d}/{file.name}", file)
@@ -48,12 +52,12 @@ class JobMirror:
         for entry in list(self._objects.entries(f"{_PREFIX}/{job_id}{part}")):
             self._objects.delete(entry.key)
 
-    def sweep(self, open_jobs: Collection[str], min_age: float, *, keep_pictures: bool) -> int:
-        """Remove what is older than `min_age` seconds and belongs to no open job. Returns the number of objects."""
+    def sweep(self, kept_jobs: Collection[str], min_age: float, *, keep_pictures: bool) -> int:
+        """Remove what is older than `min_age` seconds and belongs to no kept job. Returns the number of objects."""
         swept = 0
         for entry in list(self._objects.entries(_PREFIX)):
             _, job_id, part, *_ = entry.key.split("/")
-            if job_id in open_jobs or entry.age < min_age or (keep_pictures and part in INPUTS):
+            if job_id in kept_jobs or entry.age < min_age or (keep_pictures and part in INPUTS):
                 continue
             self._objects.delete(entry.key)
             swept += 1

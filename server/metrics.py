@@ -78,6 +78,7 @@ class Metrics:
         )
         self.jobs = Gauge("hueshift_jobs", "Fine-tuning jobs by state.", ["state"], registry=r)
         self.job_leases_lost = Counter("hueshift_job_leases_lost", "Leases that expired.", registry=r)
+        self.job_retries = Counter("hueshift_job_retries", "Failed jobs that were queued again.", registry=r)
         self.workers = Gauge("hueshift_workers", "Worker processes alive.", registry=r)
 
     def _add_engine(self, r: CollectorRegistry) -> None:

@@ -105,6 +105,7 @@ class ServiceSet:
             check_words=make_word_check(base),
             fit_targets=make_target_fit(parts.rows),
             estimate=lambda spec: speeds.estimate(base.base_hash, spec),
+            on_retry=metrics.job_retries.inc,
         )
         self._models = ModelService(base, engine, settings)
         self._supervisor = Supervisor(settings, jobs=stores.jobs, folders=stores.folders, metrics=metrics, clock=clock)

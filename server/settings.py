@@ -166,6 +166,9 @@ class TrainingSettings(_Section):
     )
     memory_fraction: float = Field(1.0, gt=0, le=1, description="Share of a CUDA device's memory a worker may take.")
     keep_pictures: bool = Field(False, description="Keep training pictures after the job has ended.")
+    keep_failed_seconds: float = Field(
+        86_400, ge=0, description="How long a job that was given up keeps its files, to be retried; 0: not at all."
+    )
 
 
 class StoreSettings(_Section):

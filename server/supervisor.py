@@ -165,8 +165,8 @@ class Supervisor:
         self._leases_lost = lost
 
     async def _sweep(self) -> None:
-        open_jobs = await asyncio.to_thread(self._jobs.open_jobs)
-        swept = await asyncio.to_thread(self._folders.sweep, open_jobs, _SWEEP_AGE)
+        kept = await asyncio.to_thread(self._jobs.kept_jobs)
+        swept = await asyncio.to_thread(self._folders.sweep, kept, _SWEEP_AGE)
         if swept:
             _LOG.info("job_folders.swept", count=swept)
 

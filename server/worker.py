@@ -29,7 +29,7 @@ from hueshift.server.job_run import JobRun
 from hueshift.server.logs import tenant_hash
 from hueshift.server.settings import TrainingSettings
 from hueshift.server.stop import StopFlag
-from hueshift.server.store.job_records import ClaimedJob
+from hueshift.server.store.job_records import ClaimedJob, JobRecord
 from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.publisher import AdapterPublisher
 from hueshift.training.spec import TrainingSpec
@@ -130,7 +130,7 @@ class Worker:
         now = self._clock.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + _TIDY_SECONDS
-            self._folders.sweep(self._jobs.open_jobs(), _TIDY_AGE)
+            self._folders.sweep(self._jobs.kept_jobs(), _TIDY_AGE)
 
     def work(self, claimed: ClaimedJob) -> None:
         """Run one attempt at a job and record its outcome."""
@@ -220,8 +220,7 @@ class Worker:
 
     def _fail(self, claimed: ClaimedJob, reason: Reason, message: str) -> None:
         _LOG.warning("job.failed", job=claimed.job.job_id, reason=reason)
-        self._jobs.fail(claimed.lease, reason.value, message)
-        self._folders.end(claimed.job.job_id)
+        self._end_folder(self._jobs.fail(claimed.lease, reason.value, message))
 
     def _retry(self, claimed: ClaimedJob, error: Exception) -> None:
         incident = secrets.token_hex(8)
@@ -229,8 +228,12 @@ class Worker:
         delay = min(_MAX_RETRY_SECONDS, 2.0**claimed.job.attempt)
         message = f"training met an internal error (incident {incident}); the operator's log has the cause"
         cause = f"{type(error).__name__}: {error} (incident {incident})"
-        if self._jobs.retry(claimed.lease, message, delay, cause).state.ended:
-            self._folders.end(claimed.job.job_id)
+        self._end_folder(self._jobs.retry(claimed.lease, message, delay, cause))
+
+    def _end_folder(self, job: JobRecord) -> None:
+        """Remove the files of a job that has ended; those of one that may be retried stay until a sweep."""
+        if job.state.ended and not self._jobs.can_retry(job):
+            self._folders.end(job.job_id)
 
 
 def _open_picture(path: Path) -> Image.Image:

@@ -10,7 +10,9 @@ from hueshift.server.cli.output import rows_table, time_text
 from hueshift.server.cli.session import Session, connected
 from hueshift.server.cli.watching import job_table, watch_job
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="List, show, watch and cancel fine-tuning jobs.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="List, show, watch, cancel and retry fine-tuning jobs."
+)
 
 Job = Annotated[str, typer.Argument(help="Id or resource name.")]
 _STATES = [state.value for state in JobState if state is not JobState.UNKNOWN]
@@ -73,3 +75,12 @@ def cancel(session: Session, job: Job) -> None:
     """Ask a job to stop: a queued one at once, a running one at its next step."""
     stopped = session.client.cancel_job(job)
     session.output.result(stopped, job_table(stopped))
+
+
+@app.command("retry")
+@connected
+def retry(session: Session, job: Job) -> None:
+    """Queue a failed job again, from its last checkpoint; its attempts are counted anew."""
+    queued = session.client.retry_job(job)
+    session.output.result(queued, job_table(queued))
+    session.output.note(f"`hueshift jobs watch {queued.id} --after {queued.sequence}` follows it.")

@@ -93,7 +93,7 @@ def job_table(job: "FineTune") -> "Table":
             "job": job.name,
             "state": job.state.value,
             "method": f"{job.method.value}, {job.subject.value}",
-            "steps": f"{job.step} of {job.steps}",
+            "steps": _steps_text(job),
             "loss": None if job.loss is None else f"{job.loss:.4f}",
             "adapter": f"{job.adapter}@{job.revision}" if job.revision else job.adapter,
             "attempt": job.attempt or None,
@@ -107,6 +107,7 @@ def job_table(job: "FineTune") -> "Table":
             "diversity": _share(None if scores is None else scores.diversity),
             "inversion": None if scores is None else _inversion_text(scores),
             "kept": None if job.kept_energy is None else f"{job.kept_energy:.1%} of what was learned",
+            "device": f"{job.device_seconds:.0f} s" if job.device_seconds else None,
             "cost": _cost_text(job),
         }
     )
@@ -122,6 +123,13 @@ def plan_table(job: "FineTune") -> "Table":
             "cost": _cost_text(job) or "not known: no job of this kind has run on this server yet",
         }
     )
+
+
+def _steps_text(job: "FineTune") -> str:
+    from hueshift.client.choices import JobState
+
+    early = job.state is JobState.SUCCEEDED and job.step < job.steps
+    return f"{job.step} of {job.steps}{', stopped early' if early else ''}"
 
 
 def _inversion_text(scores: "Scores") -> str | None:

@@ -97,6 +97,7 @@ def to_message(job: JobRecord, cost: Cost | None = None) -> pb.FineTune:
         start_time=_timestamp(job.started),
         end_time=_timestamp(job.ended),
         sequence=job.sequence,
+        device_seconds=job.device_seconds,
     )
     if job.error_reason is not None:
         message.error.reason = job.error_reason

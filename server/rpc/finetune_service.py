@@ -20,8 +20,9 @@ from hueshift.server.rpc.finetune_upload import receive_pictures, receive_spec
 from hueshift.server.rpc.names import adapter_name, make_id, parse_fine_tune_name
 from hueshift.server.rpc.pages import check_page_size, decode_token, encode_token
 from hueshift.server.settings import LimitSettings
-from hueshift.server.store.idempotency import hash_request
+from hueshift.server.store.idempotency import check_key, hash_request
 from hueshift.server.store.job_records import JobEvent, JobRecord, NewJob
+from hueshift.server.store.job_retry import not_retryable
 from hueshift.server.store.job_store import JobStore
 from hueshift.training.cost import Cost
 from hueshift.training.spec import TrainingSpec
@@ -39,10 +40,11 @@ _WATCH_SECONDS = 0.25
 
 
 class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
-    """Queues, shows and cancels jobs.
+    """Queues, shows, cancels and retries jobs.
 
     `check_words` raises InvalidArgument when the base model's tokenizer cannot hold a spec's identifiers, `fit_targets`
-    when this server could not serve what the job makes; `estimate` tells what a job costs, if that is known.
+    when this server could not serve what the job makes; `estimate` tells what a job costs, if that is known; `on_retry`
+    hears of every failed job that is queued again.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         check_words: Callable[[TrainingSpec], None],
         fit_targets: TargetFit,
         estimate: Callable[[TrainingSpec], Cost | None],
+        on_retry: Callable[[], object] = lambda: None,
     ) -> None:
         self._jobs = jobs
         self._folders = folders
@@ -62,6 +65,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         self._pictures = PictureLimits(max_bytes=limits.max_picture_bytes, max_pixels=limits.max_picture_pixels)
         self._default_identifier = default_identifier
         self._check_words, self._fit_targets, self._estimate = check_words, fit_targets, estimate
+        self._on_retry = on_retry
         self._ingestions = asyncio.Semaphore(_INGESTIONS)
         self._unfinished: set[asyncio.Task[Any]] = set()
 
@@ -149,6 +153,15 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         job = await asyncio.to_thread(self._cancel, tenant, parse_fine_tune_name(request.name, tenant))
         return pb.CancelFineTuneResponse(fine_tune=to_message(job))
 
+    async def RetryFineTune(
+        self, request: pb.RetryFineTuneRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.RetryFineTuneResponse:
+        """Queue a failed job again; see the contract."""
+        tenant, key = current_call().tenant, check_key(request.idempotency_key)
+        job_id = parse_fine_tune_name(request.name, tenant)
+        job, replayed = await asyncio.to_thread(self._retry, tenant, job_id, key)
+        return pb.RetryFineTuneResponse(fine_tune=to_message(job), replayed=replayed)
+
     async def _to_the_end(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Run in a thread, to the end even if the caller leaves: no job may stand without its folder, nor inversely."""
         task = asyncio.create_task(asyncio.to_thread(work, *arguments, **named))
@@ -210,6 +223,18 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         if job.state.ended:
             self._folders.end(job_id)
         return job
+
+    def _retry(self, tenant: str, job_id: str, key: str) -> tuple[JobRecord, bool]:
+        job = self._jobs.get(tenant, job_id)
+        # Looked at first, since nothing removes the files of a job that can be retried.
+        if self._jobs.can_retry(job) and not self._folders.holds_inputs(job_id, len(job.spec.captions)):
+            raise not_retryable(job_id, "its pictures are gone; send it anew with its pictures")
+        limit = self._limits.tenant_queued_jobs
+        job, replayed = self._jobs.retry_failed(tenant, job_id, tenant_limit=limit, idempotency_key=key)
+        if not replayed:
+            self._on_retry()
+        _LOG.info("job.retried", job=job_id, tenant_hash=tenant_hash(tenant), step=job.step, replayed=replayed)
+        return job, replayed
 
 
 def _without_key(message: pb.FineTuneSpec) -> bytes:

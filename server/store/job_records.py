@@ -11,7 +11,9 @@ from hueshift.training.spec import TrainingSpec
 
 
 class JobState(StrEnum):
-    """Where a job stands. queued -> running -> an ended state, and back to queued when a worker is lost."""
+    """Where a job stands. queued -> running -> an ended state, and back to queued when a worker is lost or
+    a failed job is retried.
+    """
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -21,7 +23,7 @@ class JobState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """True for the states a job never leaves."""
+        """True for the states a job never leaves by itself; a failed one may be queued again by its tenant."""
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -104,6 +106,7 @@ class JobRecord:
             "sequence": self.sequence,
             "started": self.started,
             "ended": self.ended,
+            "device_seconds": self.device_seconds,
         }
 
 

@@ -8,38 +8,47 @@ that ends the job. Every change of state writes its event in the same transactio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_
 
 from hueshift.adapters.adapter import Adapter
-from hueshift.adapters.errors import Cancelled, FailedPrecondition, Reason
+from hueshift.adapters.errors import Cancelled, Reason
 from hueshift.server.clock import Clock
-from hueshift.server.rpc.names import not_found
 from hueshift.server.store.database import Database, lock
-from hueshift.server.store.idempotency import recall, remember
+from hueshift.server.store.idempotency import hash_request, recall, remember
 from hueshift.server.store.job_events import append_event, read_events
+from hueshift.server.store.job_moves import change_job, held_job, move_job, own_job
 from hueshift.server.store.job_order import next_job
 from hueshift.server.store.job_quotas import OPEN_STATES, JobQuotas, charge, check_queue, check_seconds
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
+from hueshift.server.store.job_retry import can_retry, check_retry, kept, requeue
 from hueshift.server.store.publisher import AdapterPublisher
 from hueshift.server.store.tables import idempotency, jobs
 from hueshift.training.spec import TrainingSpec
 
 CREATE_METHOD = "CreateFineTune"
+RETRY_METHOD = "RetryFineTune"
 # Enough to find the fault by; the log has the rest.
 _CAUSE_LENGTH = 600
-_NO_LEASE: Mapping[str, Any] = {"lease_owner": None, "lease_expires": None, "charged": None}
 
 
 class JobStore:
     """Jobs and their leases. Synchronous and safe to share between threads and processes."""
 
     def __init__(
-        self, database: Database, clock: Clock, *, max_attempts: int = 5, quotas: JobQuotas | None = None
+        self,
+        database: Database,
+        clock: Clock,
+        *,
+        max_attempts: int = 5,
+        quotas: JobQuotas | None = None,
+        keep_failed_seconds: float = 0.0,
     ) -> None:
+        """`keep_failed_seconds` is how long a failed job can be retried; its files are kept as long."""
         self._database = database
         self._clock = clock
         self._max_attempts = max_attempts
         self._quotas = quotas or JobQuotas()
+        self._keep_failed = keep_failed_seconds
 
     def create(
         self, new: NewJob, *, tenant_limit: int, idempotency_key: str = "", request_hash: str = ""
@@ -52,7 +61,7 @@ class JobStore:
         with self._database.write() as connection:
             known = recall(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash)
             if known is not None:
-                return self._own(connection, new.tenant, str(known["job_id"])), True
+                return own_job(connection, new.tenant, str(known["job_id"])), True
             # Two calls at once must not both take the last place.
             lock(connection, f"jobs/{new.tenant}")
             self._check_quota(connection, new.tenant, tenant_limit)
@@ -67,7 +76,7 @@ class JobStore:
         """Return the job an earlier `create` with this key made. Raises AlreadyExists (IDEMPOTENCY_CONFLICT)."""
         with self._database.read() as connection:
             known = recall(connection, tenant, CREATE_METHOD, idempotency_key, request_hash)
-            return None if known is None else self._own(connection, tenant, str(known["job_id"]))
+            return None if known is None else own_job(connection, tenant, str(known["job_id"]))
 
     def check_quota(self, tenant: str, tenant_limit: int, idempotency_key: str = "") -> None:
         """Raise the TENANT_QUOTA that `create` would raise now, before a caller uploads for nothing.
@@ -86,7 +95,7 @@ class JobStore:
     def get(self, tenant: str, job_id: str) -> JobRecord:
         """Return a job of the tenant. Raises NotFound (FINE_TUNE_NOT_FOUND)."""
         with self._database.read() as connection:
-            return self._own(connection, tenant, job_id)
+            return own_job(connection, tenant, job_id)
 
     def list_jobs(
         self,
@@ -114,12 +123,37 @@ class JobStore:
     def cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Cancel a queued job at once, ask a running one to stop, return an ended one as it is. Raises NotFound."""
         with self._database.write() as connection:
-            job = self._own(connection, tenant, job_id, locked=True)
+            job = own_job(connection, tenant, job_id, locked=True)
             if job.state is JobState.QUEUED:
                 return self._move(connection, job, JobState.CANCELLED)
             if job.state is JobState.RUNNING:
-                return self._change(connection, job.job_id, cancel_requested=True)
+                return change_job(connection, job.job_id, cancel_requested=True)
             return job
+
+    def retry_failed(
+        self, tenant: str, job_id: str, *, tenant_limit: int, idempotency_key: str = ""
+    ) -> tuple[JobRecord, bool]:
+        """Queue a failed job again, its attempts and seconds counted anew; with a key used before for it, True and no
+        change.
+
+        Raises NotFound, FailedPrecondition (JOB_NOT_RETRYABLE), ResourceExhausted (TENANT_QUOTA) as `create`, and
+        AlreadyExists (IDEMPOTENCY_CONFLICT).
+        """
+        with self._database.write() as connection:
+            known = recall(connection, tenant, RETRY_METHOD, idempotency_key, hash_request([job_id.encode()]))
+            if known is not None:
+                return own_job(connection, tenant, job_id), True
+            lock(connection, f"jobs/{tenant}")
+            job = own_job(connection, tenant, job_id, locked=True)
+            check_retry(job, self._keep_failed, self._clock.time())
+            self._check_quota(connection, tenant, tenant_limit)
+            request_hash = hash_request([job_id.encode()])
+            remember(connection, tenant, RETRY_METHOD, idempotency_key, request_hash, {"job_id": job_id})
+            return requeue(connection, job, self._clock.time()), False
+
+    def can_retry(self, job: JobRecord) -> bool:
+        """True if `retry_failed` would take the job now, but for quotas: its files must stay."""
+        return can_retry(job, self._keep_failed, self._clock.time())
 
     def claim(
         self, owner: str, lease_seconds: float, fits: Callable[[TrainingSpec], bool] = lambda spec: True
@@ -161,29 +195,29 @@ class JobStore:
         Raises FailedPrecondition (LEASE_LOST).
         """
         with self._database.write() as connection:
-            job, now = self._held(connection, lease), self._clock.time()
+            job, now = held_job(connection, lease), self._clock.time()
             counted = charge(connection, job, now)
-            return self._change(connection, lease.job_id, lease_expires=now + lease_seconds, **counted)
+            return change_job(connection, lease.job_id, lease_expires=now + lease_seconds, **counted)
 
     def progress(self, lease: Lease, step: int, loss: float, seconds_per_step: float) -> None:
         """Record the steps done and tell the watchers. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = held_job(connection, lease)
             payload = {"step": step, "steps": job.steps, "loss": loss, "seconds_per_step": seconds_per_step}
-            job = self._change(connection, job.job_id, step=step, loss=loss, sequence=jobs.c.sequence + 1)
+            job = change_job(connection, job.job_id, step=step, loss=loss, sequence=jobs.c.sequence + 1)
             append_event(connection, job, self._clock.time(), EventKind.PROGRESS, payload)
 
     def sample(self, lease: Lease, step: int, prompt: str, png: bytes) -> None:
         """Show a sample picture to the watchers. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
-            job = self._change(connection, self._held(connection, lease).job_id, sequence=jobs.c.sequence + 1)
+            job = change_job(connection, held_job(connection, lease).job_id, sequence=jobs.c.sequence + 1)
             payload = {"step": step, "prompt": prompt}
             append_event(connection, job, self._clock.time(), EventKind.SAMPLE, payload, png)
 
     def checkpoint(self, lease: Lease, path: str) -> None:
         """Record where the newest checkpoint lies. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
-            self._change(connection, self._held(connection, lease).job_id, checkpoint=path)
+            change_job(connection, held_job(connection, lease).job_id, checkpoint=path)
 
     def publish(
         self,
@@ -199,7 +233,7 @@ class JobStore:
         was asked for meanwhile.
         """
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = held_job(connection, lease)
             if job.cancel_requested:
                 raise Cancelled(Reason.CANCELLED, "the job was cancelled before it could publish")
             published = adapters.publish(
@@ -225,7 +259,7 @@ class JobStore:
     def fail(self, lease: Lease, reason: str, message: str) -> JobRecord:
         """End a job for good. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = held_job(connection, lease)
             counted = charge(connection, job, self._clock.time())
             changes = {**counted, **self._failure(job, message), "error_reason": reason, "error_message": message}
             return self._move(connection, job, JobState.FAILED, **changes)
@@ -237,7 +271,7 @@ class JobStore:
         `message` would do without one. Raises FailedPrecondition (LEASE_LOST).
         """
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = held_job(connection, lease)
             changes = charge(connection, job, self._clock.time()) | self._failure(job, cause or message)
             return self._put_back(connection, job, message, delay, **changes)
 
@@ -247,7 +281,7 @@ class JobStore:
         It is taken `delay` seconds later at the earliest. Raises as `fail`.
         """
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = held_job(connection, lease)
             counted = charge(connection, job, self._clock.time())
             if job.cancel_requested:
                 return self._move(connection, job, JobState.CANCELLED, **counted)
@@ -257,7 +291,7 @@ class JobStore:
     def stop_cancelled(self, lease: Lease) -> JobRecord:
         """End a running job whose cancellation was asked for. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
-            job = self._held(connection, lease)
+            job = held_job(connection, lease)
             return self._move(connection, job, JobState.CANCELLED, **charge(connection, job, self._clock.time()))
 
     def expire_leases(self, owner: str | None = None, cause: str = "its worker went silent") -> list[JobRecord]:
@@ -309,6 +343,12 @@ class JobStore:
         with self._database.read() as connection:
             return set(connection.scalars(select(jobs.c.job_id).where(jobs.c.state.in_(OPEN_STATES))))
 
+    def kept_jobs(self) -> set[str]:
+        """Return the ids of the jobs whose files must stay: those that have not ended, and failed ones to retry."""
+        failed = kept(self._keep_failed, self._clock.time())
+        with self._database.read() as connection:
+            return set(connection.scalars(select(jobs.c.job_id).where(jobs.c.state.in_(OPEN_STATES) | failed)))
+
     def _first_row(self, new: NewJob) -> dict[str, Any]:
         return {
             "job_id": new.job_id,
@@ -337,27 +377,6 @@ class JobStore:
         }
         return {"failures": [*job.failures, entry]}
 
-    def _own(self, connection: Connection, tenant: str, job_id: str, *, locked: bool = False) -> JobRecord:
-        query = select(jobs).where(jobs.c.job_id == job_id, jobs.c.tenant == tenant)
-        row = connection.execute(query.with_for_update() if locked else query).one_or_none()
-        if row is None:
-            raise not_found(Reason.FINE_TUNE_NOT_FOUND, "fineTunes", job_id)
-        return JobRecord.from_row(row)
-
-    def _held(self, connection: Connection, lease: Lease) -> JobRecord:
-        query = select(jobs).where(
-            jobs.c.job_id == lease.job_id,
-            jobs.c.fencing_token == lease.token,
-            jobs.c.state == JobState.RUNNING.value,
-        )
-        row = connection.execute(query.with_for_update()).one_or_none()
-        if row is None:
-            raise FailedPrecondition(
-                Reason.LEASE_LOST,
-                f"job {lease.job_id} is no longer held under token {lease.token}: it ended or was given to another",
-            )
-        return JobRecord.from_row(row)
-
     def _put_back(
         self, connection: Connection, job: JobRecord, message: str, delay: float, **changes: Any
     ) -> JobRecord:
@@ -372,15 +391,4 @@ class JobStore:
         return self._move(connection, job, JobState.QUEUED, not_before=self._clock.time() + delay, **changes)
 
     def _move(self, connection: Connection, job: JobRecord, state: JobState, **changes: Any) -> JobRecord:
-        now = self._clock.time()
-        if state is not JobState.RUNNING:
-            changes = {**changes, **_NO_LEASE}
-        if state.ended:
-            changes["ended"] = now
-        moved = self._change(connection, job.job_id, state=state.value, sequence=jobs.c.sequence + 1, **changes)
-        append_event(connection, moved, now, EventKind.STATE, moved.snapshot())
-        return moved
-
-    def _change(self, connection: Connection, job_id: str, **changes: Any) -> JobRecord:
-        query = update(jobs).where(jobs.c.job_id == job_id).values(changes).returning(*jobs.c)
-        return JobRecord.from_row(connection.execute(query).one())
+        return move_job(connection, job, state, self._clock.time(), **changes)

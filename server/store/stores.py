@@ -42,6 +42,12 @@ def open_stores(settings: Settings, clock: Clock) -> Stores:
     return Stores(
         database=database,
         adapters=AdapterStore(database, blobs, clock),
-        jobs=JobStore(database, clock, max_attempts=settings.training.max_attempts, quotas=quotas),
+        jobs=JobStore(
+            database,
+            clock,
+            max_attempts=settings.training.max_attempts,
+            quotas=quotas,
+            keep_failed_seconds=settings.training.keep_failed_seconds,
+        ),
         folders=JobFolders(root / "jobs", keep_pictures=settings.training.keep_pictures, mirror=mirror),
     )

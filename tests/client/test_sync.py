@@ -330,9 +330,13 @@ def test_waiting_for_a_job(fake: FakeServer, client: Client) -> None:
     assert client.wait_for_job("job-1").revision == 1
 
 
-def test_jobs_are_listed_and_cancelled(fake: FakeServer, client: Client) -> None:
+def test_jobs_are_listed_cancelled_and_retried(fake: FakeServer, client: Client) -> None:
     assert [job.id for job in client.list_jobs([JobState.QUEUED])] == ["job-1"]
     assert client.cancel_job(next(client.list_jobs())).state is JobState.CANCELLED
+    assert client.retry_job(next(client.list_jobs())).state is JobState.QUEUED
+    (request,) = fake.service.seen["RetryFineTune"]
+    assert (request.name, len(request.idempotency_key)) == ("tenants/local/fineTunes/job-1", 32)
+    client.cancel_job("job-1")
     assert list(client.list_jobs([JobState.RUNNING])) == []
 
 

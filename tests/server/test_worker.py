@@ -227,7 +227,10 @@ def test_an_error_of_ours_is_tried_again_and_its_text_stays_in_the_log(bench: Be
     assert (job.state, job.error_reason) == (JobState.FAILED, "ATTEMPTS_EXHAUSTED")
     assert "incident" in str(job.error_message)
     assert "secret" not in str(job.error_message)
-    assert list(bench.folder.iterdir()) == []
+    # It may be retried, so its files stay until then.
+    assert bench.stores.folders.sweep(bench.stores.jobs.kept_jobs(), 0.0) == 0
+    assert bench.stores.folders.holds_inputs("ft-1", 2)
+    assert bench.stores.folders.sweep(bench.stores.jobs.open_jobs(), 0.0) == 1
 
 
 def test_a_cancelled_job_ends_cancelled(bench: Bench) -> None:
@@ -341,3 +344,28 @@ def test_folders_of_nobody_are_swept_when_they_are_old(bench: Bench) -> None:
 def test_unknown_failpoints_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgument):
         Failpoint.parse(text)
+
+
+def test_a_retried_job_finds_its_pictures_and_its_checkpoint(bench: Bench) -> None:
+    seen: list[bool] = []
+
+    def resumes(run: JobRun) -> None:
+        seen.append((bench.folder / "ft-1" / "work" / "checkpoint").exists())
+
+    bench.queue()
+    assert bench.attempt(raises(torch.OutOfMemoryError("CUDA out of memory"))).state is JobState.FAILED
+    # As long as it may be retried no sweep takes its files.
+    assert bench.stores.folders.sweep(bench.stores.jobs.kept_jobs(), 0.0) == 0
+    assert bench.stores.folders.holds_inputs("ft-1", 2)
+    (bench.folder / "ft-1" / "work" / "checkpoint").touch()
+    bench.stores.jobs.retry_failed("alice", "ft-1", tenant_limit=9)
+    job = bench.attempt(resumes)
+    assert (job.state, job.attempt, seen) == (JobState.SUCCEEDED, 1, [True])
+    assert list(bench.folder.iterdir()) == []
+
+
+def test_a_job_that_would_fail_again_leaves_nothing(bench: Bench) -> None:
+    bench.queue()
+    error = InvalidArgument(Reason.INVALID_FIELD, "the captions are wrong")
+    assert bench.attempt(raises(error)).state is JobState.FAILED
+    assert list(bench.folder.iterdir()) == []

@@ -255,6 +255,14 @@ class FakeService(
         self.job.state = State.FINE_TUNE_STATE_CANCELLED
         return finetune_pb2.CancelFineTuneResponse(fine_tune=self.job)
 
+    def RetryFineTune(
+        self, request: finetune_pb2.RetryFineTuneRequest, context: Context
+    ) -> finetune_pb2.RetryFineTuneResponse:
+        """Queue the job again."""
+        self._fail_or_go("RetryFineTune", request, context)
+        self.job.state = State.FINE_TUNE_STATE_QUEUED
+        return finetune_pb2.RetryFineTuneResponse(fine_tune=self.job)
+
     def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
         """Return the model."""
         self._fail_or_go("GetModel", request, context)

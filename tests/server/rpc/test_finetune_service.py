@@ -326,3 +326,29 @@ async def test_a_caller_who_leaves_in_the_middle_leaves_nothing(alice: Caller) -
         while alice.left_behind():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert alice.live.stores.jobs.open_jobs() == set()
+
+
+async def test_a_failed_job_is_retried_and_counted(alice: Caller) -> None:
+    job = await alice.queue()
+    request = pb.RetryFineTuneRequest(name=job.name, idempotency_key="once")
+    alice.live.stores.jobs.fail(alice.claim().lease, "JOB_TIME_LIMIT", "too long")
+    for replayed in (False, True):
+        answer = await alice.call("RetryFineTune", request)
+        assert (answer.fine_tune.state, answer.replayed) == (pb.FINE_TUNE_STATE_QUEUED, replayed)
+    assert not answer.fine_tune.HasField("error")
+    assert alice.live.frame.metrics.registry.get_sample_value("hueshift_job_retries_total") == 1
+    await alice.call("CancelFineTune", pb.CancelFineTuneRequest(name=job.name))
+    # The failure stays in the stream, and ends it no longer.
+    states = [event.state_change.state for event in await alice.watch(job.name)]
+    assert states[-3:] == [pb.FINE_TUNE_STATE_FAILED, pb.FINE_TUNE_STATE_QUEUED, pb.FINE_TUNE_STATE_CANCELLED]
+
+
+async def test_a_failed_job_without_pictures_is_not_retried(alice: Caller) -> None:
+    job = await alice.queue()
+    alice.live.stores.jobs.fail(alice.claim().lease, "JOB_TIME_LIMIT", "too long")
+    alice.live.stores.folders.pictures(job.name.rpartition("/")[2])[0].unlink()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await alice.call("RetryFineTune", pb.RetryFineTuneRequest(name=job.name))
+    told = refusal(caught.value)
+    assert (told.code, told.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "JOB_NOT_RETRYABLE")
+    assert "pictures are gone" in told.message

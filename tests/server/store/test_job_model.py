@@ -38,6 +38,7 @@ LEASE_SECONDS = 10.0
 MAX_ATTEMPTS = 3
 RUNNING_LIMIT = 2
 SECONDS_LIMIT = 30.0
+KEEP_FAILED = 12.0
 DAY = 86400
 
 
@@ -58,6 +59,7 @@ class ModelJob:
     charged: float = 0.0
     seconds: float = 0.0
     failures: int = 0
+    given_up: float | None = None
     published: int = 0
     history: list[str] = field(default_factory=lambda: ["queued"])
 
@@ -65,11 +67,12 @@ class ModelJob:
         self.state = state
         self.history.append(state)
 
-    def put_back(self, now: float) -> None:
+    def put_back(self, now: float, ended: float) -> None:
         if self.cancel:
             self.move("cancelled")
         elif self.attempt >= MAX_ATTEMPTS:
             self.move("failed")
+            self.given_up = ended
         else:
             self.not_before = now
             self.move("queued")
@@ -93,7 +96,9 @@ class JobMachine(RuleBasedStateMachine):
                 if table is not schema:
                     connection.execute(table.delete())
         quotas = JobQuotas(running=RUNNING_LIMIT, seconds=SECONDS_LIMIT)
-        self.store = JobStore(self.database, self.clock, max_attempts=MAX_ATTEMPTS, quotas=quotas)
+        self.store = JobStore(
+            self.database, self.clock, max_attempts=MAX_ATTEMPTS, quotas=quotas, keep_failed_seconds=KEEP_FAILED
+        )
         self.used: defaultdict[tuple[str, int], float] = defaultdict(float)
         self.adapters = AdapterStore(self.database, BlobStore(root / "blobs"), self.clock)
         self.model: dict[str, ModelJob] = {}
@@ -206,7 +211,7 @@ class JobMachine(RuleBasedStateMachine):
             job.not_before = self.clock.now
             job.move("queued")
         elif action == "retry":
-            job.put_back(self.clock.now + 5.0)
+            job.put_back(self.clock.now + 5.0, self.clock.now)
         elif action == "fail":
             job.move("failed")
         elif action in ("stop", "release"):
@@ -223,6 +228,27 @@ class JobMachine(RuleBasedStateMachine):
         elif job.state == "running":
             job.cancel = True
 
+    @precondition(lambda self: self.model)
+    @rule(pick=st.integers(0, 100))
+    def retry_failed(self, pick: int) -> None:
+        """Only what was given up a short time ago goes back, and quotas hold as for a new job."""
+        given_up = sorted(job_id for job_id, job in self.model.items() if job.given_up is not None)
+        job_id = (given_up or sorted(self.model))[pick % len(given_up or self.model)]
+        job = self.model[job_id]
+        expected = None
+        if job.given_up is None or self.clock.now - job.given_up >= KEEP_FAILED:
+            expected = Reason.JOB_NOT_RETRYABLE
+        elif self.today(job.tenant) >= SECONDS_LIMIT:
+            expected = Reason.TENANT_QUOTA
+        if expected is not None:
+            with pytest.raises(HueshiftError) as refused:
+                self.store.retry_failed(job.tenant, job_id, tenant_limit=100)
+            assert refused.value.reason is expected
+            return
+        self.store.retry_failed(job.tenant, job_id, tenant_limit=100)
+        job.attempt, job.seconds, job.not_before, job.cancel, job.given_up = 0, 0.0, 0.0, False, None
+        job.move("queued")
+
     @rule(seconds=st.sampled_from([1.0, 4.0, 11.0]))
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -238,7 +264,7 @@ class JobMachine(RuleBasedStateMachine):
         for job_id in lost:
             # What lies after the last heartbeat is not charged: nobody knows how long the worker lived.
             self.model[job_id].failures += 1
-            self.model[job_id].put_back(self.clock.now)
+            self.model[job_id].put_back(self.clock.now, self.clock.now)
 
     @invariant()
     def agrees(self) -> None:
