@@ -88,12 +88,29 @@ class GatedEdit:
     tau: float
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderChange:
+    """What an adapter changes in the text encoder, in SDXL's two: layers by their names in the base layout.
+
+    `spectral` [rank], `norm` [size] and `lowrank` mean what they mean in Adapter.
+    """
+
+    spectral: Mapping[str, Tensor] = field(default_factory=dict)
+    norm: Mapping[str, Tensor] = field(default_factory=dict)
+    lowrank: Mapping[str, LowRankFactors] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """True if it changes any layer."""
+        return bool(self.spectral or self.norm or self.lowrank)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter, bound to the base model whose hash it names.
 
     `spectral` maps a matrix layer to the shifts of its singular values [rank]; `norm` maps a norm layer to the shifts
-    of its weights [size]. `lowrank` maps a matrix layer to its factors. Absent layers are unchanged.
+    of its weights [size]. `lowrank` maps a matrix layer to its factors. Absent layers are unchanged. All these are
+    layers of the UNet; `encoder` has the same of the text encoder.
 
     A placeholder word is taught in one of three ways: `tokens` has its embeddings [vectors, token_width]; `token_grids`
     has [stages, layers, vectors, token_width], where stages is 1 or the number of equal parts of the sampling
@@ -119,6 +136,7 @@ class Adapter:
     kv: Mapping[str, Tensor] = field(default_factory=dict)
     gated: Mapping[str, GatedEdit] = field(default_factory=dict)
     class_noun: str = ""
+    encoder: EncoderChange = field(default_factory=EncoderChange)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -134,7 +152,9 @@ class Adapter:
         """Yield every tensor."""
         for mapping in (self.spectral, self.norm, self.tokens, self.token_grids, self.kv):
             yield from mapping.values()
-        for factors in self.lowrank.values():
+        for mapping in (self.encoder.spectral, self.encoder.norm):
+            yield from mapping.values()
+        for factors in (*self.lowrank.values(), *self.encoder.lowrank.values()):
             yield from (factors.a, factors.b)
         for mapper in self.mappers.values():
             yield from (mapper.frequencies, mapper.output_weight, mapper.output_bias)

@@ -1,7 +1,8 @@
 """Adapters made of adapters, before any engine: weighted sums, interpolation, mixing by block, scaling.
 
 Shifts of singular values add as deltas; the relu comes where the row is made, so relu(sigma + d1 + d2) and
-relu(sigma + (1 - t) d1 + t d2) of SVDiff (Han et al. 2023, section 3.4) both hold. Deltas of keys and values add too.
+relu(sigma + (1 - t) d1 + t d2) of SVDiff (Han et al. 2023, section 3.4) both hold, in the UNet and in the text encoder.
+Deltas of keys and values add too.
 Low-rank products add by joining their ranks: sum_k w_k B_k A_k = [w_1 B_1 ... w_n B_n] [A_1; ...; A_n]. Sums are made
 in fp64 and kept in fp32; what only one adapter brings with weight 1 keeps its own values and dtype.
 """
@@ -9,11 +10,12 @@ in fp64 and kept in fp32; what only one adapter brings with weight 1 keeps its o
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
+from hueshift.adapters.adapter import Adapter, AdapterKind, EncoderChange, LowRankFactors
 from hueshift.adapters.blocks import BlockWeights, Weight, complement, layer_weight
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.adapters.validate import FileLimits
@@ -30,22 +32,27 @@ MIXED_METHOD = "mix"
 _PRECEDENCE = (AdapterKind.TOKENS, AdapterKind.KV, AdapterKind.SPECTRAL, AdapterKind.LOWRANK)
 Parts = Sequence[tuple[Adapter, Weight]]
 _Shifts = Callable[[Adapter], Mapping[str, Tensor]]
+_Lowrank: TypeAlias = Mapping[str, LowRankFactors]
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:
-    """Return the adapter with its change of the UNet times `factor`.
+    """Return the adapter with its change of the UNet and the text encoder times `factor`.
 
     Learned words keep their embeddings: those are places, not changes. Raises InvalidArgument (INVALID_FIELD) on a
     factor that is not finite, (ADAPTERS_INCOMPATIBLE) on one other than 1 for networks and gated edits.
     """
     _check_weight(factor, "factor")
     check_passes_through(adapter, factor)
+    encoder = adapter.encoder
     return replace(
         adapter,
-        spectral={layer: shift.float() * factor for layer, shift in adapter.spectral.items()},
-        norm={layer: shift.float() * factor for layer, shift in adapter.norm.items()},
-        lowrank={layer: replace(part, scale=part.scale * factor) for layer, part in adapter.lowrank.items()},
-        kv={layer: delta.float() * factor for layer, delta in adapter.kv.items()},
+        spectral=_scaled(adapter.spectral, factor),
+        norm=_scaled(adapter.norm, factor),
+        lowrank=_scaled_factors(adapter.lowrank, factor),
+        kv=_scaled(adapter.kv, factor),
+        encoder=EncoderChange(
+            _scaled(encoder.spectral, factor), _scaled(encoder.norm, factor), _scaled_factors(encoder.lowrank, factor)
+        ),
     )
 
 
@@ -96,6 +103,14 @@ def mix_blocks(first: Adapter, second: Adapter, weight: Weight, max_rank: int | 
     return add([(first, weight), (second, complement(weight))], max_rank)
 
 
+def _scaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {layer: tensor.float() * factor for layer, tensor in tensors.items()}
+
+
+def _scaled_factors(lowrank: _Lowrank, factor: float) -> dict[str, LowRankFactors]:
+    return {layer: replace(part, scale=part.scale * factor) for layer, part in lowrank.items()}
+
+
 def _check_parts(parts: Parts) -> None:
     if not parts:
         raise InvalidArgument.for_field("adapters", "none given; allowed: one or more")
@@ -119,16 +134,22 @@ def _check_weight(weight: float, field: str) -> None:
 
 
 def _add_changes(parts: Parts, max_rank: int | None) -> Adapter:
+    most = FileLimits().max_rank if max_rank is None else max_rank
     return Adapter(
         kind=max((adapter.kind for adapter, _ in parts), key=_PRECEDENCE.index),
         base_hash=parts[0][0].base_hash,
         method=_common((a.method for a, _ in parts), MIXED_METHOD),
         spectral=_add_tensors(parts, lambda adapter: adapter.spectral),
         norm=_add_tensors(parts, lambda adapter: adapter.norm),
-        lowrank=_join_factors(parts, FileLimits().max_rank if max_rank is None else max_rank),
+        lowrank=_join_factors(parts, lambda adapter: adapter.lowrank, most),
         kv=_add_tensors(parts, lambda adapter: adapter.kv),
         identifier=_common((a.identifier for a, _ in parts), ""),
         class_noun=_common((a.class_noun for a, _ in parts), ""),
+        encoder=EncoderChange(
+            _add_tensors(parts, lambda adapter: adapter.encoder.spectral),
+            _add_tensors(parts, lambda adapter: adapter.encoder.norm),
+            _join_factors(parts, lambda adapter: adapter.encoder.lowrank, most),
+        ),
     )
 
 
@@ -166,10 +187,10 @@ def _sum(layer: str, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
     return total.float()
 
 
-def _join_factors(parts: Parts, max_rank: int) -> dict[str, LowRankFactors]:
+def _join_factors(parts: Parts, of: Callable[[Adapter], _Lowrank], max_rank: int) -> dict[str, LowRankFactors]:
     found: dict[str, list[LowRankFactors]] = {}
     for adapter, weight in parts:
-        for layer, part in adapter.lowrank.items():
+        for layer, part in of(adapter).items():
             strength = layer_weight(weight, layer)
             if strength != 0:
                 found.setdefault(layer, []).append(replace(part, scale=part.scale * strength))

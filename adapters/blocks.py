@@ -67,9 +67,8 @@ def complement(weight: Weight) -> Weight:
 
 
 def block_names(layout: BaseLayout) -> tuple[str, ...]:
-    """Return the names of the large blocks of a UNet, in order: `conv_in`, ..., `down_blocks.0`, ..., `mid_block`."""
-    names = dict.fromkeys(_block_of(name) for name, _, _ in layout.spans())
-    return tuple(names)
+    """Return the names of the large blocks: of the UNet, `conv_in`, ..., `down_blocks.0`, ..., then text encoders."""
+    return tuple(dict.fromkeys(map(_block_of, _layer_names(layout))))
 
 
 def structure_blocks(layout: BaseLayout) -> tuple[str, ...]:
@@ -81,10 +80,10 @@ def structure_blocks(layout: BaseLayout) -> tuple[str, ...]:
 def resolve_blocks(given: Mapping[str, float], layout: BaseLayout, field: str = "block_weights") -> Weight:
     """Return the weights that `given` means for the base model of `layout`.
 
-    Names are dotted prefixes of layer names (`mid_block`, `up_blocks.1`, `up_blocks.1.attentions.0`), or `structure`
-    and `appearance`, which is every layer outside of `structure`. A named block wins over those two, a longer name over
-    a shorter one, and what is not named has weight 0. Equal weights of all layers come out equal, whatever was given: a
-    number if all layers have the same, else the fewest prefixes.
+    Names are dotted prefixes of layer names (`mid_block`, `up_blocks.1`, `up_blocks.1.attentions.0`, `text_encoder`),
+    or `structure` and `appearance`, which is every layer outside of `structure`, those of text encoders too. A named
+    block wins over those two, a longer name over a shorter one, and what is not named has weight 0. Equal weights of
+    all layers come out equal, whatever was given: a number if all layers have the same, else the fewest prefixes.
 
     Raises InvalidArgument with a violation of `field` for every name that is no block.
     """
@@ -99,16 +98,16 @@ def resolve_blocks(given: Mapping[str, float], layout: BaseLayout, field: str = 
             return structure.of(layer)
         return float(given.get(APPEARANCE, 0.0))
 
-    return _simplify(dict(_uniform({name: weight_of(name) for name, _, _ in layout.spans()}, "")))
+    return _simplify(dict(_uniform({name: weight_of(name) for name in _layer_names(layout)}, "")))
 
 
 def _check_names(given: Mapping[str, float], layout: BaseLayout, field: str) -> None:
     if len(given) > MAX_BLOCKS:
         raise InvalidArgument.for_field(field, f"{len(given)} blocks given; allowed: at most {MAX_BLOCKS}")
-    layers = [name for name, _, _ in layout.spans()]
+    layers = _layer_names(layout)
     presets = (STRUCTURE, APPEARANCE) if structure_blocks(layout) else ()
     allowed = ", ".join((*presets, *block_names(layout)))
-    example = max(layers, key=lambda layer: layer.count(".")).rpartition(".")[0]
+    example = max((name for name, _, _ in layout.spans()), key=lambda layer: layer.count(".")).rpartition(".")[0]
     violations = [
         FieldViolation(
             f"{field}[{name[:80]!r}]",
@@ -120,6 +119,10 @@ def _check_names(given: Mapping[str, float], layout: BaseLayout, field: str) -> 
     if violations:
         text = "; ".join(f"{v.field}: {v.description}" for v in violations)
         raise InvalidArgument(Reason.INVALID_FIELD, text, violations=violations)
+
+
+def _layer_names(layout: BaseLayout) -> list[str]:
+    return [*(name for name, _, _ in layout.spans()), *layout.encoder_names()]
 
 
 def _uniform(weights: Mapping[str, float], prefix: str) -> Iterable[tuple[str, float]]:

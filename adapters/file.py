@@ -2,25 +2,27 @@
 
 Tensors are named `spectral/<layer>` [rank], `norm/<layer>` [size], `lowrank/<layer>/a` [rank, cols],
 `lowrank/<layer>/b` [rows, rank] and `tokens/<word>` [vectors, token_width], in fp16, bf16 or fp32; text_side.py names
-the parts of text-side adapters. Reading checks the file's size, then its header, then what the header says against the
-base model, and only then touches a tensor.
+the parts of text-side adapters. A layer is one of the UNet or of a text encoder. Reading checks the file's size, then
+its header, then what the header says against the base model, and only then touches a tensor.
 
-A file says `hueshift.adapter/1` unless it holds what that version does not know: a text-side part, the kind kv, or a
-class noun. So all files stay readable, and an older server refuses a newer file by its version.
+A file says `hueshift.adapter/1` unless it holds what that version does not know: 2 came with text-side parts, the kind
+kv and the class noun, 3 with layers of the text encoder. So all files stay readable, and an older server refuses a
+newer file by its version.
 """
 
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
+from hueshift.adapters.adapter import Adapter, AdapterKind, EncoderChange, LowRankFactors
 from hueshift.adapters.container import DTYPES, ContainerHeader, TensorEntry, header_length, parse_header
 from hueshift.adapters.errors import InvalidArgument, Reason
-from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.layout import BaseLayout, is_encoder_layer
 from hueshift.adapters.tensors import TORCH_DTYPES, pack, read_tensor
 from hueshift.adapters.text_parts import (
     has_text_side,
@@ -31,6 +33,7 @@ from hueshift.adapters.text_parts import (
 )
 from hueshift.adapters.validate import (
     FORMAT,
+    FORMAT_ENCODER,
     FORMAT_TEXT_SIDE,
     METADATA_KEY,
     AdapterHeader,
@@ -41,6 +44,7 @@ from hueshift.adapters.validate import (
 
 # Enough to recognise a tar archive, whose mark lies at byte 257.
 _START = 512
+_T = TypeVar("_T")
 
 
 def write_adapter(adapter: Adapter) -> bytes:
@@ -50,13 +54,15 @@ def write_adapter(adapter: Adapter) -> bytes:
     (ADAPTER_NOT_FINITE, ADAPTER_FILE_INVALID) for scales and other numbers that could not be read again.
     """
     tensors: dict[str, Tensor] = text_side_tensors(adapter)
-    tensors.update({f"spectral/{layer}": tensor for layer, tensor in adapter.spectral.items()})
-    tensors.update({f"norm/{layer}": tensor for layer, tensor in adapter.norm.items()})
+    for part in (adapter, adapter.encoder):
+        tensors.update({f"spectral/{layer}": tensor for layer, tensor in part.spectral.items()})
+        tensors.update({f"norm/{layer}": tensor for layer, tensor in part.norm.items()})
     tensors.update({f"tokens/{word}": tensor for word, tensor in adapter.tokens.items()})
-    for layer, factors in adapter.lowrank.items():
+    lowrank = {**adapter.lowrank, **adapter.encoder.lowrank}
+    for layer, factors in lowrank.items():
         tensors[f"lowrank/{layer}/a"] = factors.a
         tensors[f"lowrank/{layer}/b"] = factors.b
-    for layer, factors in adapter.lowrank.items():
+    for layer, factors in lowrank.items():
         if not math.isfinite(factors.scale):
             raise InvalidArgument(Reason.ADAPTER_NOT_FINITE, f"the scale of layer {layer!r} is {factors.scale}")
     allowed = [TORCH_DTYPES[name] for name in DTYPES]
@@ -72,10 +78,11 @@ def write_adapter(adapter: Adapter) -> bytes:
         "base_hash": adapter.base_hash,
         "method": adapter.method,
         "identifier": adapter.identifier,
-        "scales": {layer: float(factors.scale) for layer, factors in adapter.lowrank.items()},
+        "scales": {layer: float(factors.scale) for layer, factors in lowrank.items()},
     }
-    if adapter.kind is AdapterKind.KV or adapter.class_noun or has_text_side(adapter):
-        header |= {"format": FORMAT_TEXT_SIDE, "class_noun": adapter.class_noun, **text_side_numbers(adapter)}
+    if adapter.encoder or adapter.kind is AdapterKind.KV or adapter.class_noun or has_text_side(adapter):
+        version = FORMAT_ENCODER if adapter.encoder else FORMAT_TEXT_SIDE
+        header |= {"format": version, "class_noun": adapter.class_noun, **text_side_numbers(adapter)}
     return pack(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))})
 
 
@@ -93,15 +100,18 @@ def read_adapter(data: bytes | Path, layout: BaseLayout, limits: FileLimits) -> 
         def read(entry: TensorEntry) -> Tensor:
             return read_tensor(file, container.data_begin, entry)
 
+        spectral, encoder_spectral = _split({layer: read(entry) for layer, entry in plan.spectral.items()})
+        norm, encoder_norm = _split({layer: read(entry) for layer, entry in plan.norm.items()})
+        lowrank, encoder_lowrank = _split(
+            {layer: LowRankFactors(read(a), read(b), header.scales[layer]) for layer, (a, b) in plan.lowrank.items()}
+        )
         return Adapter(
             kind=header.kind,
             base_hash=header.base_hash,
             method=header.method,
-            spectral={layer: read(entry) for layer, entry in plan.spectral.items()},
-            norm={layer: read(entry) for layer, entry in plan.norm.items()},
-            lowrank={
-                layer: LowRankFactors(read(a), read(b), header.scales[layer]) for layer, (a, b) in plan.lowrank.items()
-            },
+            spectral=spectral,
+            norm=norm,
+            lowrank=lowrank,
             tokens={word: read(entry) for word, entry in plan.tokens.items()},
             identifier=header.identifier,
             token_grids={word: read(entry) for word, entry in plan.text_side.grids.items()},
@@ -109,6 +119,7 @@ def read_adapter(data: bytes | Path, layout: BaseLayout, limits: FileLimits) -> 
             kv={layer: read(entry) for layer, entry in plan.text_side.kv.items()},
             gated=read_gated(plan.text_side, header.gated, read),
             class_noun=header.class_noun,
+            encoder=EncoderChange(encoder_spectral, encoder_norm, encoder_lowrank),
         )
 
 
@@ -116,6 +127,12 @@ def peek_header(data: bytes | Path, limits: FileLimits | None = None) -> Adapter
     """Read only what a file says of itself, whatever its base model. Raises InvalidArgument as `read_adapter`."""
     with _open(data) as file:
         return _read_headers(file, limits or FileLimits())[1]
+
+
+def _split(parts: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]:
+    """Parts of the UNet, and those of the text encoders."""
+    unet = {layer: part for layer, part in parts.items() if not is_encoder_layer(layer)}
+    return unet, {layer: part for layer, part in parts.items() if layer not in unet}
 
 
 def _open(data: bytes | Path) -> io.BufferedIOBase:

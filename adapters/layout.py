@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
+ENCODERS = ("text_encoder", "text_encoder_2")
+"""First part of the names of text encoder layers: the folders that diffusers keeps them in, the second one SDXL's."""
+
 _RUN_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
@@ -64,6 +67,9 @@ class BaseLayout:
 
     `token_width` is that of a word's embedding. Where a base model has two text encoders (SDXL) it holds those of both
     side by side, and `token_parts` are their widths; else that is empty.
+
+    `encoder_matrices` and `encoder_norms` are layers of the text encoders. They have no place in a spectral row: what
+    they give is an input of the UNet. Their names begin with one of ENCODERS, which no layer of a UNet does.
     """
 
     base_hash: str
@@ -71,6 +77,8 @@ class BaseLayout:
     norms: tuple[NormLayer, ...]
     token_width: int
     token_parts: tuple[int, ...] = ()
+    encoder_matrices: tuple[MatrixLayer, ...] = ()
+    encoder_norms: tuple[NormLayer, ...] = ()
     matrix_offsets: dict[str, int] = field(init=False, repr=False, compare=False)
     norm_offsets: dict[str, int] = field(init=False, repr=False, compare=False)
     sigma_size: int = field(init=False)
@@ -110,3 +118,12 @@ class BaseLayout:
         for norm in self.norms:
             begin = self.norm_offsets[norm.name]
             yield norm.name, begin, begin + norm.size
+
+    def encoder_names(self) -> tuple[str, ...]:
+        """Names of all layers of the text encoders."""
+        return tuple(layer.name for layer in (*self.encoder_matrices, *self.encoder_norms))
+
+
+def is_encoder_layer(name: str) -> bool:
+    """True for names of text encoder layers."""
+    return name.partition(".")[0] in ENCODERS

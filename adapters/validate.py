@@ -37,13 +37,17 @@ FORMAT = "hueshift.adapter/1"
 FORMAT_TEXT_SIDE = "hueshift.adapter/2"
 """Files that hold a part, a kind or a class noun which version 1 does not know; servers that know only 1 say so."""
 
+FORMAT_ENCODER = "hueshift.adapter/3"
+"""Files that change layers of the text encoder, under the names that layers of the UNet have otherwise."""
+
 METADATA_KEY = "hueshift"
 _MIB = 1024 * 1024
 _METHOD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _Layer = TypeVar("_Layer")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FIELDS = ("format", "kind", "base_hash", "method", "identifier", "scales")
-_FIELDS_OF = {FORMAT: _FIELDS, FORMAT_TEXT_SIDE: (*_FIELDS, "class_noun", "mappers", "gated")}
+_FIELDS_OF_2 = (*_FIELDS, "class_noun", "mappers", "gated")
+_FIELDS_OF = {FORMAT: _FIELDS, FORMAT_TEXT_SIDE: _FIELDS_OF_2, FORMAT_ENCODER: _FIELDS_OF_2}
 # Tooling of the safetensors project adds {"format": "pt"}.
 _METADATA_KEYS = {METADATA_KEY, "format"}
 _GROUPS_OF_1 = {
@@ -97,7 +101,7 @@ class AdapterHeader:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """Which tensor of the file becomes what; layer names are those of the base layout."""
+    """Which tensor of the file becomes what; layer names are those of the base layout, text encoders included."""
 
     header: AdapterHeader
     spectral: dict[str, TensorEntry] = field(default_factory=dict)
@@ -127,7 +131,7 @@ def read_adapter_header(container: ContainerHeader) -> AdapterHeader:
     if set(data) != set(fields):
         wrong = sorted(set(data) ^ set(fields))
         raise invalid(f"metadata fields must be exactly {list(fields)}; missing or unknown: {str(wrong)[:200]}")
-    kinds = [kind.value for kind in (AdapterKind if version == FORMAT_TEXT_SIDE else _GROUPS_OF_1)]
+    kinds = [kind.value for kind in (_GROUPS_OF_1 if version == FORMAT else AdapterKind)]
     if not isinstance(data["kind"], str) or data["kind"] not in kinds:
         raise invalid(f"kind {show(data['kind'])} given; allowed: {kinds}")
     return AdapterHeader(
@@ -158,6 +162,9 @@ def plan_file(container: ContainerHeader, header: AdapterHeader, layout: BaseLay
         )
     matrices = {layer.name: layer for layer in layout.matrices}
     norms = {layer.name: layer.size for layer in layout.norms}
+    if header.format == FORMAT_ENCODER:
+        matrices |= {layer.name: layer for layer in layout.encoder_matrices}
+        norms |= {layer.name: layer.size for layer in layout.encoder_norms}
     plan = FilePlan(header)
     factors: dict[str, dict[str, TensorEntry]] = {}
     groups = (_GROUPS_OF_1 if header.format == FORMAT else _GROUPS)[header.kind]

@@ -1,7 +1,7 @@
 """Load a Stable Diffusion 1.x, 2.x or XL folder as diffusers writes it, and say clearly when it is not one."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout, MatrixLayer, NormLayer
+from hueshift.engines.encoder_layers import read_encoder_layout
 from hueshift.engines.model_folder import check_parts, check_unet, check_xl, read_config, read_index
 from hueshift.engines.noise_schedule import NoiseSchedule
 
@@ -125,7 +126,13 @@ def load_base_model(path: Path, *, device: str = "cpu", dtype: torch.dtype = tor
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         schedule=NoiseSchedule.from_config(read_config(path / "scheduler" / "scheduler_config.json")),
-        layout=read_layout(unet, base_hash, sum(widths), tuple(widths) if xl else ()),
+        layout=read_layout(
+            unet,
+            base_hash,
+            sum(widths),
+            tuple(widths) if xl else (),
+            (text_encoder,) if xl is None else (text_encoder, xl.text_encoder),
+        ),
         latent_channels=int(unet.config.in_channels),
         latent_factor=2 ** (len(vae.config.block_out_channels) - 1),
         sample_size=int(unet.config.sample_size),
@@ -134,8 +141,15 @@ def load_base_model(path: Path, *, device: str = "cpu", dtype: torch.dtype = tor
     )
 
 
-def read_layout(unet: nn.Module, base_hash: str, token_width: int, token_parts: tuple[int, ...] = ()) -> BaseLayout:
-    """List the adaptable layers of a UNet in module order; `token_parts` are the widths of SDXL's text encoders."""
+def read_layout(
+    unet: nn.Module,
+    base_hash: str,
+    token_width: int,
+    token_parts: tuple[int, ...] = (),
+    encoders: Sequence[nn.Module] = (),
+) -> BaseLayout:
+    """List the adaptable layers of a UNet and of text encoders in module order; `token_parts` are the widths of SDXL's
+    text encoders."""
     matrices: list[MatrixLayer] = []
     norms: list[NormLayer] = []
     for name, module in unet.named_modules():
@@ -143,7 +157,9 @@ def read_layout(unet: nn.Module, base_hash: str, token_width: int, token_parts: 
             matrices.append(MatrixLayer(name, tuple(module.weight.shape)))
         elif isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
             norms.append(NormLayer(name, module.weight.numel()))
-    return BaseLayout(base_hash, tuple(matrices), tuple(norms), token_width, token_parts)
+    return BaseLayout(
+        base_hash, tuple(matrices), tuple(norms), token_width, token_parts, *read_encoder_layout(encoders)
+    )
 
 
 def hash_weights(path: Path) -> str:

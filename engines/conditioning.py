@@ -17,6 +17,8 @@ from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.added_embedding import AddedStage, added_width, make_time_ids
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossStage
+from hueshift.engines.encoder_weights import EncoderWeights, TowerWeights
+from hueshift.engines.residency_tiers import ResidencyObserver
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import Bypasses, TextStage, TokenizedPrompt, Vectors
 from hueshift.engines.text_side import TextSide, Word
@@ -63,8 +65,16 @@ class Conditioning:
 class Conditioner:
     """Makes conditionings. Safe to call from several threads."""
 
-    def __init__(self, base: BaseModel, text: TextStage, cross: CrossStage, added: AddedStage | None = None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        text: TextStage,
+        cross: CrossStage,
+        added: AddedStage | None = None,
+        encoders: EncoderWeights | None = None,
+    ) -> None:
         self._text, self._cross, self._added = text, cross, added
+        self._encoders = encoders or EncoderWeights(base)
         self._size = (base.pixels, base.pixels)
         self._train_steps = base.schedule.train_steps
         self._layers = len(cross.layout.attentions)
@@ -83,6 +93,9 @@ class Conditioner:
         `find` are words whose places in the prompts are wanted; see TextStage.tokenize. `size` is the picture's width
         and height in pixels, which SDXL wants to know; None means the native one. Raises InvalidArgument
         (ADAPTER_TARGET_UNSUPPORTED) if a prompt for SDXL has a word that changes with the layer.
+
+        Where adapters change the text encoder, all prompts are encoded with it changed, the negative one too, as a
+        pipeline with a tuned text encoder does.
         """
         counts = {word: _vectors(value) for word, value in side.words.items()}
         rows = tuple(self._text.tokenize(prompt, counts, find) for prompt in prompts)
@@ -94,10 +107,11 @@ class Conditioner:
         order = {key: number for number, key in enumerate(first)}
         if self._added is not None:
             _refuse_layered(used)
+        weights = self._encoders.get(side.encoder)
         stages: list[Tensor] = []
         added: list[Tensor] = []
         for timestep in first.values():
-            keys_see, values_see, pooled = self._contexts(rows, used, timestep)
+            keys_see, values_see, pooled = self._contexts(rows, used, timestep, weights)
             stages.append(self._cross.project(keys_see, values_see, side.edits))
             if self._added is not None and pooled is not None:
                 added.append(self._added.embed(pooled, make_time_ids(*(size or self._size)), side.edits))
@@ -117,7 +131,7 @@ class Conditioner:
         return min(stages - 1, max(0, math.floor(place * stages)))
 
     def _contexts(
-        self, rows: Sequence[TokenizedPrompt], words: Mapping[str, Word], timestep: float
+        self, rows: Sequence[TokenizedPrompt], words: Mapping[str, Word], timestep: float, weights: TowerWeights
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What keys and values see: [n, tokens, width], or [layers, n, tokens, width] if a word changes with the
         layer. Also SDXL's pooled text [n, width]."""
@@ -127,7 +141,7 @@ class Conditioner:
         learned = [vectors for vectors, _ in made for _ in rows]
         bypasses = [bypass for _, bypass in made for _ in rows]
         parts = [
-            self._encode(every[at : at + _ENCODER_ROWS], learned[at : at + _ENCODER_ROWS], bypasses[at:])
+            self._encode(every[at : at + _ENCODER_ROWS], learned[at : at + _ENCODER_ROWS], bypasses[at:], weights)
             for at in range(0, len(every), _ENCODER_ROWS)
         ]
         shape = (len(made), len(rows)) if layered else (len(rows),)
@@ -140,11 +154,15 @@ class Conditioner:
         )
 
     def _encode(
-        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], bypasses: Sequence[Bypasses]
+        self,
+        rows: Sequence[TokenizedPrompt],
+        learned: Sequence[Vectors],
+        bypasses: Sequence[Bypasses],
+        weights: TowerWeights,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if any(bypasses):
-            return *self._text.encode_bypassed(rows, learned, bypasses[: len(rows)]), None
-        context, pooled = self._text.encode_pooled(rows, learned)
+            return *self._text.encode_bypassed(rows, learned, bypasses[: len(rows)], weights), None
+        context, pooled = self._text.encode_pooled(rows, learned, weights)
         return context, context, pooled
 
     def _values(self, words: Mapping[str, Word], timestep: float, layer: int) -> tuple[Vectors, Bypasses]:
@@ -164,10 +182,13 @@ class Conditioner:
         return vectors, bypasses
 
 
-def make_conditioner(base: BaseModel, factors: SpectralFactors) -> Conditioner:
-    """Make the text encoder and the projection of one base model."""
+def make_conditioner(
+    base: BaseModel, factors: SpectralFactors, observer: ResidencyObserver | None = None
+) -> Conditioner:
+    """Make the text encoder and the projection of one base model; `observer` hears of its encoder weights."""
     added = AddedStage(base, factors) if added_width(base.layout) else None
-    return Conditioner(base, TextStage(base), CrossStage(base, factors), added)
+    encoders = EncoderWeights(base, factors.encoder, observer=observer)
+    return Conditioner(base, TextStage(base), CrossStage(base, factors), added, encoders)
 
 
 def map_word(word: TokenMapper, place: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """What the tiers of adapter residency have in common: their names, who hears of them, and a bounded cache.
 
 store -> HOST (whole adapters) -> ROWS (composed rows, in pinned memory where there is a GPU) -> SLOT (in the engine).
+ENCODER, beside them, has the weights of text encoders that adapters change (engines/encoder_weights.py).
 """
 
 import threading
@@ -18,6 +19,7 @@ class Tier(StrEnum):
     HOST = "host"
     ROWS = "rows"
     SLOT = "slot"
+    ENCODER = "encoder"
 
 
 class ResidencyObserver(Protocol):

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.text_tower import Learned, TextTower
+from hueshift.engines.encoder_weights import TowerWeights
+from hueshift.engines.text_tower import Learned, TextTower, Weights
 
 # The start and the end of a prompt.
 _MARKS = 2
@@ -89,15 +90,18 @@ class TextStage:
         context = self.encode_rows(rows, [learned] * len(rows))
         return TextResult(context, [row.truncated for row in rows])
 
-    def encode_rows(self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors]) -> Tensor:
+    def encode_rows(
+        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], weights: TowerWeights = ()
+    ) -> Tensor:
         """Encode tokenised prompts, each with its own embeddings of its words, as contexts [n, tokens, width] fp32.
 
-        A row's `learned` must have every word of its `places`, with as many vectors. Keeps gradients.
+        A row's `learned` must have every word of its `places`, with as many vectors. `weights` stand in for the
+        encoders' own, for all rows. Keeps gradients.
         """
-        return self.encode_pooled(rows, learned)[0]
+        return self.encode_pooled(rows, learned, weights)[0]
 
     def encode_pooled(
-        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors]
+        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], weights: TowerWeights = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Encode as `encode_rows` does; also return SDXL's pooled text [n, pooled width] fp32, None for other models.
 
@@ -108,8 +112,9 @@ class TextStage:
         pooled: Tensor | None = None
         begin = 0
         with self._lock:
-            for tower, pad in zip(self._towers, self._pads, strict=True):
-                context, pooled = tower.run(self._ids(rows, pad), _cut(places, begin, tower.width))
+            for number, (tower, pad) in enumerate(zip(self._towers, self._pads, strict=True)):
+                learned_here = _cut(places, begin, tower.width)
+                context, pooled = tower.run(self._ids(rows, pad), learned_here, _weights_of(weights, number))
                 contexts.append(context)
                 begin += tower.width
         context = torch.cat(contexts, -1) if len(contexts) > 1 else contexts[0]
@@ -120,7 +125,11 @@ class TextStage:
 
     @torch.no_grad()
     def encode_bypassed(
-        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], bypasses: Sequence[Bypasses]
+        self,
+        rows: Sequence[TokenizedPrompt],
+        learned: Sequence[Vectors],
+        bypasses: Sequence[Bypasses],
+        weights: TowerWeights = (),
     ) -> tuple[Tensor, Tensor]:
         """Encode as `encode_rows` does; also return the contexts that values see.
 
@@ -132,9 +141,9 @@ class TextStage:
             raise InvalidArgument(
                 Reason.ADAPTER_TARGET_UNSUPPORTED, "a textual bypass needs a model with one text encoder, not SDXL"
             )
-        tower = self._towers[0]
+        tower, own = self._towers[0], _weights_of(weights, 0)
         with self._lock:
-            context, hidden = tower.run_hidden(self._ids(rows, self._pads[0]), self._placed(rows, learned))
+            context, hidden = tower.run_hidden(self._ids(rows, self._pads[0]), self._placed(rows, learned), own)
             hidden = hidden.clone()
             for number, (row, words) in enumerate(zip(rows, bypasses, strict=True)):
                 for word, (vector, share) in words.items():
@@ -142,7 +151,7 @@ class TextStage:
                         encoded = hidden[number, position]
                         change = functional.normalize(vector.to(encoded), dim=0)
                         hidden[number, position] = encoded + share * encoded.norm() * change
-            return context, tower.last_norm(hidden).float()
+            return context, tower.norm_last(hidden, own)
 
     def _ids(self, rows: Sequence[TokenizedPrompt], pad: int) -> Tensor:
         padded = [(*row.ids[: row.length], *[pad] * (self._max_tokens - row.length)) for row in rows]
@@ -215,6 +224,10 @@ class TextStage:
                 f"shape {list(vectors.shape)}; allowed are [{self._width}] and [vectors, {self._width}]",
             )
         return vectors.reshape(-1, self._width)
+
+
+def _weights_of(weights: TowerWeights, number: int) -> Weights:
+    return weights[number] if weights else {}
 
 
 def _cut(learned: Learned | None, begin: int, width: int) -> Learned | None:

@@ -1,4 +1,4 @@
-"""What a mix of adapters teaches the text side: words, and edits of cross-attention keys and values."""
+"""What a mix of adapters teaches the text side: words, edits of cross-attention keys and values, and of encoders."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from hueshift.adapters import word_algebra
 from hueshift.adapters.adapter import Adapter, GatedEdit, TokenMapper
 from hueshift.adapters.blocks import Weight, layer_weight
 from hueshift.engines.cross_attention import CrossEdits
+from hueshift.engines.encoder_weights import EncoderEdits, compose_encoder
 from hueshift.engines.svd_cache import SpectralFactors
 
 Word = Tensor | TokenMapper
@@ -18,15 +19,16 @@ Word = Tensor | TokenMapper
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextSide:
-    """`words` by placeholder; `edits` of to_k and to_v."""
+    """`words` by placeholder; `edits` of to_k and to_v; `encoder` has those of the text encoders."""
 
     words: Mapping[str, Word] = field(default_factory=dict)
     edits: CrossEdits = field(default_factory=CrossEdits)
+    encoder: EncoderEdits = field(default_factory=EncoderEdits)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the edits; words are small."""
-        return self.edits.nbytes
+        return self.edits.nbytes + self.encoder.nbytes
 
 
 def compose_text_side(mix: Sequence[tuple[Adapter, Weight]], factors: SpectralFactors) -> TextSide:
@@ -35,7 +37,7 @@ def compose_text_side(mix: Sequence[tuple[Adapter, Weight]], factors: SpectralFa
     Words are used as they are, whatever the weight: they say what a word means, not how strongly. Edits scale with it.
     Raises InvalidArgument (ADAPTERS_INCOMPATIBLE) when two adapters learned the same word differently.
     """
-    return TextSide(merge_words([adapter for adapter, _ in mix]), _compose_edits(mix, factors))
+    return TextSide(merge_words([adapter for adapter, _ in mix]), _compose_edits(mix, factors), compose_encoder(mix))
 
 
 def merge_words(adapters: Sequence[Adapter]) -> dict[str, Word]:

@@ -1,12 +1,19 @@
 """One text encoder, run on the base's weights, with learned embeddings in the place of tokens."""
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+Weights = Mapping[str, Tensor]
+"""Parameters that stand in for an encoder's own, by name."""
+
+_OWN: Weights = MappingProxyType({})
 Learned = tuple[Tensor, Tensor, Tensor]
 """Rows and positions [places], and the embeddings [places, width] that stand there."""
 
@@ -27,7 +34,9 @@ class TextTower:
         self._hidden: Tensor | None = None
         self.embeddings.register_forward_hook(self._replace)
         modules = dict(self._encoder.named_modules())
-        self.last_norm: Any = next(m for name, m in modules.items() if name.endswith("final_layer_norm"))
+        norm = next(name for name in modules if name.endswith("final_layer_norm"))
+        self._norm_prefix = f"{norm}."
+        self.last_norm: Any = modules[norm]
         layers = next(m for name, m in modules.items() if name.endswith("encoder.layers"))
         # transformers passes hidden states by position or by name, as it likes.
         watched = layers[-1] if penultimate else self.last_norm
@@ -50,23 +59,38 @@ class TextTower:
         device: torch.device = next(self._encoder.parameters()).device
         return device
 
-    def run(self, ids: Tensor, learned: Learned | None) -> tuple[Tensor, Tensor | None]:
-        """Encode ids [n, tokens]: contexts [n, tokens, width] and pooled text [n, projection width] or None, fp32."""
-        out, hidden = self._run(ids, learned)
+    def run(self, ids: Tensor, learned: Learned | None, weights: Weights = _OWN) -> tuple[Tensor, Tensor | None]:
+        """Encode ids [n, tokens]: contexts [n, tokens, width] and pooled text [n, projection width] or None, fp32.
+
+        `weights` stand in for parameters by name; gradients reach them.
+        """
+        out, hidden = self._run(ids, learned, weights)
         if not self._penultimate:
             return out[0].float(), None
         pooled: Tensor | None = getattr(out, "text_embeds", None)
         return hidden.float(), None if pooled is None else pooled.float()
 
-    def run_hidden(self, ids: Tensor, learned: Learned | None) -> tuple[Tensor, Tensor]:
+    def run_hidden(self, ids: Tensor, learned: Learned | None, weights: Weights = _OWN) -> tuple[Tensor, Tensor]:
         """Encode as `run` does; also return what the final norm was given. Not of a `penultimate` one."""
-        out, hidden = self._run(ids, learned)
+        out, hidden = self._run(ids, learned, weights)
         return out[0].float(), hidden
 
-    def _run(self, ids: Tensor, learned: Learned | None) -> tuple[Any, Tensor]:
+    def norm_last(self, hidden: Tensor, weights: Weights = _OWN) -> Tensor:
+        """Put hidden states through the final norm, fp32."""
+        own = {name.removeprefix(self._norm_prefix): t for name, t in weights.items() if self._is_of_norm(name)}
+        normed: Tensor = functional_call(self.last_norm, own, (hidden,)) if own else self.last_norm(hidden)
+        return normed.float()
+
+    def _is_of_norm(self, parameter: str) -> bool:
+        return parameter.startswith(self._norm_prefix)
+
+    def _run(self, ids: Tensor, learned: Learned | None, weights: Weights) -> tuple[Any, Tensor]:
         self._learned = learned
         try:
-            out = self._encoder(input_ids=ids)
+            if weights:
+                out = functional_call(self._encoder, dict(weights), (), {"input_ids": ids})
+            else:
+                out = self._encoder(input_ids=ids)
             hidden = self._hidden
         finally:
             self._learned = self._hidden = None

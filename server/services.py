@@ -76,7 +76,7 @@ class ServiceSet:
             ),
             observer,
         )
-        conditioner = make_conditioner(base, parts.factors)
+        conditioner = make_conditioner(base, parts.factors, observer)
         self.scheduler = Scheduler(
             engine,
             base,
@@ -86,6 +86,7 @@ class ServiceSet:
             metrics,
             clock,
             limits,
+            weights=limits.tenant_weights,
             planner=planner_of(engine),
         )
         self._generation = GenerationService(
