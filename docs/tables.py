@@ -182,6 +182,8 @@ def _type_name(annotation: object) -> str:
         return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None)) + ", optional"
     if get_origin(annotation) is tuple:
         return "list"
+    if get_origin(annotation) is dict:
+        return "table"
     return {
         "Path": "path",
         "str": "text",

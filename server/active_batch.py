@@ -1,5 +1,6 @@
 """The pictures being denoised, grouped by size, since one UNet call takes latents of one size."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hueshift.server.pace import Size
@@ -18,10 +19,14 @@ class _Group:
 
 
 class ActiveBatch:
-    """Samples that share the engine, at most `max_batch` UNet rows of a size and twice that in all. For one thread."""
+    """Samples that share the engine, at most `max_batch` UNet rows of a size and twice that in all. For one thread.
 
-    def __init__(self, max_batch: int) -> None:
+    `weights` are the tenants' shares relative to one another; a tenant not named has 1.
+    """
+
+    def __init__(self, max_batch: int, weights: Mapping[str, float] | None = None) -> None:
         self._max_batch = max_batch
+        self._weights = dict(weights or {})
         self._groups: dict[Size, _Group] = {}
         self._rows = 0
         self._turns = 0
@@ -60,7 +65,7 @@ class ActiveBatch:
     def choose(self) -> list[Running]:
         """Return the pictures whose turn it is.
 
-        Sizes take turns by work done, in proportion to the tenants behind them: each tenant counts once in all, so
+        Sizes take turns by work done, in proportion to the tenants behind them: each counts with its weight in all, so
         spreading pictures over many sizes buys nobody a larger share.
         """
         if not self._groups:
@@ -95,4 +100,5 @@ class ActiveBatch:
         for other in self._groups.values():
             for tenant in {running.ticket.request.tenant for running in other.running}:
                 sizes[tenant] = sizes.get(tenant, 0) + 1
-        return sum(1 / sizes[tenant] for tenant in {running.ticket.request.tenant for running in group.running})
+        behind = {running.ticket.request.tenant for running in group.running}
+        return sum(self._weights.get(tenant, 1.0) / sizes[tenant] for tenant in behind)

@@ -5,9 +5,18 @@ file (`--config`), and the defaults below, which make the embedded default work 
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
@@ -16,6 +25,9 @@ from hueshift.server.devices import check_devices
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+_TENANT = r"^[a-z][a-z0-9-]{0,62}$"
+TenantName = Annotated[str, StringConstraints(pattern=_TENANT)]
+TenantWeight = Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -133,6 +145,11 @@ class LimitSettings(_Section):
     tenant_training_seconds: float = Field(
         0, ge=0, description="Device seconds one tenant's jobs may use in a day (UTC); 0: no limit."
     )
+    tenant_weights: dict[TenantName, TenantWeight] = Field(
+        {},
+        max_length=1000,
+        description="Shares of tenants in generation and training, relative to one another; 1 where not named.",
+    )
 
 
 class TrainingSettings(_Section):
@@ -232,9 +249,7 @@ class AuthSettings(_Section):
         False,
         description="Refuse calls without an API key. Implied once a key exists or the address is not loopback.",
     )
-    default_tenant: str = Field(
-        "local", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Tenant of keyless loopback calls."
-    )
+    default_tenant: str = Field("local", pattern=_TENANT, description="Tenant of keyless loopback calls.")
 
 
 class LogSettings(_Section):

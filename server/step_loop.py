@@ -64,7 +64,7 @@ class StepLoop:
         self._log = structlog.get_logger()
         self._live: dict[Ticket, None] = {}
         self._queue: FairQueue[Ticket] = FairQueue(weights)
-        self._batch = ActiveBatch(engine.max_batch)
+        self._batch = ActiveBatch(engine.max_batch, weights)
         self._preparing = 0
         self._when_idle: list[Future[None]] = []
 

@@ -2,11 +2,14 @@
 
 A tenant's waiting jobs stand in a line of their own, larger priority first, then older. Of the tenants at the heads of
 these lines, the one with the fewest running jobs goes first, then the one that has used the fewest device seconds
-today, then the one whose job is oldest. So no tenant gains by marking everything urgent, and a burst of one tenant
-delays the others by one job at most.
+today, both divided by its weight, then the one whose job is oldest. So no tenant gains by marking everything urgent,
+and a burst of one tenant delays the others by one job at most.
 """
 
-from sqlalchemy import Select, func, select
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, Float, Select, case, cast, func, select
 
 from hueshift.server.store.job_quotas import JobQuotas, day_of
 from hueshift.server.store.job_records import JobState
@@ -37,7 +40,12 @@ def next_job(now: float, quotas: JobQuotas) -> Select[tuple[str]]:
         .outerjoin(busy, busy.c.tenant == waiting.c.tenant)
         .outerjoin(today, today.c.tenant == waiting.c.tenant)
         .where(waiting.c.place == 1)
-        .order_by(running, used, waiting.c.created, waiting.c.job_id)
+        .order_by(
+            _shared(running, waiting.c.tenant, quotas.weights),
+            _shared(used, waiting.c.tenant, quotas.weights),
+            waiting.c.created,
+            waiting.c.job_id,
+        )
         .limit(1)
     )
     if quotas.running:
@@ -45,3 +53,8 @@ def next_job(now: float, quotas: JobQuotas) -> Select[tuple[str]]:
     if quotas.seconds:
         query = query.where(used < quotas.seconds)
     return query
+
+
+def _shared(amount: ColumnElement[Any], tenant: ColumnElement[str], weights: Mapping[str, float]) -> ColumnElement[Any]:
+    """An amount divided by the tenant's weight."""
+    return cast(amount, Float) / case(dict(weights), value=tenant, else_=1.0) if weights else amount

@@ -1,6 +1,7 @@
 """What one tenant's jobs may take: places in the queue, devices at a time, device seconds a day."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -17,10 +18,14 @@ QUOTA_RETRY_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class JobQuotas:
-    """Limits of each tenant; 0 means none. `running`: jobs at a time; `seconds`: device seconds in a day (UTC)."""
+    """Limits of each tenant; 0 means none. `running`: jobs at a time; `seconds`: device seconds in a day (UTC).
+
+    `weights` are the tenants' shares relative to one another; a tenant not named has 1.
+    """
 
     running: int = 0
     seconds: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_queue(connection: Connection, tenant: str, limit: int) -> None:

@@ -38,7 +38,7 @@ def open_stores(settings: Settings, clock: Clock) -> Stores:
         blobs, mirror = ObjectBlobs(root / "adapters", objects), JobMirror(objects)
     database = Database(settings.store.database, clock)
     limits = settings.limits
-    quotas = JobQuotas(limits.tenant_running_jobs, limits.tenant_training_seconds)
+    quotas = JobQuotas(limits.tenant_running_jobs, limits.tenant_training_seconds, limits.tenant_weights)
     return Stores(
         database=database,
         adapters=AdapterStore(database, blobs, clock),
