@@ -76,7 +76,7 @@ class BaseTrainer:
             sharing=self._sharing,
         )
         self._speeds.record(self._base.base_hash, spec, result.steps_taken, result.step_seconds)
-        return Trained(result.adapter, _numbers(result))
+        return Trained(result.adapter, _numbers(result), step=len(result.losses))
 
 
 def _numbers(result: TrainingResult) -> dict[str, float] | None:

@@ -21,6 +21,7 @@ from hueshift.adapters.errors import Cancelled, HueshiftError, Internal, Reason,
 from hueshift.adapters.file import write_adapter
 from hueshift.server.clock import Clock
 from hueshift.server.crew import Crew
+from hueshift.server.device_meter import DeviceMeter, step_rows
 from hueshift.server.failpoints import Failpoint
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.job_lease import LeaseKeeper
@@ -47,10 +48,14 @@ _TIDY_AGE = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training gives: the adapter, and its scores where there is a CLIP to score with."""
+    """What training gives: the adapter, its scores where there is a CLIP to score with, and the last step it took.
+
+    `step` None means all steps of the job.
+    """
 
     adapter: Adapter
     scores: Mapping[str, float] | None
+    step: int | None = None
 
 
 class Trainer(Protocol):
@@ -85,7 +90,8 @@ class Worker:
         failpoint: Failpoint,
     ) -> None:
         self._owner = owner
-        self._jobs = jobs
+        self._meter = DeviceMeter(clock)
+        self._jobs = jobs.metered(self._meter.used)
         self._adapters = adapters
         self._folders = folders
         self._trainer = trainer
@@ -135,6 +141,11 @@ class Worker:
     def work(self, claimed: ClaimedJob) -> None:
         """Run one attempt at a job and record its outcome."""
         job = claimed.job
+        with self._meter.running(job.job_id, step_rows(job.spec), job.device_seconds):
+            self._work(claimed)
+
+    def _work(self, claimed: ClaimedJob) -> None:
+        job = claimed.job
         log = _LOG.bind(job=job.job_id, attempt=job.attempt, tenant_hash=tenant_hash(job.tenant))
         log.info("job.taken", method=job.spec.method, steps=job.steps, lost_leases=job.leases_lost)
         self._failpoint.at("claimed")
@@ -168,7 +179,8 @@ class Worker:
         try:
             trained = self._train(claimed, run)
             self._failpoint.at("before-publish")
-            self._jobs.publish(lease, self._adapters, write_adapter(trained.adapter), trained.adapter, trained.scores)
+            data = write_adapter(trained.adapter)
+            self._jobs.publish(lease, self._adapters, data, trained.adapter, trained.scores, trained.step)
             self._failpoint.at("after-publish")
         except Cancelled:
             self._stopped(claimed, keeper)

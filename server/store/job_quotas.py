@@ -66,14 +66,15 @@ def day_of(now: float) -> int:
     return int(now // DAY_SECONDS)
 
 
-def charge(connection: Connection, job: JobRecord, now: float) -> dict[str, float]:
+def charge(connection: Connection, job: JobRecord, now: float, used: float | None = None) -> dict[str, float]:
     """Count the time since the last count for the tenant, and return what changes in the job's row.
 
-    The caller holds the job's row. What lies between the last heartbeat of a lost worker and its loss is nobody's.
+    `used` are the job's device seconds in all, for jobs that share a device; None counts the whole time. The caller
+    holds the job's row. What lies between the last heartbeat of a lost worker and its loss is nobody's.
     """
     if job.charged is None:
         return {}
-    seconds = max(0.0, now - job.charged)
+    seconds = max(0.0, now - job.charged if used is None else used - job.device_seconds)
     # Both dialects know the clause, and SQLAlchemy's generic insert does not.
     kind = postgresql if connection.dialect.name == "postgresql" else sqlite
     insert = kind.insert(usage).values(tenant=job.tenant, day=day_of(now), device_seconds=seconds)

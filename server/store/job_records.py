@@ -47,6 +47,22 @@ class NewJob:
     labels: Mapping[str, str]
     priority: int = 0
 
+    def first_row(self, now: float) -> dict[str, Any]:
+        """Return the values of its row when it is queued; the other columns have defaults."""
+        return {
+            "job_id": self.job_id,
+            "tenant": self.tenant,
+            "state": JobState.QUEUED.value,
+            "priority": self.priority,
+            "spec": self.spec.to_json(),
+            "adapter_id": self.adapter_id,
+            "display_name": self.display_name,
+            "labels": dict(self.labels),
+            "steps": self.spec.steps,
+            "sequence": 1,
+            "created": now,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:

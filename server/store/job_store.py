@@ -5,8 +5,9 @@ fencing token, so every write of the old holder is refused from then on; the ada
 that ends the job. Every change of state writes its event in the same transaction.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_
 
@@ -49,6 +50,14 @@ class JobStore:
         self._max_attempts = max_attempts
         self._quotas = quotas or JobQuotas()
         self._keep_failed = keep_failed_seconds
+        self._used: Callable[[str], float | None] = lambda job_id: None
+
+    def metered(self, used: Callable[[str], float | None]) -> Self:
+        """Return the same table for a worker that tells what each of its jobs has used of its device, in seconds of
+        all attempts; None: the time it has run."""
+        metered = copy.copy(self)
+        metered._used = used
+        return metered
 
     def create(
         self, new: NewJob, *, tenant_limit: int, idempotency_key: str = "", request_hash: str = ""
@@ -65,7 +74,7 @@ class JobStore:
             # Two calls at once must not both take the last place.
             lock(connection, f"jobs/{new.tenant}")
             self._check_quota(connection, new.tenant, tenant_limit)
-            row = connection.execute(insert(jobs).values(self._first_row(new)).returning(*jobs.c)).one()
+            row = connection.execute(insert(jobs).values(new.first_row(self._clock.time())).returning(*jobs.c)).one()
             job = JobRecord.from_row(row)
             append_event(connection, job, job.created, EventKind.STATE, job.snapshot())
             kept = {"job_id": new.job_id}
@@ -195,9 +204,9 @@ class JobStore:
         Raises FailedPrecondition (LEASE_LOST).
         """
         with self._database.write() as connection:
-            job, now = held_job(connection, lease), self._clock.time()
-            counted = charge(connection, job, now)
-            return change_job(connection, lease.job_id, lease_expires=now + lease_seconds, **counted)
+            counted = self._charge(connection, held_job(connection, lease))
+            expires = self._clock.time() + lease_seconds
+            return change_job(connection, lease.job_id, lease_expires=expires, **counted)
 
     def progress(self, lease: Lease, step: int, loss: float, seconds_per_step: float) -> None:
         """Record the steps done and tell the watchers. Raises FailedPrecondition (LEASE_LOST)."""
@@ -226,8 +235,9 @@ class JobStore:
         data: bytes,
         adapter: Adapter,
         scores: Mapping[str, float] | None,
+        step: int | None = None,
     ) -> JobRecord:
-        """Publish the adapter and end the job, both or neither.
+        """Publish the adapter and end the job, both or neither. `step` is the last one it took; None: all of them.
 
         Raises FailedPrecondition (LEASE_LOST) when the job is no longer this worker's, Cancelled when its cancellation
         was asked for meanwhile.
@@ -251,16 +261,16 @@ class JobStore:
                 job,
                 JobState.SUCCEEDED,
                 revision=published.revision,
-                step=job.steps,
+                step=job.steps if step is None else step,
                 scores=None if scores is None else dict(scores),
-                **charge(connection, job, self._clock.time()),
+                **self._charge(connection, job),
             )
 
     def fail(self, lease: Lease, reason: str, message: str) -> JobRecord:
         """End a job for good. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
             job = held_job(connection, lease)
-            counted = charge(connection, job, self._clock.time())
+            counted = self._charge(connection, job)
             changes = {**counted, **self._failure(job, message), "error_reason": reason, "error_message": message}
             return self._move(connection, job, JobState.FAILED, **changes)
 
@@ -272,7 +282,7 @@ class JobStore:
         """
         with self._database.write() as connection:
             job = held_job(connection, lease)
-            changes = charge(connection, job, self._clock.time()) | self._failure(job, cause or message)
+            changes = self._charge(connection, job) | self._failure(job, cause or message)
             return self._put_back(connection, job, message, delay, **changes)
 
     def release(self, lease: Lease, delay: float = 0.0) -> JobRecord:
@@ -282,7 +292,7 @@ class JobStore:
         """
         with self._database.write() as connection:
             job = held_job(connection, lease)
-            counted = charge(connection, job, self._clock.time())
+            counted = self._charge(connection, job)
             if job.cancel_requested:
                 return self._move(connection, job, JobState.CANCELLED, **counted)
             later = self._clock.time() + delay
@@ -292,7 +302,7 @@ class JobStore:
         """End a running job whose cancellation was asked for. Raises FailedPrecondition (LEASE_LOST)."""
         with self._database.write() as connection:
             job = held_job(connection, lease)
-            return self._move(connection, job, JobState.CANCELLED, **charge(connection, job, self._clock.time()))
+            return self._move(connection, job, JobState.CANCELLED, **self._charge(connection, job))
 
     def expire_leases(self, owner: str | None = None, cause: str = "its worker went silent") -> list[JobRecord]:
         """Put back the jobs whose lease has run out; with `owner`, those of that dead worker whatever their lease.
@@ -349,20 +359,8 @@ class JobStore:
         with self._database.read() as connection:
             return set(connection.scalars(select(jobs.c.job_id).where(jobs.c.state.in_(OPEN_STATES) | failed)))
 
-    def _first_row(self, new: NewJob) -> dict[str, Any]:
-        return {
-            "job_id": new.job_id,
-            "tenant": new.tenant,
-            "state": JobState.QUEUED.value,
-            "priority": new.priority,
-            "spec": new.spec.to_json(),
-            "adapter_id": new.adapter_id,
-            "display_name": new.display_name,
-            "labels": dict(new.labels),
-            "steps": new.spec.steps,
-            "sequence": 1,
-            "created": self._clock.time(),
-        }
+    def _charge(self, connection: Connection, job: JobRecord) -> dict[str, float]:
+        return charge(connection, job, self._clock.time(), self._used(job.job_id))
 
     def _check_quota(self, connection: Connection, tenant: str, limit: int) -> None:
         check_queue(connection, tenant, limit)

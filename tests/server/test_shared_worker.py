@@ -49,13 +49,18 @@ def test_two_jobs_share_their_steps_and_are_published_each(base_model: BaseModel
         failpoint=Failpoint(),
     )
     thread = threading.Thread(target=worker.run)
+    begun = time.monotonic()
     thread.start()
     end = time.monotonic() + LIMIT
     while any(not stores.jobs.get(f"tenant-{n}", f"ft-{name}").state.ended for n, name in enumerate(names)):
         assert time.monotonic() < end
         time.sleep(0.05)
+    passed = time.monotonic() - begun
     stop.request()
     thread.join(LIMIT)
+    # Each is charged its part of the common steps, so that both together used the device once.
+    jobs = [stores.jobs.get(f"tenant-{n}", f"ft-{name}") for n, name in enumerate(names)]
+    assert 0 < sum(job.device_seconds for job in jobs) <= passed
     for number, name in enumerate(names):
         job = stores.jobs.get(f"tenant-{number}", f"ft-{name}")
         assert (job.state, job.step, job.revision) == (JobState.SUCCEEDED, STEPS, 1)
