@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ import structlog
 import torch
 from torch import Tensor
 
-from hueshift.adapters.blocks import BlockWeights
 from hueshift.adapters.errors import Internal, Reason
 from hueshift.engines.pictures import encode_mask, encode_picture
 from hueshift.engines.side_stream import SideStream
 from hueshift.engines.vae import Pixels, VaeStage
 from hueshift.server.clock import Clock
-from hueshift.server.generation import AppliedAdapter, GenerationRequest, ImageEvent, PreviewEvent, Timings
+from hueshift.server.generation import ImageEvent, PreviewEvent, Timings
 from hueshift.server.metrics import Metrics
+from hueshift.server.provenance import provenance
 from hueshift.server.ticket import Running, as_ours
 
 # Pixels decoded in one VAE call: 4 pictures of 512 x 512. The last VAE block's activations take about 1 kB a pixel.
@@ -204,31 +204,9 @@ class DecodeStage:
         )
 
 
-def provenance(request: GenerationRequest, index: int, base_hash: str) -> dict[str, str]:
-    """What a picture's file says about its making: seed, base model, adapters with weights. Never the prompt.
-
-    `regions` has the adapters of each region, `-` for one without, and a bar between regions.
-    """
-    fields = {"seed": str(request.seeds[index]), "base": base_hash}
-    adapters = _adapters_text(request.adapters)
-    if adapters:
-        fields["adapters"] = adapters
-    if request.regions:
-        fields["regions"] = " | ".join(_adapters_text(region.adapters) or "-" for region in request.regions)
-    return fields
-
-
 def _mean_mask(running: Running) -> Tensor | None:
     """Share of blocks and steps at which the branches acted, [h, w], if the caller wants it."""
     lag, sample = running.ticket.request.lag, running.sample
     if lag is None or not lag.return_masks or sample.lag_mask is None:
         return None
     return sample.lag_mask / sample.step
-
-
-def _adapters_text(adapters: Sequence[AppliedAdapter]) -> str:
-    return " ".join(f"{a.content_hash}*{a.weight:g}{_blocks_text(a.blocks)}" for a in adapters if a.weight != 0)
-
-
-def _blocks_text(blocks: BlockWeights | None) -> str:
-    return "" if blocks is None else f"[{','.join(f'{name}={weight:g}' for name, weight in blocks.entries)}]"

@@ -65,11 +65,15 @@ class InversionRequest:
 
 @dataclass(frozen=True, slots=True)
 class StartRequest:
-    """The picture a request starts from: a plain PNG of ours, which `strength` (0 to 1) lets change."""
+    """The picture a request starts from: a plain PNG of ours, which `strength` (0 to 1) lets change.
+
+    `content_hash` is the SHA-256 of the caller's own file, by which provenance names it.
+    """
 
     picture: bytes
     strength: float
     inversion: InversionRequest | None = None
+    content_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

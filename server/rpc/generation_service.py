@@ -1,6 +1,7 @@
 """GenerationService: one checked call becomes one scheduler request, and its events become the stream."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -110,7 +111,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if wanted is None:
             return None
         picture = await self._masks.sanitise_start(wanted.data, checked.width, checked.height)
-        return StartRequest(picture, wanted.strength, wanted.inversion)
+        return StartRequest(picture, wanted.strength, wanted.inversion, hashlib.sha256(wanted.data).hexdigest())
 
     def _resolve_all(self, tenant: str, mixes: Sequence[tuple[WantedAdapter, ...]]) -> list[tuple[AppliedAdapter, ...]]:
         return [self._resolve(tenant, wanted) for wanted in mixes]

@@ -4,8 +4,9 @@ import torch
 from generation_bench import Bench, collect, error_of, images
 
 from hueshift.adapters.errors import Internal
-from hueshift.server.decode_stage import provenance
+
 from hueshift.server.generation import ImageEvent, PreviewEvent
+from hueshift.server.provenance import provenance
 
 
 async def test_a_decoder_failure_ends_its_pictures_requests() -> None:

@@ -1,6 +1,7 @@
 """img2img and edits by inversion end to end: over gRPC, on the embedded model and its default engine."""
 
 import asyncio
+import hashlib
 import io
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -111,6 +112,10 @@ async def test_inversion_without_guidance_gives_the_picture_back(caller: RpcStub
     assert finished.inversion_error < 0.2
     assert distance(kept.data, drawn.data) < 8
     assert distance(kept.data, drawn.data) < distance(lost.data, drawn.data) / 2
+    # The file names what it was made from, by the hash of the caller's own file.
+    origin = hashlib.sha256(drawn.data).hexdigest()
+    assert f"{origin} strength=1 inversion=15".encode() in kept.data
+    assert f"{origin} strength=1<".encode() in lost.data
 
 
 @pytest.mark.parametrize("data", [b"no picture", b"GIF89a" + bytes(40)])
