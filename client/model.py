@@ -7,7 +7,7 @@ from typing import Any
 from hueshift.client.calls import Page, Paged, Unary
 from hueshift.client.choices import Method, Sampler
 from hueshift.client.job_spec import Setting, read_settings
-from hueshift.client.wire import from_enum, known_enums
+from hueshift.client.wire import from_enum, known_enums, optional
 from hueshift.v1 import finetune_pb2, generation_pb2
 from hueshift.v1 import model_pb2 as pb
 
@@ -21,6 +21,30 @@ class MethodInfo:
     style_defaults: Mapping[str, Setting]
     edit_defaults: Mapping[str, Setting]
     """Empty where the method cannot be used for edits."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeCapacity:
+    """UNet rows of one call that fit in the device's memory, at a picture size in pixels."""
+
+    width: int
+    height: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapacity:
+    """What an engine holds and runs at a time; a picture with guidance takes two UNet rows.
+
+    `buckets` are the rows that calls are filled up to, none where they take any number; `sizes` are empty where the
+    engine did not measure what fits.
+    """
+
+    max_rows: int
+    adapter_slots: int
+    merged_slots: int
+    buckets: tuple[int, ...]
+    sizes: tuple[SizeCapacity, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +81,8 @@ class Model:
     default_inversion_guidance_scale: float
     architecture: str
     """`stable-diffusion` or `stable-diffusion-xl`; empty from servers older than this client."""
+    capacity: EngineCapacity | None = None
+    """None from servers older than this client."""
 
 
 def get_call(name: str) -> Unary[pb.GetModelRequest, pb.GetModelResponse, Model]:
@@ -87,6 +113,7 @@ def read_model(message: pb.Model) -> Model:
         samplers=read_samplers(message.samplers),
         default_sampler=next(iter(read_samplers([message.default_sampler])), None),
         methods=tuple(_read_method(m) for m in message.methods),
+        capacity=optional(message.HasField("capacity"), lambda: _read_capacity(message.capacity)),
         **{name: getattr(message, name) for name in plain.split()},
     )
 
@@ -94,6 +121,16 @@ def read_model(message: pb.Model) -> Model:
 def read_samplers(numbers: Sequence[generation_pb2.Sampler.ValueType]) -> tuple[Sampler, ...]:
     """Return the samplers this client knows; newer ones are left out."""
     return known_enums(generation_pb2.Sampler, "SAMPLER", Sampler, numbers)
+
+
+def _read_capacity(message: pb.EngineCapacity) -> EngineCapacity:
+    return EngineCapacity(
+        max_rows=message.max_rows,
+        adapter_slots=message.adapter_slots,
+        merged_slots=message.merged_slots,
+        buckets=tuple(message.buckets),
+        sizes=tuple(SizeCapacity(size.width, size.height, size.rows) for size in message.sizes),
+    )
 
 
 def _read_method(message: pb.MethodInfo) -> MethodInfo:

@@ -11,6 +11,7 @@ from hueshift.server.cli.session import Session, connected
 
 if TYPE_CHECKING:
     from hueshift.client.job_spec import Setting
+    from hueshift.client.model import EngineCapacity
 
 
 @connected
@@ -30,6 +31,7 @@ def show_model(
             "steps": f"{model.default_steps}, at most {model.max_steps}",
             "guidance": f"{model.default_guidance_scale:g}",
             "pictures": f"at most {model.max_count} a request, {model.batch_capacity} in the running batch",
+            **_capacity_facts(model.capacity),
             "LAG sampling": "yes" if model.lag else "no",
             "shared attention": "yes" if model.shared_attention else "no",
             "regions": f"at most {model.max_regions} a picture",
@@ -52,6 +54,19 @@ def show_model(
         if defaults
     ]
     session.output.result(model, Group(facts, "", rows_table(("method", "for", "defaults"), rows)))
+
+
+def _capacity_facts(capacity: "EngineCapacity | None") -> dict[str, str | None]:
+    if capacity is None:
+        return {}
+    merged = f", {capacity.merged_slots} merged into weights" if capacity.merged_slots else ""
+    filled = f", filled up to {', '.join(map(str, capacity.buckets))}" if capacity.buckets else ""
+    sizes = (f"{size.rows} at {size.width}x{size.height}" for size in capacity.sizes)
+    return {
+        "UNet rows": f"at most {capacity.max_rows} a call{filled}",
+        "rows that fit": ", ".join(sizes) or None,
+        "adapter slots": f"{capacity.adapter_slots} mixes{merged}",
+    }
 
 
 def _settings_text(settings: Mapping[str, "Setting"]) -> str:

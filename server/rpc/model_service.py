@@ -1,12 +1,13 @@
 """ModelService: the base model, its defaults and the server's limits, so that clients need no constants."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import grpc
 
 from hueshift.adapters.errors import Reason
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import Plan, UNetEngine
+from hueshift.engines.interface import MergingEngine, Plan, UNetEngine
 from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS
 from hueshift.server.rpc.finetune_settings import write_settings
 from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, SAMPLERS
@@ -82,7 +83,37 @@ def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> m
         default_strength=DEFAULT_STRENGTH,
         default_inversion_steps=default_inversion_steps(limits),
         default_inversion_guidance_scale=INVERSION_GUIDANCE,
+        capacity=describe_capacity(engine, base.latent_factor),
     )
+
+
+@runtime_checkable
+class MeasuredEngine(Protocol):
+    """An engine that fills its calls up and has measured what fits, as CudaEngine."""
+
+    @property
+    def buckets(self) -> Sequence[int]:
+        """Rows that calls are filled up to."""
+        ...
+
+    @property
+    def capacity(self) -> Mapping[tuple[int, int], int]:
+        """UNet rows of one call that fit, by latent size (h, w)."""
+        ...
+
+
+def describe_capacity(engine: UNetEngine, latent_factor: int) -> model_pb2.EngineCapacity:
+    """Return the message of what an engine holds and runs at a time; `latent_factor` is pixels for each latent."""
+    capacity = model_pb2.EngineCapacity(
+        max_rows=engine.max_batch,
+        adapter_slots=engine.slots - 1,
+        merged_slots=engine.weight_slots if isinstance(engine, MergingEngine) else 0,
+    )
+    if isinstance(engine, MeasuredEngine):
+        capacity.buckets.extend(engine.buckets)
+        for (height, width), rows in sorted(engine.capacity.items()):
+            capacity.sizes.add(width=width * latent_factor, height=height * latent_factor, rows=rows)
+    return capacity
 
 
 def _describe_method(method: Method, number: "finetune_pb2.FineTuneMethod.ValueType") -> model_pb2.MethodInfo:

@@ -171,7 +171,9 @@ def test_jobs(run: Run) -> None:
     assert "svdiff, style" in run("jobs", "list").out
     assert "style-1" in run("jobs", "show", "job-1").out
     assert run("jobs", "cancel", "job-1", "--json").json["state"] == "cancelled"
-    assert run("jobs", "list", "--state", "queued").err.startswith("No jobs")
+    assert run("jobs", "retry", "job-1", "--json").json["state"] == "queued"
+    assert "hueshift jobs watch job-1 --after" in run("jobs", "retry", "job-1").err
+    assert run("jobs", "list", "--state", "failed").err.startswith("No jobs")
 
 
 def test_adapters(fake: FakeServer, run: Run, tmp_path: Path) -> None:
@@ -205,4 +207,15 @@ def test_delete_asks_first(fake: FakeServer, run: Run, tmp_path: Path, monkeypat
 
 def test_the_model(run: Run) -> None:
     assert run("model", "--json").json["methods"][0]["subject_defaults"] == {"steps": 150, "learning_rate": 0.5}
-    assert "steps=150" in run("model").out
+    shown = run("model").out
+    assert "steps=150" in shown
+    assert "at most 16 a call, filled up to 8, 16" in shown
+    assert "12 at 768x512" in shown
+    assert "63 mixes, 2 merged into weights" in shown
+
+
+def test_a_job_that_stopped_early_says_so(fake: FakeServer, run: Run) -> None:
+    fake.service.job = job_message(State.FINE_TUNE_STATE_SUCCEEDED, step=3)
+    assert "3 of 4, stopped early" in run("jobs", "show", "job-1").out
+    fake.service.job = job_message(State.FINE_TUNE_STATE_SUCCEEDED, step=4)
+    assert "early" not in run("jobs", "show", "job-1").out

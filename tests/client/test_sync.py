@@ -15,6 +15,7 @@ from hueshift.client.choices import AdapterKind, JobState, Method, Sampler, Subj
 from hueshift.client.combination import AdapterRef, BlockMix, Interpolation, Sum
 from hueshift.client.generation import AdapterUse, Finished, Picture, Progress, Queued
 from hueshift.client.jobs import FineTuneFailed, LearnedSubject, StateChanged, TrainingSample
+from hueshift.client.model import EngineCapacity, SizeCapacity
 from hueshift.client.retry import RetryPolicy
 from hueshift.client.sync import Client
 
@@ -344,6 +345,7 @@ def test_the_model_and_what_is_newer_than_the_client(client: Client) -> None:
     model = client.model()
     assert model.samplers == (Sampler.DDIM,)
     assert model.methods[0].subject_defaults == {"steps": 150, "learning_rate": 0.5}
+    assert model.capacity == EngineCapacity(16, 63, 2, (8, 16), (SizeCapacity(768, 512, 12),))
     assert [found.name for found in client.list_models()] == ["models/emoji-128"]
 
 

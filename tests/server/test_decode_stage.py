@@ -4,7 +4,6 @@ import torch
 from generation_bench import Bench, collect, error_of, images
 
 from hueshift.adapters.errors import Internal
-
 from hueshift.server.generation import ImageEvent, PreviewEvent
 from hueshift.server.provenance import provenance
 

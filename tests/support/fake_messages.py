@@ -23,6 +23,13 @@ def model_message() -> model_pb2.Model:
                 subject_defaults=finetune_pb2.FineTuneSettings(steps=150, learning_rate=0.5),
             )
         ],
+        capacity=model_pb2.EngineCapacity(
+            max_rows=16,
+            adapter_slots=63,
+            merged_slots=2,
+            buckets=[8, 16],
+            sizes=[model_pb2.SizeCapacity(width=768, height=512, rows=12)],
+        ),
     )
 
 
