@@ -16,7 +16,7 @@ from hueshift.adapters.blocks import Weight, layer_weight
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.encoder_layers import encoders_of, locate_weights
 from hueshift.engines.residency_tiers import FlightCache, ResidencyObserver, Tier
-from hueshift.engines.svd_cache import SpectralFactors, decompose_encoders
+from hueshift.engines.svd_cache import EncoderFactors, SpectralFactors
 
 TowerWeights = tuple[Mapping[str, Tensor], ...]
 """For each text encoder the parameters that stand in for its own, by name. Empty: its own."""
@@ -87,7 +87,7 @@ class EncoderAssembly:
         encoders = encoders_of(base)
         self._parameters = [dict(encoder.named_parameters()) for encoder in encoders]
         self._places = locate_weights(encoders)
-        self._factors = factors or (lambda: decompose_encoders(base))
+        self._factors = factors or EncoderFactors(base)
 
     def put_together(
         self,

@@ -69,26 +69,30 @@ def encoder_factors_file(cache_dir: Path, base_hash: str) -> Path:
 class EncoderFactors:
     """Called, the decomposition of the base's text encoders: from `file`, or computed and stored there, once.
 
-    CLIP-L's 72 matrices give 0.51 GB in fp32. Safe to call from several threads.
+    CLIP-L's 72 matrices give 0.51 GB in fp32. Without a file it is computed and stays in memory. Safe to call from
+    several threads.
     """
 
-    def __init__(self, base: BaseModel, file: Path) -> None:
+    def __init__(self, base: BaseModel, file: Path | None = None) -> None:
         self._base, self._file = base, file
         self._lock = threading.Lock()
         self._loaded: SpectralFactors | None = None
 
     def __call__(self) -> SpectralFactors:
         """Return it, on the device of the encoders. Raises InvalidArgument as `load_factors` does."""
-        base = self._base
         with self._lock:
             if self._loaded is None:
-                found = _load(
-                    self._file, base.base_hash, base.layout.encoder_matrices, lambda: decompose_encoders(base)
-                )
-                device = next(base.text_encoder.parameters()).device
+                found = self._find()
+                device = next(self._base.text_encoder.parameters()).device
                 parts = ({name: t.to(device) for name, t in part.items()} for part in (found.u, found.sigma, found.vh))
                 self._loaded = SpectralFactors(*parts)
         return self._loaded
+
+    def _find(self) -> SpectralFactors:
+        base = self._base
+        if self._file is None:
+            return decompose_encoders(base)
+        return _load(self._file, base.base_hash, base.layout.encoder_matrices, lambda: decompose_encoders(base))
 
 
 def decompose(base: BaseModel, progress: Progress | None = None) -> SpectralFactors:

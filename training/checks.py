@@ -68,9 +68,10 @@ RANGES: Mapping[str, NumberRange] = MappingProxyType(
         "alpha": NumberRange(0, 1024),
         "token_vectors": NumberRange(1, 16, whole=True),
         "early_stop": NumberRange(0, 100, whole=True),
+        "text_encoder_learning_rate": NumberRange(0, 1),
     }
 )
-SWITCHES = frozenset({"mirror", "per_layer", "gradient_checkpointing"})
+SWITCHES = frozenset({"mirror", "per_layer", "gradient_checkpointing", "train_text_encoder"})
 CHOICES: Mapping[str, type[StrEnum]] = MappingProxyType(
     {"rate_schedule": RateSchedule, "lora_init": LoraInit, "precision": Precision}
 )
@@ -102,6 +103,8 @@ def check_together(method: Method, chosen: Mapping[str, Any], subjects: Sequence
         refuse("targets", "none given; name the endings of layers, for example attn2.to_k")
     if method not in ranked and chosen["targets"]:
         refuse("targets", f"{method} chooses its layers itself; leave it out, or use {' or '.join(ranked)}")
+    if (problem := _encoder_problem(method, chosen)) is not None:
+        refuse(*problem)
     if len(subjects) < 2 and chosen["cut_mix_probability"] > 0:
         refuse("cut_mix_probability", "above 0, but one subject cannot be mixed with another; give 0 or more subjects")
     if chosen["unmix_weight"] > 0 and chosen["cut_mix_probability"] == 0:
@@ -113,6 +116,15 @@ def check_together(method: Method, chosen: Mapping[str, Any], subjects: Sequence
             if not subject.class_noun
         ]
     return problems
+
+
+def _encoder_problem(method: Method, chosen: Mapping[str, Any]) -> tuple[str, str] | None:
+    trains, rate = chosen["train_text_encoder"], chosen["text_encoder_learning_rate"]
+    if trains and method is not Method.SVDIFF:
+        return "train_text_encoder", f"true given, but {method} does not shift it; leave it out, or use {Method.SVDIFF}"
+    if trains and rate <= 0:
+        return "text_encoder_learning_rate", "0 given; allowed: above 0, at most 1, or train_text_encoder off"
+    return None
 
 
 def check_learning(method: Method, learn: bool, rate: float) -> list[FieldViolation]:

@@ -79,7 +79,8 @@ def open_speeds(cache: Path) -> SpeedBook:
 
 def _kind(base_hash: str, spec: TrainingSpec) -> str:
     checkpointed = "/checkpointed" if spec.gradient_checkpointing else ""
-    return f"{base_hash[:16]}/{spec.method.value}/{spec.precision.value}{checkpointed}"
+    encoder = "/text-encoder" if spec.train_text_encoder else ""
+    return f"{base_hash[:16]}/{spec.method.value}/{spec.precision.value}{checkpointed}{encoder}"
 
 
 def _rows(spec: TrainingSpec) -> int:

@@ -55,13 +55,17 @@ _COMMON: Mapping[str, Any] = MappingProxyType(
         "precision": Precision.AUTO,
         "gradient_checkpointing": False,
         "early_stop": 0,
+        "train_text_encoder": False,
+        "text_encoder_learning_rate": 0.0,
     }
 )
 # diffusers' LoRA script trains these too.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# What the one public trainer with a text encoder takes (svdiff-pytorch by mkshing: 1e-3 for all shifts).
+TEXT_ENCODER_RATE = 1e-3
 _METHODS: Mapping[Method, Mapping[str, Any]] = MappingProxyType(
     {
-        Method.SVDIFF: {"ema_decay": 0.9},
+        Method.SVDIFF: {"ema_decay": 0.9, "text_encoder_learning_rate": TEXT_ENCODER_RATE},
         Method.RESIDUALS: {"learning_rate": 3e-3},
         Method.LORA: {"learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "targets": LORA_TARGETS},
         # The learning rate is the words': identifier_learning_rate; the other one has nothing to move.

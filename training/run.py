@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.adapter import Adapter, EncoderChange
 from hueshift.adapters.errors import Cancelled, InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.pictures import PictureFormat, encode_picture
@@ -27,6 +27,7 @@ from hueshift.training.editing import InversionErrors, measure_inversion
 from hueshift.training.evaluation.measures import diversity_of, paired_cosine
 from hueshift.training.latents import make_picture_set
 from hueshift.training.loop import TrainingTask, check_finite, train_step
+from hueshift.training.methods.encoder_shifts import make_encoder_shifts
 from hueshift.training.methods.learnable import Learnable
 from hueshift.training.methods.make import make_learnable
 from hueshift.training.objectives.make import make_objectives
@@ -158,7 +159,8 @@ class _Job:
             unet, self._stepper = make_unet(base, factors, self._learnable, spec), StepAlone()
         else:
             unet, self._stepper = sharing.join(spec, self._learnable)
-        self._captions = Captions(base, text, spec)
+        self._encoder = make_encoder_shifts(base, factors, spec)
+        self._captions = Captions(base, text, spec, self._encoder)
         self._sampler = Sampler(base, unet, vae, text.empty, self._stop_if_asked)
         self._state = self._make_state(self._learnable)
         self._task = TrainingTask(
@@ -220,6 +222,7 @@ class _Job:
             token_grids=grids,
             identifier=self._spec.identifier,
             class_noun=self._spec.class_noun,
+            encoder=EncoderChange() if self._encoder is None else self._encoder.change(values),
         )
         inversion = self._invert(values) if self._spec.subject_kind is SubjectKind.EDIT else None
         losses = tuple(self._state.losses)
@@ -254,6 +257,9 @@ class _Job:
         generator = torch.Generator().manual_seed(self._spec.seed)
         values = learnable.initial(generator)
         rates = {name: learnable.learning_rate(name) for name in values}
+        if self._encoder is not None:
+            values |= self._encoder.initial()
+            rates |= self._encoder.rates
         if self._captions.learns:
             words = self._captions.initial()
             values |= words
@@ -295,7 +301,12 @@ class _Job:
         values = self._state.result
         rows = self._learnable.base_rows() if of_base else self._learnable.rows(values)
         contexts = self._captions.contexts(prompts, None if of_base else values)
-        return self._sampler.pictures(contexts, range(len(prompts)), rows.to(self._task.device))
+        sampler = self._sampler
+        if self._encoder is not None and not of_base:
+            # Guidance is away from the empty prompt as the same encoder reads it, as it is when the adapter is served.
+            empty = self._captions.contexts([""], values)[0]
+            sampler = replace(sampler, empty=empty[..., : sampler.empty.shape[-1]])
+        return sampler.pictures(contexts, range(len(prompts)), rows.to(self._task.device))
 
     def _show(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
         metadata = {"base": self._base.base_hash[:16], "step": str(self._state.step)}

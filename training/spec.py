@@ -75,6 +75,7 @@ class TrainingSpec:
     `rank`, `alpha`, `targets` and `lora_init` are LoRA's; DreamBooth and Custom Diffusion also compress to `rank`.
     `token_vectors` and `per_layer` shape the learned words. `random_crops` 0 takes the centre of each picture, else
     that many random squares. `early_stop` 0 is off, else how many checks in a row must bring nothing.
+    `train_text_encoder` is SVDiff's: shifts of the text encoder too, at `text_encoder_learning_rate`.
     """
 
     method: Method
@@ -123,6 +124,8 @@ class TrainingSpec:
     precision: Precision = Precision.AUTO
     gradient_checkpointing: bool = False
     early_stop: int = 0
+    train_text_encoder: bool = False
+    text_encoder_learning_rate: float = 0.0
 
     @property
     def subjects(self) -> tuple[Subject, ...]:

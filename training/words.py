@@ -7,7 +7,10 @@ from torch import Tensor
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.encoder_weights import TowerWeights
 from hueshift.engines.text import TextStage, Vectors
+from hueshift.training.methods.encoder_shifts import EncoderShifts
+from hueshift.training.methods.learnable import Values
 from hueshift.training.spec import Subject, TrainingSpec
 
 IDENTIFIER = "identifier"
@@ -23,11 +26,15 @@ class Captions:
 
     A word has one if the job learns it, or starts it from other words; else it is a word like any other. An embedding
     is [layers, vectors, width], where layers is 1, or the number of cross-attentions (P+, Voynov et al. 2023).
+
+    With `encoder` the text encoder learns too: then every caption is encoded anew with its values, the empty one too.
     """
 
-    def __init__(self, base: BaseModel, text: TextStage, spec: TrainingSpec) -> None:
+    def __init__(
+        self, base: BaseModel, text: TextStage, spec: TrainingSpec, encoder: EncoderShifts | None = None
+    ) -> None:
         """Raises InvalidArgument if a word to be learned or a word of `identifier_init` is not in the vocabulary."""
-        self._text, self._tokenizer = text, base.tokenizer
+        self._text, self._tokenizer, self._encoder = text, base.tokenizer, encoder
         self._table: Tensor = base.text_encoder.get_input_embeddings().weight.detach()
         self._subjects = spec.subjects
         self._vectors, self._layers = spec.token_vectors, 1
@@ -51,15 +58,19 @@ class Captions:
     def contexts(self, captions: Sequence[str], values: Mapping[str, Tensor] | None) -> Tensor:
         """Contexts [n, tokens, width] of captions, or [n, tokens, layers * width] where words differ by layer.
 
-        Differentiable with respect to the embeddings among `values`. None means the base's own words.
+        Differentiable with respect to what of `values` they depend on. None means the base's own words and encoder.
         """
+        if self._encoder is not None and values is not None:
+            unique = list(dict.fromkeys(captions))
+            made = self._encode(unique, self._embeddings(values), self._encoder.weights(values))
+            places = {caption: place for place, caption in enumerate(unique)}
+            return torch.stack([made[places[caption]] for caption in captions])
         if values is None or not self._words:
             return self._plain(captions)
-        embeddings = {word: values.get(name, self._initial[name]) for name, word in self._words.items()}
         if not any(captions):
             return self._repeated(self._plain(captions))
         unique = [caption for caption in dict.fromkeys(captions) if caption]
-        encoded = self._encode(unique, embeddings)
+        encoded = self._encode(unique, self._embeddings(values))
         empty = self._repeated(self._text.empty)
         found: Mapping[str, Tensor] = {"": empty, **dict(zip(unique, encoded, strict=True))}
         return torch.stack([found[caption] for caption in captions])
@@ -78,12 +89,15 @@ class Captions:
             return {word: embedding[0] for word, embedding in made.items()}, {}
         return {}, {word: embedding[None] for word, embedding in made.items()}
 
-    def _encode(self, captions: Sequence[str], embeddings: Mapping[str, Tensor]) -> Tensor:
+    def _embeddings(self, values: Values) -> dict[str, Tensor]:
+        return {word: values.get(name, self._initial[name]) for name, word in self._words.items()}
+
+    def _encode(self, captions: Sequence[str], embeddings: Mapping[str, Tensor], weights: TowerWeights = ()) -> Tensor:
         rows = [self._text.tokenize(caption, self._counts) for caption in captions]
         parts: list[Tensor] = []
         for layer in range(self._layers):
             learned: Vectors = {word: embedding[layer] for word, embedding in embeddings.items()}
-            parts.append(self._text.encode_rows(rows, [learned] * len(rows)))
+            parts.append(self._text.encode_rows(rows, [learned] * len(rows), weights))
         return torch.cat(parts, dim=-1)
 
     def _repeated(self, context: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from PIL import Image
 
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel, read_layout
-from hueshift.engines.svd_cache import SpectralFactors, decompose
+from hueshift.engines.svd_cache import EncoderFactors, SpectralFactors, decompose
 from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
 from hueshift.training.defaults import complete_spec
 from hueshift.training.latents import make_picture_set
 from hueshift.training.loop import TrainingTask
+from hueshift.training.methods.encoder_shifts import make_encoder_shifts
 from hueshift.training.methods.make import make_learnable
 from hueshift.training.objectives.make import make_objectives
 from hueshift.training.spec import Method, Subject, SubjectKind, TrainingSpec
@@ -46,9 +47,9 @@ def make_tiny_base(base: BaseModel) -> tuple[BaseModel, SpectralFactors]:
             norm_num_groups=8,
         )
     unet.eval().requires_grad_(False)
-    layout = read_layout(unet, "f" * 64, base.layout.token_width)
+    layout = read_layout(unet, "f" * 64, base.layout.token_width, (), (base.text_encoder,))
     tiny = replace(base, unet=unet, layout=layout, base_hash=layout.base_hash, sample_size=8, size_multiple=8)
-    return tiny, decompose(tiny)
+    return tiny, replace(decompose(tiny), encoder=EncoderFactors(tiny))
 
 
 def make_pictures(count: int = 3) -> list[Image.Image]:
@@ -99,7 +100,8 @@ def make_task(
 ) -> tuple[TrainingTask, TrainingState]:
     """The task and the state of a job before its first step, without class pictures."""
     text, vae = TextStage(base), VaeStage(base)
-    captions = Captions(base, text, spec)
+    encoder = make_encoder_shifts(base, factors, spec)
+    captions = Captions(base, text, spec, encoder)
     pictures = make_picture_set(vae, spec, make_pictures(len(spec.captions)), masks or {}, base.pixels)
     learnable = make_learnable(spec, base, factors)
     task = TrainingTask(
@@ -113,6 +115,7 @@ def make_task(
         device=text.empty.device,
     )
     values = learnable.initial(torch.Generator().manual_seed(0)) | (captions.initial() if captions.learns else {})
+    values |= {} if encoder is None else encoder.initial()
     state = TrainingState(values, dict.fromkeys(values, 0.01), torch.Generator().manual_seed(3), spec)
     return task, state
 
