@@ -11,6 +11,13 @@ def read_tile(matrix: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, co
 
 
 @jit
+def read_once(matrix: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, cols: tl.tensor) -> tl.tensor:
+    """Load as read_tile does, a tile that no other program reads: L2 may drop it before what is shared."""
+    mask = (m < rows)[:, None] & (n < cols)[None, :]
+    return tl.load(matrix + m[:, None] * cols + n[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@jit
 def write_sum(out: tl.tensor, weight: tl.tensor, change: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor,
               cols: tl.tensor) -> None:  # fmt: skip
     """Store weight + change at [m, n], added in fp32.
@@ -19,7 +26,7 @@ def write_sum(out: tl.tensor, weight: tl.tensor, change: tl.tensor, m: tl.tensor
     """
     value = tl.where(change == 0.0, weight, (weight.to(tl.float32) + change).to(weight.dtype))
     mask = (m < rows)[:, None] & (n < cols)[None, :]
-    tl.store(out + m[:, None] * cols + n[None, :], value, mask=mask)
+    tl.store(out + m[:, None] * cols + n[None, :], value, mask=mask, eviction_policy="evict_first")
 
 
 @jit

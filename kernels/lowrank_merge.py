@@ -6,7 +6,7 @@ Bound by memory: W is read and W' written once, whatever the number of adapters,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from hueshift.kernels.checks import (
     check_dtype,
     check_shape,
 )
-from hueshift.kernels.device import read_tile, write_sum
+from hueshift.kernels.device import read_once, read_tile, write_sum
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.launch import Launch, jit, multiprocessors, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
@@ -74,10 +74,14 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class LowRankMix:
-    """The adapters of one merge. `table` [L, K, 4] int64: addresses of a and b, rank (0 = none), 0; None on a CPU."""
+    """The adapters of one merge.
+
+    `table` [L, K, 4] int64: addresses of a and b, rank in units of `rank_vector` (0 = none), 0; None on a CPU.
+    """
 
     adapters: tuple[Mapping[int, LowRankFactors], ...]
     table: Tensor | None
+    rank_vector: int = 1
 
 
 def plan_merge(
@@ -131,10 +135,10 @@ def mix_adapters(plan: MergePlan, adapters: Sequence[Mapping[int, LowRankFactors
             check_factors(f"adapters[{number}][{layer}]", factors, plan.layers[layer].base)
             a = columns_in_memory_order(factors.a, plan.layers[layer].out) if plan.tables else factors.a
             ordered[-1][layer] = LowRankFactors(a, factors.b)
-    table = None
-    if plan.tables is not None:
-        table = mix_table(len(plan.layers), ordered).to(plan.device)
-    return LowRankMix(tuple(ordered), table)
+    if plan.tables is None:
+        return LowRankMix(tuple(ordered), None)
+    vector = rank_vector(ordered)
+    return LowRankMix(tuple(ordered), mix_table(len(plan.layers), ordered, vector).to(plan.device), vector)
 
 
 def check_factors(name: str, factors: LowRankFactors, base: Tensor) -> None:
@@ -152,20 +156,29 @@ def check_factors(name: str, factors: LowRankFactors, base: Tensor) -> None:
         check_aligned(f"{name}.{part}", tensor)
 
 
-def mix_table(layers: int, adapters: Sequence[Mapping[int, LowRankFactors]]) -> Tensor:
-    """Return the table of a mix, [layers, adapters, 4] int64 on the CPU."""
-    table = torch.zeros(layers, len(adapters), 4, dtype=torch.int64)
-    for number, adapter in enumerate(adapters):
-        for layer, factors in adapter.items():
-            record = (factors.a.data_ptr(), factors.b.data_ptr(), factors.a.shape[0], 0)
-            table[layer, number] = torch.tensor(record, dtype=torch.int64)
-    return table
+def rank_vector(adapters: Sequence[Mapping[int, LowRankFactors]]) -> int:
+    """Return 8 where every rank is a multiple of 8, so that rows of b are read 16 bytes at a time, or 1.
+
+    Two compiled kernels are enough for all mixes.
+    """
+    return 1 if any(factors.a.shape[0] % 8 for adapter in adapters for factors in adapter.values()) else 8
+
+
+def mix_table(layers: int, adapters: Sequence[Mapping[int, LowRankFactors]], vector: int) -> Tensor:
+    """Return the table of a mix, [layers, adapters, 4] int64 on the CPU, with ranks in units of `vector`."""
+    none = (0, 0, 0, 0)
+    records = [
+        (factors.a.data_ptr(), factors.b.data_ptr(), factors.a.shape[0] // vector, 0) if factors else none
+        for layer in range(layers)
+        for factors in (adapter.get(layer) for adapter in adapters)
+    ]
+    return torch.tensor(records, dtype=torch.int64).view(layers, len(adapters), 4)
 
 
 def build_tables(layers: Sequence[MergeLayer], config: LaunchConfig) -> MergeTables:
     """Write the tables of a plan on the layers' device."""
     shapes = [MatrixShape(layer.base.shape[0], prod(layer.base.shape[1:]), 1) for layer in layers]
-    vectors = [config["VECTOR"] if shape.cols % config["VECTOR"] == 0 else 1 for shape in shapes]
+    vectors = [gcd(shape.cols, config["VECTOR"]) for shape in shapes]
     tiles = order_tiles(shapes, config["BLOCK_M"], config["BLOCK_N"])
     groups = []
     for vector in sorted(set(vectors), reverse=True):
@@ -193,7 +206,7 @@ def lowrank_merge(plan: MergePlan, mix: LowRankMix, scales: Tensor) -> None:
     if plan.tables is None or mix.table is None:
         reference(plan.layers, mix.adapters, scales)
         return
-    for launch in launches(plan.tables, mix.table, scales):
+    for launch in launches(plan.tables, mix.table, scales, mix.rank_vector):
         launch.run()
 
 
@@ -209,7 +222,7 @@ def reference(layers: Sequence[MergeLayer], adapters: Sequence[Mapping[int, LowR
         layer.out.copy_(torch.where(change == 0, layer.base.to(wide), layer.base.to(wide) + change))
 
 
-def launches(tables: MergeTables, mix_table: Tensor, scales: Tensor) -> list[Launch]:
+def launches(tables: MergeTables, mix_table: Tensor, scales: Tensor, rank_vector: int) -> list[Launch]:
     """Return the launches of one merge: one per vector width, one in practice."""
     config = tables.config
     found = []
@@ -222,9 +235,11 @@ def launches(tables: MergeTables, mix_table: Tensor, scales: Tensor) -> list[Lau
             "mix_ptr": mix_table,
             "scales_ptr": scales,
             "tile_count": count,
+            # No constant: a merge of another number of adapters must not wait for the compiler.
+            "adapters": scales.shape[0],
         }
         constants = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_R")}
-        constants |= {"ADAPTERS": scales.shape[0], "VECTOR": vector}
+        constants |= {"VECTOR": vector, "RANK_VECTOR": rank_vector}
         grid = (min(count, multiprocessors(scales.device) * config.programs_per_sm),)
         found.append(Launch(_merge_kernel, grid, arguments, constants, config.num_warps, config.num_stages))
     return found
@@ -245,26 +260,36 @@ def _product(a: tl.tensor, b: tl.tensor, rank: tl.tensor, m: tl.tensor, n: tl.te
 
 @jit
 def _merge_kernel(first_ptr: tl.tensor, tiles_ptr: tl.tensor, layers_ptr: tl.tensor, mix_ptr: tl.tensor,
-                  scales_ptr: tl.tensor, tile_count: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_R: tl.constexpr, ADAPTERS: tl.constexpr, VECTOR: tl.constexpr) -> None:  # fmt: skip
+                  scales_ptr: tl.tensor, tile_count: tl.tensor, adapters: tl.tensor, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, VECTOR: tl.constexpr,
+                  RANK_VECTOR: tl.constexpr) -> None:  # fmt: skip
     pointer = tl.pointer_type(first_ptr.dtype.element_ty)
+    record = tiles_ptr + tl.program_id(0) * 4
+    number = tl.load(record)
+    row = tl.load(record + 1)
+    col = tl.load(record + 2)
     for tile in tl.range(tl.program_id(0), tile_count, tl.num_programs(0)):
-        record = tiles_ptr + tile * 4
-        number = tl.load(record)
-        m = tl.load(record + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tl.load(record + 2) * BLOCK_N + tl.arange(0, BLOCK_N)
-        layer = layers_ptr + number * 4
+        here = number
+        m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = col * BLOCK_N + tl.arange(0, BLOCK_N)
+        # The next tile's record, now: reading it at its turn would put a trip to memory before every tile.
+        record += tl.num_programs(0) * 4
+        more = tile + tl.num_programs(0) < tile_count
+        number = tl.load(record, mask=more, other=0)
+        row = tl.load(record + 1, mask=more, other=0)
+        col = tl.load(record + 2, mask=more, other=0)
+        layer = layers_ptr + here * 4
         base = tl.multiple_of(tl.load(layer).to(pointer), 16)
         out = tl.multiple_of(tl.load(layer + 1).to(pointer), 16)
         rows = tl.load(layer + 2).to(tl.int32)
         # Stored divided by VECTOR: multiplied back, the compiler knows how rows are aligned and loads vectors.
         cols = tl.load(layer + 3).to(tl.int32) * VECTOR
         # Asked for before the products, so that it is on its way while they run: the kernel lives on bandwidth.
-        weight = read_tile(base, m, n, rows, cols)
+        weight = read_once(base, m, n, rows, cols)
         change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.range(ADAPTERS):
-            entry = mix_ptr + (number * ADAPTERS + k) * 4
-            rank = tl.load(entry + 2).to(tl.int32)
+        for k in tl.range(adapters):
+            entry = mix_ptr + (here * adapters + k) * 4
+            rank = tl.load(entry + 2).to(tl.int32) * RANK_VECTOR
             if rank > 0:
                 a = tl.multiple_of(tl.load(entry).to(pointer), 16)
                 b = tl.multiple_of(tl.load(entry + 1).to(pointer), 16)

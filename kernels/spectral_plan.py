@@ -6,7 +6,7 @@ of the smaller ones (0.4 GB, 2.2 GB) where the launch configuration pre-scales t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from hueshift.kernels.checks import (
     check_shape,
 )
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import block_descriptor
+from hueshift.kernels.launch import block_descriptor, multiprocessors
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.memory_format import check_format, columns_in_memory_order
 from hueshift.kernels.tiles import MatrixShape, blocks, order_tiles, pack, packed_rows
@@ -55,13 +55,25 @@ class SpectralLayer:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The work of one launch, for layers whose columns are a multiple of `vector`.
+
+    tiles [T, 8] int32: first packed row of A and of B, blocks in depth, layer, tile row, tile column, offset in a
+    row, rank. Program p of P takes tiles p, p + P, ...; counts [P] int32 are the blocks in depth of all its tiles.
+    """
+
+    tiles: Tensor
+    counts: Tensor
+    vector: int
+
+
+@dataclass(frozen=True)
 class GpuTables:
     """What the kernels read. `packed` [rows, BLOCK_K] holds every factor in blocks, then scratch for scaled ones.
 
-    groups: tiles [T, 8] int32 (first packed row of A and of B, blocks in depth, layer, tile row, tile column, 0, 0)
-    with the vector width that their columns are a multiple of. One group in practice: SD1.5's and SDXL's columns all
-    divide by 4.
-    layers [L, 8] int64: addresses of base and out, rows, columns in vectors, offset in a row, rank, 0, 0.
+    groups: one for each vector width, at most two in practice: of SD1.5's and SDXL's layers only conv_in, with 36
+    columns, does not divide by 8.
+    layers [L, 4] int64: addresses of base and out, rows, columns in vectors.
     scaled_blocks [B, 4] int32: packed row to read, packed row to write, offset in a row, values left; or None.
     """
 
@@ -69,7 +81,7 @@ class GpuTables:
     a_source: Any
     b_source: Any
     sigma: Tensor
-    groups: tuple[tuple[Tensor, int], ...]
+    groups: tuple[Schedule, ...]
     layers: Tensor
     scaled_blocks: Tensor | None
     config: LaunchConfig
@@ -182,7 +194,7 @@ def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchC
         b_source=block_descriptor(packed, (block_n, block_k)) if config["TMA"] else packed,
         sigma=sigma,
         groups=tuple(
-            (_tile_table(layers, starts, config, [v == vector for v in vectors]).to(first.device), vector)
+            _schedule(layers, starts, config, vector, [v == vector for v in vectors])
             for vector in sorted(set(vectors), reverse=True)
         ),
         layers=_layer_table(layers, vectors).to(first.device),
@@ -202,10 +214,15 @@ def _scaled_blocks(
     return found
 
 
-def _tile_table(
-    layers: Sequence[SpectralLayer], starts: Sequence[tuple[int, int]], config: LaunchConfig, chosen: Sequence[bool]
-) -> Tensor:
+def _schedule(
+    layers: Sequence[SpectralLayer],
+    starts: Sequence[tuple[int, int]],
+    config: LaunchConfig,
+    vector: int,
+    chosen: Sequence[bool],
+) -> Schedule:
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    device = layers[0].base.device
     shapes = [MatrixShape(layer.u.shape[0], layer.vh.shape[1], layer.rank) for layer in layers]
     records = []
     for tile in order_tiles(shapes, block_m, block_n):
@@ -213,17 +230,21 @@ def _tile_table(
             deep = blocks(layers[tile.matrix].rank, block_k)
             u_start, v_start = starts[tile.matrix]
             a_row, b_row = u_start + tile.row * deep * block_m, v_start + tile.col * deep * block_n
-            records.append((a_row, b_row, deep, tile.matrix, tile.row, tile.col, 0, 0))
-    return torch.tensor(records, dtype=torch.int32)
+            layer = layers[tile.matrix]
+            records.append((a_row, b_row, deep, tile.matrix, tile.row, tile.col, layer.offset, layer.rank))
+    tiles = torch.tensor(records, dtype=torch.int32)
+    programs = min(len(records), multiprocessors(device) * config.programs_per_sm)
+    counts = torch.stack([tiles[start::programs, 2].sum() for start in range(programs)]).to(torch.int32)
+    return Schedule(tiles.to(device), counts.to(device), vector)
 
 
 def _vectors(layers: Sequence[SpectralLayer], config: LaunchConfig) -> list[int]:
-    return [config["VECTOR"] if layer.vh.shape[1] % config["VECTOR"] == 0 else 1 for layer in layers]
+    return [gcd(layer.vh.shape[1], config["VECTOR"]) for layer in layers]
 
 
 def _layer_table(layers: Sequence[SpectralLayer], vectors: Sequence[int]) -> Tensor:
     records = [
-        (x.base.data_ptr(), x.out.data_ptr(), x.u.shape[0], x.vh.shape[1] // vector, x.offset, x.rank, 0, 0)
+        (x.base.data_ptr(), x.out.data_ptr(), x.u.shape[0], x.vh.shape[1] // vector)
         for x, vector in zip(layers, vectors, strict=True)
     ]
     return torch.tensor(records, dtype=torch.int64)

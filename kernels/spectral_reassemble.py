@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hueshift.kernels.checks import check_contiguous, check_device, check_dtype, check_inner_contiguous, check_shape
-from hueshift.kernels.device import halves, read_tile, write_sum
+from hueshift.kernels.device import halves, read_once, write_sum
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, multiprocessors, tl
+from hueshift.kernels.launch import Launch, jit, tl
 from hueshift.kernels.spectral_plan import SCALE_ROWS, GpuTables, SpectralLayer, SpectralPlan
 
 MAX_ROWS = 8
@@ -87,20 +87,21 @@ def launches(tables: GpuTables, rows: Tensor, weights: Tensor, *, effective: boo
         grid = (tables.scaled_blocks.shape[0],)
         arguments = {"packed_ptr": tables.packed, "blocks_ptr": tables.scaled_blocks, **shift}
         found.append(Launch(_scale_kernel, grid, arguments, {**shape, "BLOCK_ROWS": SCALE_ROWS}, 4, 1))
-    names = ("BLOCK_M", "BLOCK_N", "TMA", "PRESCALED", "SPLIT", "FLATTEN")
+        # The products see scaled factors only: one compiled kernel for every number of adapters.
+        shape |= {"ROWS": 0, "EFFECTIVE": False}
+    names = ("BLOCK_M", "BLOCK_N", "TMA", "PRESCALED")
     constants = {**shape, **{name: config[name] for name in names}}
-    for tiles, vector in tables.groups:
-        count = tiles.shape[0]
+    for group in tables.groups:
         arguments = {
             "a_source": tables.a_source,
             "b_source": tables.b_source,
-            "tiles_ptr": tiles,
+            "tiles_ptr": group.tiles,
+            "counts_ptr": group.counts,
             "layers_ptr": tables.layers,
-            "tile_count": count,
             **shift,
         }
-        grid = (min(count, multiprocessors(rows.device) * config.programs_per_sm),)
-        variant = {**constants, "VECTOR": vector}
+        grid = (group.counts.shape[0],)
+        variant = {**constants, "VECTOR": group.vector}
         found.append(Launch(_reassemble_kernel, grid, arguments, variant, config.num_warps, config.num_stages))
     return found
 
@@ -150,56 +151,81 @@ def _block(source: tl.tensor, row: tl.tensor, ROWS: tl.constexpr, BLOCK_K: tl.co
 
 
 @jit
-def _finish(base: tl.tensor, out: tl.tensor, change: tl.tensor, m: tl.tensor, first_col: tl.tensor, rows: tl.tensor,
-            cols: tl.tensor, WIDTH: tl.constexpr) -> None:  # fmt: skip
-    n = first_col + tl.arange(0, WIDTH)
-    write_sum(out, read_tile(base, m, n, rows, cols), change, m, n, rows, cols)
+def _read_slice(base: tl.tensor, m: tl.tensor, first_col: tl.tensor, rows: tl.tensor, cols: tl.tensor,
+                WIDTH: tl.constexpr) -> tl.tensor:  # fmt: skip
+    return read_once(base, m, first_col + tl.arange(0, WIDTH), rows, cols)
 
 
 @jit
-def _reassemble_kernel(a_source: tl.tensor, b_source: tl.tensor, tiles_ptr: tl.tensor, layers_ptr: tl.tensor,
-                       tile_count: tl.tensor, sigma_ptr: tl.tensor, rows_ptr: tl.tensor, weights_ptr: tl.tensor,
+def _write_slice(out: tl.tensor, weight: tl.tensor, change: tl.tensor, m: tl.tensor, first_col: tl.tensor,
+                 rows: tl.tensor, cols: tl.tensor, WIDTH: tl.constexpr) -> None:  # fmt: skip
+    write_sum(out, weight, change, m, first_col + tl.arange(0, WIDTH), rows, cols)
+
+
+@jit
+def _place(record: tl.tensor, layers_ptr: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           VECTOR: tl.constexpr) -> tl.tensor:  # fmt: skip
+    # The layer's record, the rows and first column of a tile, and the layer's size.
+    layer = layers_ptr + tl.load(record + 3) * 4
+    m = tl.load(record + 4) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.load(layer + 2).to(tl.int32)
+    # Stored divided by VECTOR: multiplied back, the compiler knows how rows are aligned and loads vectors.
+    cols = tl.load(layer + 3).to(tl.int32) * VECTOR
+    return layer, m, tl.load(record + 5) * BLOCK_N, rows, cols
+
+
+@jit
+def _reassemble_kernel(a_source: tl.tensor, b_source: tl.tensor, tiles_ptr: tl.tensor, counts_ptr: tl.tensor,
+                       layers_ptr: tl.tensor, sigma_ptr: tl.tensor, rows_ptr: tl.tensor, weights_ptr: tl.tensor,
                        row_stride: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                        ROWS: tl.constexpr, EFFECTIVE: tl.constexpr, TMA: tl.constexpr, PRESCALED: tl.constexpr,
-                       SPLIT: tl.constexpr, VECTOR: tl.constexpr, FLATTEN: tl.constexpr) -> None:  # fmt: skip
-    # Persistent: each program walks the tile table, longest sums first.
+                       VECTOR: tl.constexpr) -> None:  # fmt: skip
+    # One loop over all blocks of all tiles of this program, longest sums first: the blocks of the next tile are on
+    # their way while a tile is finished, so the tensor cores wait for memory once a launch and not once a tile.
+    QUARTER: tl.constexpr = BLOCK_N // 4
     element = a_source.dtype if TMA else a_source.dtype.element_ty
-    for tile in tl.range(tl.program_id(0), tile_count, tl.num_programs(0), flatten=FLATTEN):
-        record = tiles_ptr + tile * 8
-        a_row = tl.load(record)
-        b_row = tl.load(record + 1)
-        depth_blocks = tl.load(record + 2)
-        layer = layers_ptr + tl.load(record + 3) * 8
-        m = tl.load(record + 4) * BLOCK_M + tl.arange(0, BLOCK_M)
-        col = tl.load(record + 5) * BLOCK_N
-        base = tl.multiple_of(tl.load(layer).to(tl.pointer_type(element)), 16)
-        out = tl.multiple_of(tl.load(layer + 1).to(tl.pointer_type(element)), 16)
-        rows = tl.load(layer + 2).to(tl.int32)
-        # Stored divided by VECTOR: multiplied back, the compiler knows how rows are aligned and loads vectors.
-        cols = tl.load(layer + 3).to(tl.int32) * VECTOR
-        first = tl.load(layer + 4).to(tl.int32)
-        rank = tl.load(layer + 5).to(tl.int32)
-        change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in tl.range(depth_blocks):
-            a = _block(a_source, a_row + block * BLOCK_M, BLOCK_M, BLOCK_K, TMA)
+    pointer = tl.pointer_type(element)
+    record = tiles_ptr + (tl.program_id(0) - tl.num_programs(0)) * 8
+    a_row = 0
+    b_row = 0
+    block = 0
+    deep = 0
+    if not PRESCALED:
+        first = 0
+        rank = 0
+    change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.range(tl.load(counts_ptr + tl.program_id(0))):
+        block = tl.where(block >= deep - 1, 0, block + 1)
+        if block == 0:
+            record += tl.num_programs(0) * 8
+            a_row = tl.load(record)
+            b_row = tl.load(record + 1)
+            deep = tl.load(record + 2)
             if not PRESCALED:
-                k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-                shift = _shift(sigma_ptr, rows_ptr, weights_ptr, row_stride, first + k, k < rank, ROWS, EFFECTIVE)
-                a = (a.to(tl.float32) * shift[None, :]).to(element)
-            b = _block(b_source, b_row + block * BLOCK_N, BLOCK_N, BLOCK_K, TMA)
-            change = tl.dot(a, b.T, change)
-        # The epilogue goes by column slices: its addresses and weights would not fit in registers beside the sum.
-        if SPLIT == 1:
-            _finish(base, out, change, m, col, rows, cols, BLOCK_N)
-        else:
+                first = tl.load(record + 6)
+                rank = tl.load(record + 7)
+        a = _block(a_source, a_row + block * BLOCK_M, BLOCK_M, BLOCK_K, TMA)
+        if not PRESCALED:
+            k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            shift = _shift(sigma_ptr, rows_ptr, weights_ptr, row_stride, first + k, k < rank, ROWS, EFFECTIVE)
+            a = (a.to(tl.float32) * shift[None, :]).to(element)
+        b = _block(b_source, b_row + block * BLOCK_N, BLOCK_N, BLOCK_K, TMA)
+        change = tl.dot(a, b.T, change)
+        if block == deep - 1:
+            layer, m, col, rows, cols = _place(record, layers_ptr, BLOCK_M, BLOCK_N, VECTOR)
+            base = tl.multiple_of(tl.load(layer).to(pointer), 16)
+            out = tl.multiple_of(tl.load(layer + 1).to(pointer), 16)
+            # All reads before the first write, so that their latencies overlap.
+            first_weight = _read_slice(base, m, col, rows, cols, QUARTER)
+            second_weight = _read_slice(base, m, col + QUARTER, rows, cols, QUARTER)
+            third_weight = _read_slice(base, m, col + 2 * QUARTER, rows, cols, QUARTER)
+            fourth_weight = _read_slice(base, m, col + 3 * QUARTER, rows, cols, QUARTER)
+            # By column slices: the addresses of a whole tile would not fit in registers beside the sum.
             left, right = halves(change, BLOCK_M, BLOCK_N)
-            if SPLIT == 2:
-                _finish(base, out, left, m, col, rows, cols, BLOCK_N // 2)
-                _finish(base, out, right, m, col + BLOCK_N // 2, rows, cols, BLOCK_N // 2)
-            else:
-                first_quarter, second_quarter = halves(left, BLOCK_M, BLOCK_N // 2)
-                _finish(base, out, first_quarter, m, col, rows, cols, BLOCK_N // 4)
-                _finish(base, out, second_quarter, m, col + BLOCK_N // 4, rows, cols, BLOCK_N // 4)
-                third_quarter, fourth_quarter = halves(right, BLOCK_M, BLOCK_N // 2)
-                _finish(base, out, third_quarter, m, col + BLOCK_N // 2, rows, cols, BLOCK_N // 4)
-                _finish(base, out, fourth_quarter, m, col + BLOCK_N * 3 // 4, rows, cols, BLOCK_N // 4)
+            first_part, second_part = halves(left, BLOCK_M, BLOCK_N // 2)
+            third_part, fourth_part = halves(right, BLOCK_M, BLOCK_N // 2)
+            _write_slice(out, first_weight, first_part, m, col, rows, cols, QUARTER)
+            _write_slice(out, second_weight, second_part, m, col + QUARTER, rows, cols, QUARTER)
+            _write_slice(out, third_weight, third_part, m, col + 2 * QUARTER, rows, cols, QUARTER)
+            _write_slice(out, fourth_weight, fourth_part, m, col + 3 * QUARTER, rows, cols, QUARTER)
+            change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -2,12 +2,9 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hueshift.kernels.compare import relative_error
+from hueshift.kernels.cross_compile import Compiled, compile_launch
 from hueshift.kernels.launch import Launch
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS
 
@@ -60,22 +58,6 @@ def interpret() -> Iterator[Interpret]:
     received.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """What ptxas made of a kernel."""
-
-    shared_bytes: int
-    stack_bytes: int
-    ptx: str
-
-    @property
-    def tensor_core(self) -> str:
-        """The matrix instruction used: wgmma, mma or none."""
-        if "wgmma.mma_async" in self.ptx:
-            return "wgmma"
-        return "mma" if "mma.sync" in self.ptx else "none"
-
-
 class CrossCompile(Protocol):
     """Compiles a launch for an architecture and checks that it could be launched there."""
 
@@ -90,49 +72,21 @@ def cross_compile(pytestconfig: pytest.Config) -> Iterator[CrossCompile]:
     pytest.importorskip("triton")
     before = os.environ.get("TRITON_CACHE_DIR")
     os.environ["TRITON_CACHE_DIR"] = str(pytestconfig.cache.mkdir("triton"))
-    yield compile_launch
+    yield check_compiled
     if before is None:
         del os.environ["TRITON_CACHE_DIR"]
     else:
         os.environ["TRITON_CACHE_DIR"] = before
 
 
-def compile_launch(launch: Launch, arch: str, *, spills_allowed: bool = False) -> Compiled:
-    """Specialise a launch on its arguments as Triton would at run time, then compile it for `arch`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import create_function_from_signature
-
-    kernel = launch.kernel
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    backend = CUDABackend(target)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(**launch.arguments, **launch.constants, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=parsed.__dict__)
-    result = Compiled(compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]), compiled.asm["ptx"])
-    limit = SHARED_MEMORY_LIMITS[arch]
-    assert result.shared_bytes <= limit, f"{kernel.__name__}: {result.shared_bytes} bytes of shared memory > {limit}"
-    assert spills_allowed or not result.stack_bytes, f"{kernel.__name__}: {result.stack_bytes} bytes spilled"
+def check_compiled(launch: Launch, arch: str, *, spills_allowed: bool = False) -> Compiled:
+    """Compile a launch for `arch` and fail where it could not be launched there, or spills."""
+    result = compile_launch(launch, arch)
+    name, limit = launch.kernel.__name__, SHARED_MEMORY_LIMITS[arch]
+    assert result.shared_bytes <= limit, f"{name}: {result.shared_bytes} bytes of shared memory > {limit}"
+    assert spills_allowed or not result.stack_bytes, f"{name}: {result.stack_bytes} bytes spilled"
+    assert result.programs(arch) >= 1, f"{name}: {result.registers} registers and {result.warps} warps do not fit"
     return result
-
-
-def stack_bytes(cubin: bytes) -> int:
-    """Return the stack frame of the kernel in a cubin: registers that did not fit."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"STACK:(\d+)", report)
-    assert found, report
-    return max(int(size) for size in found)
 
 
 @pytest.fixture

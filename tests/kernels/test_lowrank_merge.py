@@ -1,6 +1,6 @@
 """lowrank_merge: reference against float64, kernel interpreted and cross-compiled, wrong arguments, GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from hueshift.kernels.lowrank_merge import (
     mix_adapters,
     mix_table,
     plan_merge,
+    rank_vector,
     reference,
 )
 from hueshift.kernels.memory_format import columns_in_memory_order
@@ -48,14 +49,16 @@ def make_layers(
     return layers
 
 
-def make_adapters(layers: list[MergeLayer], count: int) -> list[dict[int, LowRankFactors]]:
+def make_adapters(
+    layers: list[MergeLayer], count: int, ranks: Sequence[int] = RANKS
+) -> list[dict[int, LowRankFactors]]:
     """Return adapters of different ranks; each leaves out one layer."""
     adapters = []
     for number in range(count):
         adapter = {}
         for place, layer in enumerate(layers):
             if place != number:
-                rank, like = RANKS[number], layer.base
+                rank, like = ranks[number], layer.base
                 a = torch.randn(rank, like[0].numel()).to(like.device, like.dtype) * 0.1
                 b = torch.randn(like.shape[0], rank).to(like.device, like.dtype) * 0.1
                 adapter[place] = LowRankFactors(a, b)
@@ -116,23 +119,25 @@ def test_in_place_adds_on_top_of_what_is_there() -> None:
     assert all(relative_error(layer.out, w) < 2e-6 for layer, w in zip(together, want, strict=True))
 
 
-def gpu_style(layers: list[MergeLayer], adapters: list[dict[int, LowRankFactors]]) -> Tensor:
+def gpu_style(layers: list[MergeLayer], adapters: list[dict[int, LowRankFactors]], vector: int) -> Tensor:
     """Return the mix table with factors in memory order; the factors stay alive in `adapters`."""
     for adapter in adapters:
         for place, factors in adapter.items():
             adapter[place] = LowRankFactors(columns_in_memory_order(factors.a, layers[place].out), factors.b)
-    return mix_table(len(layers), adapters)
+    return mix_table(len(layers), adapters, vector)
 
 
 def interpreted(dtype: str, count: int, constants: dict[str, Any]) -> dict[str, float]:
     """Run the kernel on every shape and return the largest error against the reference."""
     torch.manual_seed(count)
     layers = make_layers(getattr(torch, dtype))
-    adapters, scales = make_adapters(layers, count), torch.randn(count)
+    ranks = constants.pop("ranks", RANKS)
+    adapters, scales = make_adapters(layers, count, ranks), torch.randn(count)
     want = exact(layers, adapters, scales)
-    table = gpu_style(layers, adapters)
+    vector = rank_vector(adapters)
+    table = gpu_style(layers, adapters, vector)
     config = LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "VECTOR": 4, **constants}, 4, 2, 1, "")
-    for launch in launches(build_tables(layers, config), table, scales):
+    for launch in launches(build_tables(layers, config), table, scales, vector):
         launch.run()
     return {
         "error": max(relative_error(layer.out, w) for layer, w in zip(layers, want, strict=True)),
@@ -146,6 +151,7 @@ def interpreted(dtype: str, count: int, constants: dict[str, Any]) -> dict[str, 
         ("float16", 1, {}),
         ("float16", 8, {"BLOCK_M": 64, "BLOCK_N": 64}),
         ("float32", 2, {"VECTOR": 8, "BLOCK_R": 32}),
+        ("float16", 3, {"ranks": [8, 32, 16]}),
         ("float16", 0, {}),
     ],
 )
@@ -163,10 +169,11 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
         layers = make_layers(torch.float16, shapes=[((8, 16), False)])
         for count in (1, 8) if number == 0 else (1,):
             table = torch.zeros(1, count, 4, dtype=torch.int64)
-            (launch,) = launches(build_tables(layers, config), table, torch.zeros(count))
-            found = cross_compile(launch, arch)
-            assert found.tensor_core != "none"
-            assert "st.global.v" in found.ptx
+            for vector in (1, 8) if number == 0 else (8,):
+                (launch,) = launches(build_tables(layers, config), table, torch.zeros(count), vector)
+                found = cross_compile(launch, arch)
+                assert found.tensor_core != "none"
+                assert set(found.accesses("st")) == {16}
 
 
 def small_plan() -> MergePlan:
