@@ -8,6 +8,7 @@ latencies with many tenants follow from their service times. Tenants ask for the
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,12 +64,13 @@ def rows(kit: Any) -> Iterator[dict[str, Any]]:
     loads += [(tenants, count) for count in scale.adapters if count != adapters]
     for kind in (AdapterKind.SPECTRAL, AdapterKind.LOWRANK):
         for users, registered in loads:
-            latencies, seconds = asyncio.run(serve(kit, engine, kind, users, registered))
+            served = asyncio.run(serve(kit, engine, kind, users, registered))
             figures: dict[str, Any] = {
                 "tenants": users,
                 "adapters": registered,
-                "images_per_s": len(latencies) / seconds,
-                **_percentiles(latencies),
+                "images_per_s": len(served.latencies) / served.seconds,
+                **_percentiles(served.latencies),
+                "overhead": served.overhead,
                 "bare_images_per_s": bare,
                 "compile": str(compile),
             }
@@ -80,9 +82,19 @@ def rows(kit: Any) -> Iterator[dict[str, Any]]:
             yield kit.row(BENCH, f"{users}tenants-zipf-{kind}-{registered}adapters", figures)
 
 
-async def serve(kit: Any, engine: Any, kind: AdapterKind, tenants: int, registered: int) -> tuple[list[float], float]:
-    """Draw pictures for `tenants` that ask in turn; return each picture's seconds and the seconds of all."""
-    metrics = Metrics(CollectorRegistry())
+@dataclass(frozen=True)
+class Served:
+    """Seconds of each picture and of all. `overhead` is what the step loop took over its calls, as a share of them."""
+
+    latencies: list[float]
+    seconds: float
+    overhead: float
+
+
+async def serve(kit: Any, engine: Any, kind: AdapterKind, tenants: int, registered: int) -> Served:
+    """Draw pictures for `tenants` that ask in turn."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
     observer = ResidencyMetrics(metrics)
     host = HostCache(lambda key: kit.adapter(int(key), kind), BUDGET, observer)
     pinned = kit.device.type == "cuda"
@@ -116,12 +128,22 @@ async def serve(kit: Any, engine: Any, kind: AdapterKind, tenants: int, register
     try:
         await asyncio.gather(*(tenant_asks(tenant, 1) for tenant in range(tenants)))
         latencies.clear()
+        before = _loop_seconds(registry)
         begin = time.perf_counter()
         share = max(1, kit.scale.requests // tenants)
         await asyncio.gather(*(tenant_asks(tenant, share) for tenant in range(tenants)))
-        return latencies, time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        loop, calls = (now - then for now, then in zip(_loop_seconds(registry), before, strict=True))
+        return Served(latencies, seconds, loop / calls - 1)
     finally:
         await asyncio.to_thread(scheduler.close)
+
+
+def _loop_seconds(registry: CollectorRegistry) -> tuple[float, float]:
+    """Seconds of the step loop with pictures, and of those the seconds of the engine's work, as the service exports."""
+    names = ("hueshift_step_loop_seconds_total", "hueshift_step_call_seconds_total")
+    loop, calls = (registry.get_sample_value(name) or 0.0 for name in names)
+    return loop, calls
 
 
 def _request(kit: Any, tenant: int, number: int, adapter: int) -> GenerationRequest:

@@ -111,6 +111,11 @@ class CudaEngine:
         """Slots whose weights are being written."""
         return frozenset() if self._merged is None else self._merged.writing
 
+    @property
+    def working(self) -> bool:
+        """True while calls are queued that the device has not done."""
+        return bool(self._queued) and not self._queued[-1].done()
+
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Copy a row into a slot; see UNetEngine. The copy runs beside the steps: only its readers wait."""
         copies = self._copies

@@ -43,6 +43,14 @@ class Metrics:
             buckets=_STEP_BUCKETS,
             registry=r,
         )
+        self.step_loop_seconds = Counter(
+            "hueshift_step_loop_seconds", "Time of the step loop while it has pictures.", registry=r
+        )
+        self.step_call_seconds = Counter(
+            "hueshift_step_call_seconds",
+            "Of that, time in which the engine worked; the ratio of both, less 1, is the service's overhead.",
+            registry=r,
+        )
         self.batch_rows = Histogram(
             "hueshift_batch_rows", "UNet rows per step.", ["plan"], buckets=_BATCH_BUCKETS, registry=r
         )

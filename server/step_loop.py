@@ -27,6 +27,7 @@ from hueshift.server.pace import Pace, Size
 from hueshift.server.phases import begin_picture, end_phase, row_steps_left, steps_ahead, waits_for_inversion
 from hueshift.server.preparation import Preparation, Prepared
 from hueshift.server.step_runner import Stepped, StepRunner
+from hueshift.server.step_times import StepTimes
 from hueshift.server.ticket import Phase, Running, Ticket, as_ours, our_fault, outcome_of
 
 # Requests handed to the preparing threads at a time: enough to keep them busy, few enough that a newcomer is not stuck
@@ -58,6 +59,7 @@ class StepLoop:
     ) -> None:
         self._engine, self._base, self._slots = engine, base, slots
         self._runner, self._watch = runner, watch
+        self._times = StepTimes(engine, metrics, clock)
         self._preparation, self._preparers, self._decoder = preparation, preparers, decoder
         self._admission, self._pace = admission, pace
         self._metrics, self._clock, self._post = metrics, clock, post
@@ -70,11 +72,13 @@ class StepLoop:
 
     def tick(self) -> None:
         """Do what is due between two steps, then one step of one batch."""
+        self._times.begin()
         self._sweep()
         self._hand_out()
         self._join()
-        self._step()
+        seconds = self._step()
         self._report()
+        self._times.end(seconds, pictures=bool(self._batch))
         if not self._live:
             while self._when_idle:
                 self._when_idle.pop().set_result(None)
@@ -246,12 +250,13 @@ class StepLoop:
                     self._release(ticket)
         return started
 
-    def _step(self) -> None:
-        """Take one step of the batch whose turn it is."""
+    def _step(self) -> float:
+        """Take one step of the batch whose turn it is, and return the seconds of its calls."""
         chosen = self._batch.choose()
         if not chosen:
-            return
+            return 0.0
         size = chosen[0].size
+        self._times.calling()
         results = self._runner.step(chosen, self._waiting_steps() if self._runner.divides else {})
         now = self._clock.monotonic()
         ran = [running for result in results if result.error is None for running in result.running]
@@ -269,6 +274,7 @@ class StepLoop:
             ticket.progress(count)
         for result in results:
             self._account(result, now)
+        return seconds
 
     def _waiting_steps(self) -> dict[int, int]:
         """Steps of queued pictures by the slot that holds their mix."""

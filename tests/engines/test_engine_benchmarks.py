@@ -57,6 +57,8 @@ def test_every_benchmark_gives_whole_rows(kit: Any, tmp_path: Path, stem: str, c
         if row["bench"] == "serve_mixed":
             assert min(row["images_per_s"], row["ratio_a_fuse"], row["ratio_c_swap_per_user"]) > 0
             assert row["p50_s"] <= row["p99_s"]
+            # A call is a part of its round, so the loop cannot have taken less.
+            assert 0 <= row["overhead"] < 100
         elif row["bench"] == "unet_profile":
             shares = ("gemm", "convolution", "attention", "elementwise", "other", "gaps")
             assert sum(row[name] for name in shares) == pytest.approx(1, abs=1e-3)
