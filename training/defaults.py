@@ -61,17 +61,19 @@ _COMMON: Mapping[str, Any] = MappingProxyType(
 )
 # diffusers' LoRA script trains these too.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# On a few layers; with every weight, the default of `targets`, this rate left nothing of the base (docs/training.md).
+DREAMBOOTH_FEW_RATE = 5e-4
 # What the one public trainer with a text encoder takes (svdiff-pytorch by mkshing: 1e-3 for all shifts).
 TEXT_ENCODER_RATE = 1e-3
 _METHODS: Mapping[Method, Mapping[str, Any]] = MappingProxyType(
     {
         Method.SVDIFF: {"ema_decay": 0.9, "text_encoder_learning_rate": TEXT_ENCODER_RATE},
         Method.RESIDUALS: {"learning_rate": 3e-3},
-        Method.LORA: {"learning_rate": 1e-3, "rank": 8, "alpha": 8.0, "targets": LORA_TARGETS},
+        Method.LORA: {"learning_rate": 3e-3, "rank": 8, "alpha": 8.0, "targets": LORA_TARGETS},
         # The learning rate is the words': identifier_learning_rate; the other one has nothing to move.
         Method.TEXTUAL_INVERSION: {"learning_rate": 1e-2, "token_vectors": 4, "anchor_below": 0},
         Method.CUSTOM_DIFFUSION: {"learning_rate": 1e-3},
-        Method.DREAMBOOTH: {"learning_rate": 5e-4, "rank": 16},
+        Method.DREAMBOOTH: {"learning_rate": 1e-4, "rank": 16},
     }
 )
 _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyType(
@@ -222,6 +224,8 @@ def _complete_settings(
     chosen |= {name: tuple(chosen[name]) for name in LISTS}
     known = {name: kind for name, kind in CHOICES.items() if chosen[name] in list(kind)}
     chosen |= {name: kind(chosen[name]) for name, kind in known.items()}
+    if method is Method.DREAMBOOTH and chosen["targets"] and "learning_rate" not in given:
+        chosen["learning_rate"] = DREAMBOOTH_FEW_RATE
     if method is Method.LORA and "alpha" not in given:
         chosen["alpha"] = float(chosen["rank"])
     if chosen["cut_mix_probability"] == 0 and "unmix_weight" not in given:

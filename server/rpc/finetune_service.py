@@ -80,7 +80,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         message = await receive_spec(messages, self._limits)
         spec = read_spec(message, self._default_identifier)
         self._check_words(spec)
-        spec = self._fit_targets(spec, bool(message.settings.targets))
+        spec = self._fit_targets(spec, {field.name for field, _ in message.settings.ListFields()})
         cost = await asyncio.to_thread(self._estimate, spec)
         if message.validate_only:
             adapter = adapter_name(tenant, message.adapter_id) if message.adapter_id else ""

@@ -1,17 +1,18 @@
 """Which layers a job may train, so that what it makes can be served: asked before it is queued."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.text_side import is_text_side
+from hueshift.training.defaults import DREAMBOOTH_FEW_RATE
 from hueshift.training.methods.residuals import RESIDUAL_TARGET, residual_rank
 from hueshift.training.spec import LoraInit, Method, TrainingSpec
 
-TargetFit = Callable[[TrainingSpec, bool], TrainingSpec]
-"""(spec, whether its targets were asked for) -> the spec with targets that this server can serve."""
+TargetFit = Callable[[TrainingSpec, Collection[str]], TrainingSpec]
+"""(spec, names of the settings that were asked for) -> the spec with targets that this server can serve."""
 
 # Wherever the engine's branches are, these are read from the prompt, with any rank.
 _TEXT_SIDE = ("attn2.to_k", "attn2.to_v")
@@ -24,13 +25,15 @@ def make_target_fit(rows: RowLayout) -> TargetFit:
     """
     layout, served = rows.layout, rows.served_ranks
 
-    def fit(spec: TrainingSpec, asked: bool) -> TrainingSpec:
+    def fit(spec: TrainingSpec, asked: Collection[str]) -> TrainingSpec:
         if spec.method is Method.RESIDUALS:
             _check_residuals(layout, served)
         if spec.method not in (Method.LORA, Method.DREAMBOOTH):
             return spec
-        if not asked and (spec.method is Method.DREAMBOOTH or _unserved(layout, spec, served)):
+        if "targets" not in asked and (spec.method is Method.DREAMBOOTH or _unserved(layout, spec, served)):
             spec = replace(spec, targets=(*_TEXT_SIDE, *rows.lowrank_targets))
+            if spec.method is Method.DREAMBOOTH and "learning_rate" not in asked:
+                spec = replace(spec, learning_rate=DREAMBOOTH_FEW_RATE)
         problems = _unserved(layout, spec, served)
         if problems:
             text = "; ".join(f"{problem.field}: {problem.description}" for problem in problems)

@@ -8,7 +8,13 @@ import pytest
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
 from hueshift.training.checks import RANGES
-from hueshift.training.defaults import LORA_TARGETS, check_identifier, complete_spec, method_defaults
+from hueshift.training.defaults import (
+    DREAMBOOTH_FEW_RATE,
+    LORA_TARGETS,
+    check_identifier,
+    complete_spec,
+    method_defaults,
+)
 from hueshift.training.spec import LoraInit, Method, Precision, RateSchedule, Subject, SubjectKind, TrainingSpec
 
 BALL = Subject(identifier="idk", class_noun="ball")
@@ -56,6 +62,8 @@ def test_a_spec_of_two_subjects_survives_too_and_so_does_one_of_before() -> None
 
 
 def test_settings_that_belong_together_are_filled_in_together() -> None:
+    whole, few = (complete(method=Method.DREAMBOOTH, targets=targets) for targets in (None, ["proj_out"]))
+    assert (whole.learning_rate, few.learning_rate) == (1e-4, DREAMBOOTH_FEW_RATE)
     lora = complete(method=Method.LORA, rank=16)
     assert (lora.rank, lora.alpha, lora.targets) == (16, 16.0, LORA_TARGETS)
     assert complete(method=Method.LORA, alpha=4.0).alpha == 4.0

@@ -15,7 +15,7 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS, read_spec
 from hueshift.server.rpc.finetune_settings import read_settings, write_settings
 from hueshift.training.cost import open_speeds
-from hueshift.training.defaults import method_defaults
+from hueshift.training.defaults import DREAMBOOTH_FEW_RATE, method_defaults
 from hueshift.training.spec import Method, SubjectKind, TrainingSpec
 from hueshift.v1 import finetune_pb2 as pb
 
@@ -193,6 +193,19 @@ async def test_targets_are_those_that_this_server_serves(alice: Caller) -> None:
     )
     # Keys and values are read from the prompt with any rank.
     assert (alice.stored(job).targets, alice.stored(job).rank) == (("attn2.to_v",), 64)
+
+
+@pytest.mark.parametrize(("asked", "rate"), [(None, DREAMBOOTH_FEW_RATE), (1e-5, 1e-5)])
+async def test_few_layers_of_dreambooth_learn_faster_unless_a_rate_is_asked_for(
+    alice: Caller, asked: float | None, rate: float
+) -> None:
+    spec = one(
+        method=pb.FINE_TUNE_METHOD_DREAMBOOTH,
+        settings=pb.FineTuneSettings(learning_rate=asked),
+        validate_only=False,
+    )
+    job = await alice.create(spec, pb.PictureChunk(index=0, data=png()))
+    assert alice.stored(job).learning_rate == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("method", [number for method, number in METHOD_NUMBERS.items()])
