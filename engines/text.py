@@ -14,6 +14,7 @@ from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.encoder_weights import TowerWeights
 from hueshift.engines.text_tower import Learned, TextTower, Weights
+from hueshift.engines.transfer import to_device
 
 # The start and the end of a prompt.
 _MARKS = 2
@@ -155,7 +156,7 @@ class TextStage:
 
     def _ids(self, rows: Sequence[TokenizedPrompt], pad: int) -> Tensor:
         padded = [(*row.ids[: row.length], *[pad] * (self._max_tokens - row.length)) for row in rows]
-        return torch.tensor(padded, device=self._towers[0].device)
+        return to_device(torch.tensor(padded), self._towers[0].device)
 
     def _placed(self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors]) -> Learned | None:
         places: list[tuple[int, int]] = []
@@ -167,7 +168,7 @@ class TextStage:
                     vectors.append(words[word])
         if not places:
             return None
-        where = torch.tensor(places, device=self._towers[0].device)
+        where = to_device(torch.tensor(places), self._towers[0].device)
         return where[:, 0], where[:, 1], torch.cat(vectors)
 
     def tokenize(self, prompt: str, words: Mapping[str, int], find: Sequence[str] = ()) -> TokenizedPrompt:

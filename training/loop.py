@@ -1,20 +1,19 @@
 """One optimiser step, from drawing the batch to updating the tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hueshift.adapters.errors import HueshiftError, Reason
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.training.latents import PictureSet
 from hueshift.training.methods.learnable import Learnable
-from hueshift.training.objectives.denoising import denoising_loss, draw_timesteps
+from hueshift.training.objectives.denoising import draw_timesteps
 from hueshift.training.objectives.objective import Batch, Objective
 from hueshift.training.spec import TrainingSpec
 from hueshift.training.state import TrainingState
-from hueshift.training.stepping import StepAlone, Stepper, StepWork, work_loss
+from hueshift.training.stepping import StepAlone, Stepper, StepWork, Turn, work_loss
 from hueshift.training.unet import Maps, TrainingUNet
 from hueshift.training.words import Captions
 
@@ -35,7 +34,7 @@ class TrainingTask:
 
 
 def draw_batch(task: TrainingTask, state: TrainingState) -> Batch:
-    """Draw the rows of one step: pictures, then what the objectives make of them."""
+    """Draw the rows of one step, on the host: pictures, then what the objectives make of them."""
     spec, draws, pictures = task.spec, state.draws, task.pictures
     chosen = pictures.turns[draws.take("pictures", spec.batch_size, len(pictures.turns))]
     clean = pictures.latents.draw(chosen, draws.generator)
@@ -52,66 +51,47 @@ def draw_batch(task: TrainingTask, state: TrainingState) -> Batch:
     return batch
 
 
-def make_work(task: TrainingTask, values: dict[str, Tensor], batch: Batch) -> StepWork:
-    """What the UNet is given for a batch, differentiable with respect to `values`, and the loss of what comes out."""
-    device = task.device
-    context = task.captions.contexts(batch.captions, values).to(device)
-    target = task.schedule.target(batch.clean, batch.noise, batch.timesteps).to(device)
-    # Found before anything is moved: looking at a device's numbers waits for it.
-    marked = (batch.timesteps < task.spec.anchor_below).nonzero().flatten()
-    anchored = marked.to(device)
+def make_work(task: TrainingTask, values: Mapping[str, Tensor], batch: Batch) -> StepWork:
+    """What the UNet is given for a batch, differentiable with respect to `values`, and what its output is held to."""
+    device, learnable, captions = task.device, task.learnable, task.captions
 
-    def loss_of(output: Tensor, base: Tensor | None, maps: Maps) -> Tensor:
-        aims = target if base is None else target.index_copy(0, anchored, base.float())
-        pixel_weights = None if batch.pixel_weights is None else batch.pixel_weights.to(device)
-        loss = denoising_loss(aims, batch.weights.to(device), output, pixel_weights)
-        for objective in task.objectives:
-            if (added := objective.loss(batch, maps)) is not None:
-                loss = loss + added
-        return loss
+    def added(maps: Maps) -> list[Tensor]:
+        found = (objective.loss(batch, maps) for objective in task.objectives)
+        return [loss for loss in found if loss is not None]
 
     return StepWork(
-        noisy=task.schedule.add_noise(batch.clean, batch.noise, batch.timesteps).to(device),
-        timesteps=batch.timesteps.to(device),
-        context=context,
-        rows=task.learnable.rows(values).to(device),
-        anchored=anchored,
-        base_rows=task.learnable.base_rows().to(device) if len(marked) else None,
+        device=device,
+        noisy=task.schedule.add_noise(batch.clean, batch.noise, batch.timesteps),
+        timesteps=batch.timesteps,
+        target=task.schedule.target(batch.clean, batch.noise, batch.timesteps),
+        weights=batch.weights,
+        pixel_weights=batch.pixel_weights,
+        anchored=(batch.timesteps < task.spec.anchor_below).nonzero().flatten(),
+        rows=lambda: learnable.rows(values).to(device),
+        base_rows=lambda: learnable.base_rows().to(device),
+        context=lambda: captions.contexts(batch.captions, values).to(device),
+        wording=lambda: captions.wording(batch.captions, values),
         watched=frozenset(name for objective in task.objectives for name in objective.watched),
         halves=tuple(sorted(batch.halves)),
+        added=added,
         precision=task.spec.precision,
-        loss_of=loss_of,
     )
 
 
-def batch_loss(task: TrainingTask, values: dict[str, Tensor], batch: Batch) -> Tensor:
+def batch_loss(task: TrainingTask, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """Loss of one batch as a scalar, differentiable with respect to `values`."""
     return work_loss(task.unet, make_work(task, values, batch))
 
 
-def train_step(task: TrainingTask, state: TrainingState, failpoint: Callable[[str], None]) -> float:
-    """Take one step, of as many batches as the job accumulates, and return their mean loss.
+def train_step(task: TrainingTask, state: TrainingState, failpoint: Callable[[str], None]) -> None:
+    """Take one step, of as many batches as the job accumulates; `arrived` of the state tells its mean loss.
 
-    Raises HueshiftError (TRAINING_DIVERGED) when the loss is no finite number; nothing was updated then.
+    On the CPU raises HueshiftError (TRAINING_DIVERGED) when the loss is no finite number; nothing was updated then.
     """
     count = task.spec.gradient_accumulation
-    total = 0.0
+    losses: list[Tensor] = []
     for number in range(count):
         work = make_work(task, state.values, draw_batch(task, state))
-        stepped = task.stepper.step(task.unet, work, count)
-        check_finite(stepped.loss, state.step + 1, "loss")
-        total += stepped.loss.item()
-        state.backward(stepped.roots, stepped.gradients, first=number == 0)
-    failpoint("mid-step")
-    state.update(total / count)
-    return total / count
-
-
-def check_finite(tensor: Tensor, step: int, what: str) -> None:
-    """Raise HueshiftError (TRAINING_DIVERGED) naming the step if `tensor` holds a value that is not finite."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise HueshiftError(
-            Reason.TRAINING_DIVERGED,
-            f"training diverged: the {what} was not finite at step {step}; lower settings.learning_rate",
-            metadata={"step": str(step)},
-        )
+        turn = Turn(number, count, lambda: failpoint("mid-step"))
+        losses.append(task.stepper.step(task.unet, work, state, turn))
+    state.count(losses)

@@ -7,6 +7,7 @@ prior) it does not see, and with a learning rate that falls to zero it flattens 
 
 import torch
 
+from hueshift.engines.transfer import to_device
 from hueshift.training.loop import TrainingTask
 from hueshift.training.objectives.denoising import denoising_loss
 from hueshift.training.precision import mixed_precision
@@ -22,20 +23,24 @@ _MAX_PICTURES = 8
 
 @torch.no_grad()
 def fixed_loss(task: TrainingTask, state: TrainingState) -> float:
-    """Mean loss of the first pictures at four timesteps, with noise that is always the same, by the values so far."""
+    """Mean loss of the first pictures at four timesteps, with noise that is always the same, by the values so far.
+
+    Waits for the device once.
+    """
     values = dict(state.result)
     count = min(_MAX_PICTURES, len(task.pictures.latents))
     clean = task.pictures.latents.mean[:count]
     context = task.captions.contexts(task.pictures.captions[:count], values).to(task.device)
     rows = task.learnable.rows(values).to(task.device)
     generator = torch.Generator().manual_seed(task.spec.seed)
-    total = 0.0
+    losses: list[torch.Tensor] = []
     for thousandth in _TIMESTEPS:
         timesteps = torch.full((count,), thousandth * task.schedule.train_steps // 1000)
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = task.schedule.add_noise(clean, noise, timesteps).to(task.device)
-        target = task.schedule.target(clean, noise, timesteps).to(task.device)
+        noisy = to_device(task.schedule.add_noise(clean, noise, timesteps), task.device)
+        target = to_device(task.schedule.target(clean, noise, timesteps), task.device)
         with mixed_precision(task.device, task.spec.precision):
-            output = task.unet(noisy, timesteps.to(task.device), context, rows)
-        total += denoising_loss(target, torch.full((count,), 1 / count, device=task.device), output).item()
-    return total / len(_TIMESTEPS)
+            output = task.unet(noisy, to_device(timesteps, task.device), context, rows)
+        losses.append(denoising_loss(target, torch.full((count,), 1 / count, device=task.device), output))
+    # Read together: each look would wait for the device.
+    return float(sum(torch.stack(losses).tolist())) / len(_TIMESTEPS)

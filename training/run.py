@@ -1,6 +1,7 @@
 """The main path of a fine-tuning job: pictures in, adapter and scores out, resumed where it was stopped."""
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -21,12 +22,14 @@ from hueshift.engines.pictures import PictureFormat, encode_picture
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.engines.vae import VaeStage
+from hueshift.training.arrivals import MOST_UNDERWAY
 from hueshift.training.checkpoint import fingerprint_job, read_checkpoint, write_checkpoint
 from hueshift.training.class_pictures import class_latents, class_prompt, prune_cache
+from hueshift.training.divergence import check_finite
 from hueshift.training.editing import InversionErrors, measure_inversion
 from hueshift.training.evaluation.measures import diversity_of, paired_cosine
 from hueshift.training.latents import make_picture_set
-from hueshift.training.loop import TrainingTask, check_finite, train_step
+from hueshift.training.loop import TrainingTask, train_step
 from hueshift.training.methods.encoder_shifts import make_encoder_shifts
 from hueshift.training.methods.learnable import Learnable
 from hueshift.training.methods.make import make_learnable
@@ -56,7 +59,10 @@ class TrainingHooks(Protocol):
     """How a run talks to whoever started it. Called from the training thread; must not block for long."""
 
     def on_step(self, step: int, loss: float, seconds: float) -> None:
-        """Step `step` (from 1) took `seconds` and had this loss."""
+        """Step `step` (from 1) took `seconds` and had this loss.
+
+        Every step is told of, in order; on a GPU a few steps later, because its loss is not waited for.
+        """
         ...
 
     def on_sample(self, step: int, prompt: str, png: bytes) -> None:
@@ -151,7 +157,10 @@ class _Job:
         self._fingerprint = fingerprint_job(spec, shown, base.base_hash)
         self._workdir, self._class_folder = workdir, class_folder
         self._taken = (0, 0.0)
+        # Of the steps that were not yet told of.
+        self._seconds: deque[float] = deque()
         text, vae = TextStage(base), VaeStage(base)
+        self._device = text.empty.device
         self._learnable = make_learnable(spec, base, factors)
         unet: TrainingUNet
         self._stepper: Stepper
@@ -171,7 +180,7 @@ class _Job:
             captions=self._captions,
             pictures=make_picture_set(vae, spec, pictures, masks, base.pixels),
             objectives=(),
-            device=text.empty.device,
+            device=self._device,
             stepper=self._stepper,
         )
 
@@ -237,7 +246,7 @@ class _Job:
 
     def _step(self) -> None:
         begun = time.perf_counter()
-        loss = train_step(self._task, self._state, self._hooks.at)
+        train_step(self._task, self._state, self._hooks.at)
         step = self._state.step
         if self._spec.early_stop and step % CHECK_INTERVAL == 0:
             self._stepper.leave()
@@ -246,10 +255,18 @@ class _Job:
                 _log.info("training.plateau", step=step, steps=self._spec.steps)
         seconds = time.perf_counter() - begun
         self._taken = (self._taken[0] + 1, self._taken[1] + seconds)
-        self._hooks.on_step(step, loss, seconds)
+        self._seconds.append(seconds)
+        self._report(MOST_UNDERWAY)
+
+    def _report(self, underway: int = 0) -> None:
+        """Tell of the steps whose losses are here; at most the last `underway` ones may still be on their way."""
+        told = len(self._state.losses)
+        for step, loss in enumerate(self._state.arrived(underway), told + 1):
+            self._hooks.on_step(step, loss, self._seconds.popleft())
 
     def _keep(self, path: Path) -> None:
         self._stepper.leave()
+        self._report()
         write_checkpoint(path, self._state.capture(), self._fingerprint, self._spec.checkpoint_limit)
         self._hooks.on_checkpoint(self._state.step, path)
 
@@ -264,7 +281,7 @@ class _Job:
             words = self._captions.initial()
             values |= words
             rates |= dict.fromkeys(words, self._spec.identifier_learning_rate)
-        return TrainingState(values, rates, generator, self._spec)
+        return TrainingState(values, rates, generator, self._spec, self._device)
 
     def _objectives(self) -> list[Objective]:
         classes: list[ClassPictures] = []

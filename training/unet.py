@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.transfer import to_device
 from hueshift.training.methods.learnable import Learnable, Rows
 from hueshift.training.spec import TrainingSpec
 
@@ -138,7 +139,8 @@ def _attention(
     module: Any, hidden: Tensor, context: Tensor, rows: tuple[int, ...], *, shared: bool
 ) -> dict[int, Tensor]:
     """Attention of some rows of a diffusers Attention, computed beside it: fused kernels do not give theirs."""
-    chosen = list(rows)
+    # A list as index would be copied to the device, and waited for.
+    chosen = to_device(torch.tensor(rows), hidden.device)
     if shared:
         query, key = module.to_q(hidden[chosen]), module.to_k(context[chosen])
     else:
@@ -147,4 +149,4 @@ def _attention(
     heads = module.heads
     query, key = (part.unflatten(-1, (heads, -1)).transpose(1, 2).float() for part in (query, key))
     scores = (query @ key.transpose(-1, -2)) * module.scale
-    return dict(zip(chosen, scores.softmax(dim=-1), strict=True))
+    return dict(zip(rows, scores.softmax(dim=-1), strict=True))

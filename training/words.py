@@ -1,6 +1,7 @@
 """The words that name what is learned: their starting embeddings, and the contexts of captions that hold them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.encoder_weights import TowerWeights
-from hueshift.engines.text import TextStage, Vectors
+from hueshift.engines.text import TextStage, TokenizedPrompt, Vectors
 from hueshift.training.methods.encoder_shifts import EncoderShifts
 from hueshift.training.methods.learnable import Values
 from hueshift.training.spec import Subject, TrainingSpec
@@ -19,6 +20,29 @@ IDENTIFIER = "identifier"
 def value_name(subject: int) -> str:
     """Name of the embedding of a subject's word among the values in training."""
     return IDENTIFIER if subject == 0 else f"{IDENTIFIER}/{subject}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wording:
+    """What has to be encoded for the contexts of some captions: `prompts`, each with its own `learned` embeddings.
+
+    `assemble` makes the contexts of what came out [prompts, tokens, width], or of None where there are no prompts.
+    """
+
+    prompts: tuple[TokenizedPrompt, ...]
+    learned: tuple[Vectors, ...]
+    assemble: Callable[[Tensor | None], Tensor]
+
+    def encode(self, text: TextStage, passes: int = 1) -> Tensor | None:
+        """Encode the prompts in so many equal passes."""
+        if not self.prompts:
+            return None
+        size = len(self.prompts) // passes
+        parts = [
+            text.encode_rows(self.prompts[begin : begin + size], self.learned[begin : begin + size])
+            for begin in range(0, len(self.prompts), size)
+        ]
+        return torch.cat(parts) if passes > 1 else parts[0]
 
 
 class Captions:
@@ -41,6 +65,7 @@ class Captions:
         if spec.per_layer:
             self._layers = len(base.layout.cross_attentions)
         self._fixed: dict[str, Tensor] = {}
+        self._prompts: dict[str, TokenizedPrompt] = {}
         self.learns = spec.learn_identifier and spec.identifier_learning_rate > 0
         owned = [
             (number, subject)
@@ -65,15 +90,37 @@ class Captions:
             made = self._encode(unique, self._embeddings(values), self._encoder.weights(values))
             places = {caption: place for place, caption in enumerate(unique)}
             return torch.stack([made[places[caption]] for caption in captions])
-        if values is None or not self._words:
+        if values is None:
             return self._plain(captions)
-        if not any(captions):
-            return self._repeated(self._plain(captions))
+        wording = self._wording(captions, values)
+        # On the CPU layer by layer: it gains nothing from one large pass, and jobs keep the bits that they had.
+        together = self._text.empty.device.type != "cpu"
+        return wording.assemble(wording.encode(self._text, self._layers if not together else 1))
+
+    def wording(self, captions: Sequence[str], values: Values) -> "Wording | None":
+        """Return what `contexts` would encode, for who encodes it with that of others; None if nobody else can.
+
+        A text encoder that learns is the job's own.
+        """
+        return None if self._encoder is not None else self._wording(captions, values)
+
+    def _wording(self, captions: Sequence[str], values: Values) -> "Wording":
+        if not self._words:
+            fixed = self._plain(captions)
+            return Wording((), (), lambda _: fixed)
+        embeddings, count = self._embeddings(values), self._layers
         unique = [caption for caption in dict.fromkeys(captions) if caption]
-        encoded = self._encode(unique, self._embeddings(values))
+        prompts = [self._tokenized(caption) for caption in unique]
+        layers = [{word: part[layer] for word, part in embeddings.items()} for layer in range(count)]
+        learned = [words for words in layers for _ in unique]
         empty = self._repeated(self._text.empty)
-        found: Mapping[str, Tensor] = {"": empty, **dict(zip(unique, encoded, strict=True))}
-        return torch.stack([found[caption] for caption in captions])
+
+        def assemble(encoded: Tensor | None) -> Tensor:
+            made = () if encoded is None else torch.cat(encoded.split(len(unique)), dim=-1)
+            found: Mapping[str, Tensor] = {"": empty, **dict(zip(unique, made, strict=True))}
+            return torch.stack([found[caption] for caption in captions])
+
+        return Wording(tuple(prompts * count), tuple(learned), assemble)
 
     def places(self, caption: str, word: str) -> list[int]:
         """Positions of a subject's word in the encoded caption."""
@@ -93,12 +140,18 @@ class Captions:
         return {word: values.get(name, self._initial[name]) for name, word in self._words.items()}
 
     def _encode(self, captions: Sequence[str], embeddings: Mapping[str, Tensor], weights: TowerWeights = ()) -> Tensor:
-        rows = [self._text.tokenize(caption, self._counts) for caption in captions]
+        rows = [self._tokenized(caption) for caption in captions]
         parts: list[Tensor] = []
         for layer in range(self._layers):
             learned: Vectors = {word: embedding[layer] for word, embedding in embeddings.items()}
             parts.append(self._text.encode_rows(rows, [learned] * len(rows), weights))
         return torch.cat(parts, dim=-1)
+
+    def _tokenized(self, caption: str) -> TokenizedPrompt:
+        """Captions of a job are few, and each comes again at every step."""
+        if caption not in self._prompts:
+            self._prompts[caption] = self._text.tokenize(caption, self._counts)
+        return self._prompts[caption]
 
     def _repeated(self, context: Tensor) -> Tensor:
         return context.repeat(*[1] * (context.dim() - 1), self._layers) if self._layers > 1 else context
@@ -113,7 +166,7 @@ class Captions:
         """The mean of the starting words' tokens, or each vector one of them in turn; without them the word's own."""
         field = "identifier_init" if number == 0 else f"more_subjects[{number - 1}].identifier_init"
         ids = [token for word in subject.identifier_init for token in self._tokens(word, field)]
-        known = self._table[ids or [self._text.token_id(subject.identifier)]].float().cpu()
+        known = self._table[ids or [self._text.token_id(subject.identifier)]].float()
         if self._vectors == 1:
             known = known.mean(0, keepdim=True)
         return known[torch.arange(self._vectors) % len(known)].expand(self._layers, -1, -1).contiguous()

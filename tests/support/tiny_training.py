@@ -116,7 +116,7 @@ def make_task(
     )
     values = learnable.initial(torch.Generator().manual_seed(0)) | (captions.initial() if captions.learns else {})
     values |= {} if encoder is None else encoder.initial()
-    state = TrainingState(values, dict.fromkeys(values, 0.01), torch.Generator().manual_seed(3), spec)
+    state = TrainingState(values, dict.fromkeys(values, 0.01), torch.Generator().manual_seed(3), spec, task.device)
     return task, state
 
 

@@ -20,7 +20,7 @@ from hueshift.engines.cross_attention import CrossStage
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.engines.text_side import compose_text_side
-from hueshift.training.loop import check_finite
+from hueshift.training.divergence import check_finite
 from hueshift.training.run import CHECKPOINT_FILE, CLASS_FOLDER, TrainingResult, run_training
 from hueshift.training.spec import Method, TrainingSpec
 from hueshift.training.words import Captions

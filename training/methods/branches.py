@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
 from hueshift.engines.interface import Plan
-from hueshift.engines.rows import RowLayout
+from hueshift.engines.rows import LowRankTarget, RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.training.methods.learnable import Learned, Rows, Values
+from hueshift.training.methods.learnable import Constant, Learned, Rows, Values
 from hueshift.training.spec import Method
 
 Factors = tuple[Tensor, Tensor]
@@ -40,6 +40,7 @@ class Branches:
         self.ranks = ranks
         self._method, self._learning_rate, self._scale = method, learning_rate, scale
         self._principal = principal or {}
+        self._lay_out()
 
     def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
         """`a/<layer>` [rank, cols] and `b/<layer>` [rows, rank]."""
@@ -59,9 +60,17 @@ class Branches:
         return self._learning_rate
 
     def rows(self, values: Values) -> Rows:
-        """A and B of every target, padded to the layout's ranks, the scale in B."""
-        factors = {name: (a, b * self._scale) for name, (a, b) in self._changes(values).items()}
-        return Rows(lowrank=self.layout.pack_lowrank(factors)[None])
+        """A and B of every target, padded to the layout's ranks, the scale in B.
+
+        A few launches however many layers there are: all values one after the other, scaled, put in their places.
+        """
+        flat = torch.cat([values[name].flatten() for target in self.layout.targets for name in _names(target)])
+        device = flat.device
+        if self._scale != 1:
+            flat = flat * self._scales.on(device)
+        if self._places is not None:
+            flat = self._start.on(device).index_copy(0, self._places.on(device), flat)
+        return Rows(lowrank=flat[None])
 
     def base_rows(self) -> Rows:
         """No branch at all."""
@@ -74,11 +83,35 @@ class Branches:
             base_hash=self.layout.layout.base_hash,
             method=self._method,
             lowrank={
-                name: LowRankFactors(a.detach().clone(), b.detach().clone(), self._scale)
+                name: LowRankFactors(a.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True), self._scale)
                 for name, (a, b) in self._changes(values).items()
             },
         )
         return Learned(adapter)
+
+    def _lay_out(self) -> None:
+        """Find where the values, one after the other, lie in a row, and what lies between them."""
+        targets = self.layout.targets
+        sizes = [size for t in targets for size in (self.ranks[t.name] * t.cols, t.rows * self.ranks[t.name])]
+        scales = [torch.full((size,), (1.0, self._scale)[number % 2]) for number, size in enumerate(sizes)]
+        self._scales = Constant(torch.cat(scales) if scales else torch.zeros(0))
+        zeros = {
+            name: torch.zeros(shape)
+            for t in targets
+            for name, shape in zip(_names(t), ((self.ranks[t.name], t.cols), (t.rows, self.ranks[t.name])), strict=True)
+        }
+        start = {name: (a, b * self._scale) for name, (a, b) in self._changes(zeros).items()}
+        self._start = Constant(self.layout.pack_lowrank(start))
+        # Numbers from 1 on stand for the values; what is left at 0 is none of theirs.
+        numbers = iter(torch.arange(1, sum(sizes) + 1).split(sizes))
+        marks = self.layout.pack_lowrank(
+            {t.name: (next(numbers).view(-1, t.cols), next(numbers).view(t.rows, -1)) for t in targets}
+        )
+        found = marks.nonzero().flatten()
+        places = torch.empty_like(found)
+        places[marks[found].long() - 1] = found
+        whole = len(found) == len(marks) and bool((places == torch.arange(len(places))).all())
+        self._places = None if whole else Constant(places)
 
     def _changes(self, values: Values) -> dict[str, Factors]:
         """Factors of the change from the pristine base: what is learned, less what it started from."""
@@ -86,10 +119,14 @@ class Branches:
         for target in self.layout.targets:
             a, b = values[f"a/{target.name}"], values[f"b/{target.name}"]
             if target.name in self._principal:
-                first_a, first_b = self._principal[target.name]
+                first_a, first_b = (part.to(a.device) for part in self._principal[target.name])
                 a, b = torch.cat([a, first_a]), torch.cat([b, -first_b], 1)
             changes[target.name] = (a, b)
         return changes
+
+
+def _names(target: LowRankTarget) -> tuple[str, str]:
+    return f"a/{target.name}", f"b/{target.name}"
 
 
 def pissa(factors: SpectralFactors, ranks: Mapping[str, int], scale: float) -> dict[str, Factors]:

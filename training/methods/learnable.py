@@ -14,6 +14,7 @@ from torch import Tensor
 from hueshift.adapters.adapter import Adapter
 from hueshift.engines.interface import Plan
 from hueshift.engines.rows import RowLayout
+from hueshift.engines.transfer import to_device
 
 Values = Mapping[str, Tensor]
 
@@ -30,9 +31,23 @@ class Rows:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Rows":
-        """Put everything on a device."""
-        spectral, lowrank = (None if row is None else row.to(device) for row in (self.spectral, self.lowrank))
-        return Rows(spectral, lowrank, {name: weight.to(device) for name, weight in self.weights.items()})
+        """Put everything on a device, without waiting for it."""
+        spectral, lowrank = (None if row is None else to_device(row, device) for row in (self.spectral, self.lowrank))
+        return Rows(spectral, lowrank, {name: to_device(weight, device) for name, weight in self.weights.items()})
+
+
+class Constant:
+    """A tensor that is used where the values lie, wherever that is: copied to a device once."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._first = tensor
+        self._on = {tensor.device: tensor}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the tensor on a device."""
+        if device not in self._on:
+            self._on[device] = to_device(self._first, device)
+        return self._on[device]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

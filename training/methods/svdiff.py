@@ -7,8 +7,10 @@ from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.engines.interface import Plan
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.training.methods.learnable import Learned, Rows, Values
+from hueshift.training.methods.learnable import Constant, Learned, Rows, Values
 from hueshift.training.spec import Method, TrainingSpec
+
+_HOST = torch.device("cpu")
 
 
 class SpectralShifts:
@@ -19,7 +21,7 @@ class SpectralShifts:
     def __init__(self, layout: RowLayout, factors: SpectralFactors, norms: Values, spec: TrainingSpec) -> None:
         self.layout = layout
         self._spec = spec
-        self._base = layout.base_spectral(factors, norms)
+        self._base = Constant(layout.base_spectral(factors, norms))
         self._sigma_size = layout.layout.sigma_size
 
     def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -35,16 +37,17 @@ class SpectralShifts:
 
     def rows(self, values: Values) -> Rows:
         """Effective values: relu(sigma + delta), w + shift."""
-        row = self._base + torch.cat([values["sigma"], values["norm"]])
+        shifts = torch.cat([values["sigma"], values["norm"]])
+        row = self._base.on(shifts.device) + shifts
         return Rows(torch.cat([row[: self._sigma_size].relu(), row[self._sigma_size :]])[None])
 
     def base_rows(self) -> Rows:
         """Sigma and norm weights."""
-        return Rows(self._base[None])
+        return Rows(self._base.on(_HOST)[None])
 
     def adapter(self, values: Values) -> Learned:
         """Cut the flat shifts into layers."""
-        shifts = torch.cat([values["sigma"], values["norm"]]).detach()
+        shifts = torch.cat([values["sigma"], values["norm"]]).detach().cpu()
         layout = self.layout.layout
         parts = {name: shifts[begin:end].clone() for name, begin, end in layout.spans()}
         adapter = Adapter(

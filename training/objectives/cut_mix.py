@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hueshift.engines.transfer import to_device
 from hueshift.training.latents import PictureLatents
 from hueshift.training.objectives.objective import Batch, Draws, Halves, Objective
 from hueshift.training.spec import Subject
@@ -108,6 +109,8 @@ def attention_in_half(attention: Tensor, places: Sequence[int], half: str) -> Te
     Positions are rows of the square one after another. The middle column of an odd width belongs to neither half.
     """
     side = round(attention.shape[1] ** 0.5)
-    square = attention[:, :, list(places)].reshape(attention.shape[0], side, side, len(places))
+    # A list as index would be copied to the device, and waited for.
+    chosen = attention[:, :, to_device(torch.tensor(list(places)), attention.device)]
+    square = chosen.reshape(attention.shape[0], side, side, len(places))
     columns = square[:, :, : side // 2] if half == "left" else square[:, :, (side + 1) // 2 :]
     return columns.square().mean()

@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
+from torch import Tensor
+
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text import TextStage
+from hueshift.training.divergence import check_finite
 from hueshift.training.methods.learnable import Learnable
 from hueshift.training.sharing.exchange import Exchange
 from hueshift.training.sharing.family import Family, family_of
 from hueshift.training.sharing.together import Share, SharedStep
 from hueshift.training.spec import TrainingSpec
-from hueshift.training.stepping import StepAlone, Stepped, Stepper, StepWork
+from hueshift.training.state import TrainingState
+from hueshift.training.stepping import StepAlone, Stepper, StepWork, Turn
 from hueshift.training.unet import TrainingUNet, make_unet
 
 # A member that is this late is drawing pictures, or stuck: what it would save is less than what the others lose.
@@ -35,6 +40,8 @@ class SharedTraining:
         self.rounds: Counter[int] = Counter()
         self._base, self._factors = base, factors
         self._max_rows, self._patience = max_rows, patience
+        # Not a job's own: it encodes what several have made of their captions.
+        self._text = TextStage(base)
         self._lock = threading.Lock()
         # A UNet lives as long as a job that uses it: families come and go, and each takes as much memory as the base.
         self._companies: WeakValueDictionary[Family, _Company] = WeakValueDictionary()
@@ -48,7 +55,9 @@ class SharedTraining:
             company = self._companies.get(family)
             if company is None:
                 unet = self._new_unet(spec, learnable)
-                company = self._companies[family] = _Company(unet, self._max_rows, self._patience, self.rounds)
+                company = self._companies[family] = _Company(
+                    SharedStep(unet, self._text, self._max_rows), unet, self._patience, self.rounds
+                )
         return company.unet, SharedStepper(company)
 
     def _new_unet(self, spec: TrainingSpec, learnable: Learnable) -> TrainingUNet:
@@ -64,13 +73,13 @@ class SharedTraining:
 class _Company:
     """The jobs of one family."""
 
-    def __init__(self, unet: TrainingUNet, max_rows: int, patience: float, rounds: Counter[int]) -> None:
+    def __init__(self, step: SharedStep, unet: TrainingUNet, patience: float, rounds: Counter[int]) -> None:
         self.unet = unet
         self._rounds = rounds
-        self._step = SharedStep(unet, max_rows)
-        self.exchange: Exchange[Share, Stepped] = Exchange(self._run, patience)
+        self._step = step
+        self.exchange: Exchange[Share, Tensor] = Exchange(self._run, patience)
 
-    def _run(self, shares: Sequence[Share]) -> list[Stepped | Exception]:
+    def _run(self, shares: Sequence[Share]) -> list[Tensor | Exception]:
         self._rounds[len(shares)] += 1
         return self._step(shares)
 
@@ -81,9 +90,14 @@ class SharedStepper:
     def __init__(self, company: _Company) -> None:
         self._company = company
 
-    def step(self, unet: TrainingUNet, work: StepWork, count: int) -> Stepped:
-        """Wait for the others, and take the step with them."""
-        return self._company.exchange.hand_in(self, Share(work, count))
+    def step(self, unet: TrainingUNet, work: StepWork, state: TrainingState, turn: Turn) -> Tensor:
+        """Wait for the others, and take the batch with them; see Stepper."""
+        if turn.last:
+            turn.before_update()
+        loss = self._company.exchange.hand_in(self, Share(work, state, turn.count, turn.first, turn.last))
+        if loss.device.type == "cpu":
+            check_finite(loss, state.step + 1, "loss")
+        return loss
 
     def leave(self) -> None:
         """Let the others go on without this job."""

@@ -1,16 +1,20 @@
-"""One forward and one backward pass of the UNet for several jobs' works."""
+"""One step of several jobs: one pass of the text encoder, one of the UNet, one way back, one optimiser step."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import structlog
 import torch
 from torch import Tensor
 
+from hueshift.engines.text import TextStage
+from hueshift.engines.transfer import to_device
 from hueshift.training.methods.learnable import Rows
+from hueshift.training.objectives.denoising import denoising_loss
 from hueshift.training.precision import mixed_precision
-from hueshift.training.stepping import Stepped, StepWork, base_output
+from hueshift.training.state import TrainingState, update_together
+from hueshift.training.stepping import StepWork, aims, joined, with_added
 from hueshift.training.unet import Maps, TrainingUNet
 
 _log = structlog.get_logger()
@@ -19,10 +23,17 @@ _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
-    """What a job brings to a shared step: its work, and by what the gradient of its loss is divided."""
+    """What a job brings to a shared step: a batch, and the state that its gradients go to.
+
+    Gradients are those of loss / `count`. They take the place of earlier ones in the `first` batch of a step, and the
+    `last` one is followed by the optimiser's step.
+    """
 
     work: StepWork
-    count: int
+    state: TrainingState
+    count: int = 1
+    first: bool = True
+    last: bool = True
 
     @property
     def size(self) -> int:
@@ -36,15 +47,22 @@ class SharedStep:
     The limit falls when memory does not suffice.
     """
 
-    def __init__(self, unet: TrainingUNet, max_rows: int = 0) -> None:
-        self._unet = unet
+    def __init__(self, unet: TrainingUNet, text: TextStage, max_rows: int = 0) -> None:
+        self._unet, self._text = unet, text
         self.max_rows = max_rows
 
-    def __call__(self, shares: Sequence[Share]) -> list[Stepped | Exception]:
-        """Return the step of each share, or the exception that it meets alone too."""
-        results: list[Stepped | Exception] = []
+    def __call__(self, shares: Sequence[Share]) -> list[Tensor | Exception]:
+        """Return the loss of each share, a detached scalar, or the exception that it meets alone too.
+
+        States whose step this ends are updated together. On the CPU one whose loss is no finite number is left out;
+        elsewhere it is not looked at, and its numbers stay its own.
+        """
+        results: list[Tensor | Exception] = []
         for group in self._groups(shares):
             results += self._take(group)
+        update_together(
+            [share.state for share, loss in zip(shares, results, strict=True) if share.last and _is_sound(loss)]
+        )
         return results
 
     def _groups(self, shares: Sequence[Share]) -> list[list[Share]]:
@@ -58,10 +76,10 @@ class SharedStep:
             room -= share.size
         return groups
 
-    def _take(self, shares: list[Share]) -> list[Stepped | Exception]:
+    def _take(self, shares: list[Share]) -> list[Tensor | Exception]:
         failure: Exception | None = None
         try:
-            return step_together(self._unet, shares)
+            return step_together(self._unet, self._text, shares)
         except Exception as error:
             # Without the frames, which hold the activations that the next try needs room for.
             failure = error.with_traceback(None) if len(shares) > 1 else error
@@ -78,108 +96,96 @@ class SharedStep:
         return [*self._take(shares[:half]), *self._take(shares[half:])]
 
 
-def step_together(unet: TrainingUNet, shares: Sequence[Share]) -> list[Stepped | Exception]:
-    """Run the UNet once for all shares, each with its rows, and carry each one's loss back to its rows and context.
+def step_together(unet: TrainingUNet, text: TextStage, shares: Sequence[Share]) -> list[Tensor | Exception]:
+    """Run text encoder and UNet once for all shares, and carry each one's loss back to the values of its state.
 
-    Samples meet nowhere in the UNet, whose weights need no gradients, so no job sees another's. A loss that is no
-    finite number goes no way back, and an exception of a job's loss is that job's alone. Raises what the UNet raises.
+    Samples meet nowhere on the way, and no weight needs a gradient, so no job sees another's numbers. An exception of
+    a job's own loss is that job's alone. Raises what the networks raise; no state has changed then.
     """
-    leaves = [_detached(share.work) for share in shares]
+    works = [share.work for share in shares]
     with unet.lock:
-        output, base, maps = _forward(unet, leaves)
-        losses = _losses(shares, output, base, maps)
-        made = {number: loss for number, loss in enumerate(losses) if isinstance(loss, Tensor)}
-        finite = torch.stack([loss.detach().isfinite() for loss in made.values()]).tolist() if made else []
-        sound = [n for (n, loss), good in zip(made.items(), finite, strict=True) if good and loss.requires_grad]
-        wanted = {n: [leaf for leaf in _roots(leaves[n]) if leaf.requires_grad] for n in sound}
-        gradients = _gradients([made[n] / shares[n].count for n in sound], [leaf for n in sound for leaf in wanted[n]])
-    results: list[Stepped | Exception] = []
-    for number, (share, loss) in enumerate(zip(shares, losses, strict=True)):
-        if not isinstance(loss, Tensor):
-            results.append(loss)
-            continue
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for root in _roots(share.work) if number in wanted else ():
-            if root.requires_grad and (gradient := next(gradients)) is not None:
-                pairs.append((root, gradient))
-        results.append(Stepped(loss.detach(), tuple(r for r, _ in pairs), tuple(g for _, g in pairs)))
-    return results
+        context = joined(contexts_together(text, works))
+        losses = _losses(unet, works, context)
+        going = [n for n, loss in enumerate(losses) if isinstance(loss, Tensor) and _goes_back(loss)]
+        found = _gradients([(losses[n], shares[n]) for n in going])
+        for number in going:
+            values = shares[number].state.values
+            shares[number].state.take_gradients([next(found) for _ in values], first=shares[number].first)
+    return [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
 
 
-def _forward(unet: TrainingUNet, works: list[StepWork]) -> tuple[Tensor, Tensor | None, Maps]:
-    first = works[0]
+def contexts_together(text: TextStage, works: Sequence[StepWork]) -> list[Tensor]:
+    """Contexts [n, tokens, width] of each work, of one pass of the text encoder for all that can share it."""
+    wordings = [work.wording() for work in works]
+    prompts = [prompt for wording in wordings if wording is not None for prompt in wording.prompts]
+    learned = [words for wording in wordings if wording is not None for words in wording.learned]
+    sizes = [0 if wording is None else len(wording.prompts) for wording in wordings]
+    parts = text.encode_rows(prompts, learned).split(sizes) if prompts else [None] * len(works)
+    return [
+        work.context() if wording is None else wording.assemble(part if size else None)
+        for work, wording, part, size in zip(works, wordings, parts, sizes, strict=True)
+    ]
+
+
+def _losses(unet: TrainingUNet, works: Sequence[StepWork], context: Tensor) -> list[Tensor | Exception]:
+    first, begins = works[0], [0, *accumulate(work.noisy.shape[0] for work in works)]
     watched = frozenset[str]().union(*(work.watched for work in works if work.halves))
-    halves = tuple(begin + row for begin, work in zip(_begins(works), works, strict=True) for row in work.halves)
-    with mixed_precision(first.noisy.device, first.precision):
+    halves = tuple(begin + row for begin, work in zip(begins, works, strict=False) for row in work.halves)
+    noisy, timesteps, weights = (
+        to_device(joined(parts), first.device)
+        for parts in zip(*((work.noisy, work.timesteps, work.weights) for work in works), strict=True)
+    )
+    with mixed_precision(first.device, first.precision):
         with unet.watching(watched, halves) as maps:
-            output = unet(
-                torch.cat([work.noisy for work in works]),
-                torch.cat([work.timesteps for work in works]),
-                torch.cat([work.context for work in works]),
-                _stacked(works),
-            )
-        return output, base_output(unet, works), maps
-
-
-def _losses(shares: Sequence[Share], output: Tensor, base: Tensor | None, maps: Maps) -> list[Tensor | Exception]:
+            output = unet(noisy, timesteps, context, _stacked(works))
+        target = aims(unet, works, noisy, timesteps, context)
     losses: list[Tensor | Exception] = []
-    begin = anchor = 0
-    for share in shares:
-        work, end = share.work, begin + share.size
-        own_base = None
-        if work.base_rows is not None and base is not None:
-            own_base = base[anchor : anchor + len(work.anchored)]
-            anchor += len(work.anchored)
-        own_maps: Maps = {
+    for work, begin, end in zip(works, begins, begins[1:], strict=False):
+        pixels = None if work.pixel_weights is None else to_device(work.pixel_weights, work.device)
+        own: Maps = {
             name: {row: by_row[begin + row] for row in work.halves}
             for name, by_row in maps.items()
             if name in work.watched
         }
         try:
-            losses.append(work.loss_of(output[begin:end], own_base, own_maps))
+            loss = denoising_loss(target[begin:end], weights[begin:end], output[begin:end], pixels)
+            losses.append(with_added(loss, work, own))
         except _OUT_OF_MEMORY:
             raise
         except Exception as error:
             losses.append(error)
-        begin = end
     return losses
-
-
-def _begins(works: Sequence[StepWork]) -> list[int]:
-    """Where each work's rows begin in the batch."""
-    return [0, *accumulate(work.noisy.shape[0] for work in works[:-1])]
-
-
-def _detached(work: StepWork) -> StepWork:
-    """The same work on leaves: the job's own graph is not to be walked by another thread."""
-    rows = Rows(_leaf(work.rows.spectral), _leaf(work.rows.lowrank))
-    return replace(work, rows=rows, context=work.context.detach().requires_grad_(work.context.requires_grad))
-
-
-def _leaf(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _roots(work: StepWork) -> list[Tensor]:
-    """Tensors of a work that may need a gradient."""
-    return [tensor for tensor in (work.rows.spectral, work.rows.lowrank, work.context) if tensor is not None]
 
 
 def _stacked(works: Sequence[StepWork]) -> Rows:
     """One row for each sample; the row itself if one job is alone, which is faster and gives its bits."""
+    rows = [work.rows() for work in works]
     if len(works) == 1:
-        return works[0].rows
+        return rows[0]
+    sizes = [len(work.noisy) for work in works]
     return Rows(
-        _expanded([(work.rows.spectral, len(work.noisy)) for work in works]),
-        _expanded([(work.rows.lowrank, len(work.noisy)) for work in works]),
+        _expanded([row.spectral for row in rows], sizes),
+        _expanded([row.lowrank for row in rows], sizes),
     )
 
 
-def _expanded(rows: Sequence[tuple[Tensor | None, int]]) -> Tensor | None:
+def _expanded(rows: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
     # Not index_select: its gradient adds in an order of its own on CUDA.
-    parts = [row.expand(count, -1) for row, count in rows if row is not None]
+    parts = [row.expand(size, -1) for row, size in zip(rows, sizes, strict=True) if row is not None]
     return torch.cat(parts) if parts else None
 
 
-def _gradients(losses: Sequence[Tensor], leaves: Sequence[Tensor]) -> Iterator[Tensor | None]:
-    return iter(torch.autograd.grad(losses, leaves, allow_unused=True) if losses and leaves else ())
+def _goes_back(loss: Tensor) -> bool:
+    return loss.requires_grad and _is_sound(loss)
+
+
+def _is_sound(loss: Tensor | Exception) -> bool:
+    """Looked at on the CPU alone, where it costs nothing."""
+    return isinstance(loss, Tensor) and (loss.device.type != "cpu" or bool(loss.detach().isfinite()))
+
+
+def _gradients(going: Sequence[tuple[Tensor | Exception, Share]]) -> Iterator[Tensor | None]:
+    """Gradients of the values of all states, one after the other."""
+    roots = [loss / share.count for loss, share in going if isinstance(loss, Tensor)]
+    leaves = [value for _, share in going for value in share.state.values.values()]
+    return iter(torch.autograd.grad(roots, leaves, allow_unused=True) if roots and leaves else ())

@@ -12,12 +12,13 @@ from torch import Tensor
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text import TextStage
 from hueshift.training.loop import TrainingTask, draw_batch, make_work
 from hueshift.training.objectives.objective import Batch
 from hueshift.training.sharing.together import Share, SharedStep, step_together
 from hueshift.training.spec import Method, TrainingSpec
 from hueshift.training.state import TrainingState
-from hueshift.training.stepping import Stepped, work_loss
+from hueshift.training.stepping import work_loss
 
 Tiny = tuple[BaseModel, SpectralFactors]
 Job = tuple[TrainingTask, TrainingState]
@@ -44,9 +45,9 @@ def draw(jobs: Sequence[Job]) -> list[Batch]:
 
 
 def make_shares(jobs: Sequence[Job], batches: Sequence[Batch] | None = None) -> list[Share]:
-    """What each job brings to a step; a graph of its own for each call."""
+    """What each job brings to a step."""
     return [
-        Share(make_work(task, state.values, batch), task.spec.gradient_accumulation)
+        Share(make_work(task, state.values, batch), state, task.spec.gradient_accumulation)
         for (task, state), batch in zip(jobs, batches or draw(jobs), strict=True)
     ]
 
@@ -55,16 +56,19 @@ def alone(job: Job, share: Share) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a job by itself."""
     task, state = job
     loss = work_loss(task.unet, share.work)
-    grads = torch.autograd.grad(loss / share.count, list(state.values.values()), retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(loss / share.count, list(state.values.values()), allow_unused=True)
     return loss.detach(), {name: g for name, g in zip(state.values, grads, strict=True) if g is not None}
 
 
-def spread(job: Job, stepped: Stepped | Exception) -> dict[str, Tensor]:
-    """The gradients of a step, at the job's values."""
-    assert isinstance(stepped, Stepped)
-    state = job[1]
-    state.backward(stepped.roots, stepped.gradients)
-    return {name: value.grad.clone() for name, value in state.values.items() if value.grad is not None}
+def text_of(tiny: Tiny) -> TextStage:
+    """The text encoder of all jobs."""
+    return TextStage(tiny[0])
+
+
+def spread(job: Job, loss: Tensor | Exception) -> dict[str, Tensor]:
+    """The gradients that a step left at the job's values."""
+    assert isinstance(loss, Tensor)
+    return {name: value.grad.clone() for name, value in job[1].values.items() if value.grad is not None}
 
 
 def assert_close(shared: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -100,10 +104,10 @@ def test_every_job_gets_the_loss_and_the_gradients_that_it_has_alone(tiny: Tiny,
     jobs = make_jobs(tiny, SPECS[kind])
     shares = make_shares(jobs)
     own = [alone(job, share) for job, share in zip(jobs, shares, strict=True)]
-    results = step_together(jobs[0][0].unet, shares)
+    results = step_together(jobs[0][0].unet, text_of(tiny), shares)
     for job, result, (loss, gradients) in zip(jobs, results, own, strict=True):
-        assert isinstance(result, Stepped)
-        assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert isinstance(result, Tensor)
+        assert result.item() == pytest.approx(loss.item(), rel=1e-5)
         assert_close(spread(job, result), gradients)
 
 
@@ -112,9 +116,9 @@ def test_a_group_of_one_has_the_bits_of_a_job_alone(tiny: Tiny, kind: str) -> No
     jobs = make_jobs(tiny, SPECS[kind][:1])
     shares = make_shares(jobs)
     loss, gradients = alone(jobs[0], shares[0])
-    [result] = step_together(jobs[0][0].unet, shares)
-    assert isinstance(result, Stepped)
-    assert torch.equal(result.loss, loss)
+    [result] = step_together(jobs[0][0].unet, text_of(tiny), shares)
+    assert isinstance(result, Tensor)
+    assert torch.equal(result, loss)
     shared = spread(jobs[0], result)
     assert shared.keys() == gradients.keys()
     assert all(torch.equal(shared[name], gradient) for name, gradient in gradients.items())
@@ -123,17 +127,20 @@ def test_a_group_of_one_has_the_bits_of_a_job_alone(tiny: Tiny, kind: str) -> No
 @pytest.mark.parametrize("method", [Method.SVDIFF, Method.LORA])
 def test_numbers_that_are_not_finite_stay_with_their_job(tiny: Tiny, method: Method) -> None:
     jobs = make_jobs(tiny, [make_spec(method, **FP32)] * 3)
-    unet, batches = jobs[0][0].unet, draw(jobs)
+    unet, text, batches = jobs[0][0].unet, text_of(tiny), draw(jobs)
     sound = [
-        spread(job, result) for job, result in zip(jobs, step_together(unet, make_shares(jobs, batches)), strict=True)
+        spread(job, result)
+        for job, result in zip(jobs, step_together(unet, text, make_shares(jobs, batches)), strict=True)
     ]
     with torch.no_grad():
         for value in jobs[1][1].values.values():
             value.fill_(float("nan"))
-    results = step_together(unet, make_shares(jobs, batches))
-    assert isinstance(results[1], Stepped)
-    assert bool(results[1].loss.isnan())
-    assert results[1].roots == ()
+    for _, state in jobs:
+        state.forget_gradients()
+    results = step_together(unet, text, make_shares(jobs, batches))
+    assert isinstance(results[1], Tensor)
+    assert bool(results[1].isnan())
+    assert spread(jobs[1], results[1]) == {}
     for number in (0, 2):
         gradients = spread(jobs[number], results[number])
         assert all(torch.equal(gradients[name], gradient) for name, gradient in sound[number].items())
@@ -147,8 +154,8 @@ def test_a_loss_that_raises_fails_its_job_alone(tiny: Tiny) -> None:
     def broken(*_: Any) -> Tensor:
         raise ValueError("no loss today")
 
-    bad = Share(replace(shares[0].work, loss_of=broken), 1)
-    results = step_together(jobs[0][0].unet, [bad, shares[1]])
+    bad = Share(replace(shares[0].work, added=broken), jobs[0][1])
+    results = step_together(jobs[0][0].unet, text_of(tiny), [bad, shares[1]])
     assert isinstance(results[0], ValueError)
     assert_close(spread(jobs[1], results[1]), own)
 
@@ -173,8 +180,8 @@ class Memory:
 def test_without_memory_for_all_the_group_is_halved_and_stays_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(tiny, [make_spec(**FP32, anchor_below=0)] * 4)
     memory = Memory(monkeypatch, 4)
-    step = SharedStep(jobs[0][0].unet)
-    assert all(isinstance(result, Stepped) for result in step(make_shares(jobs)))
+    step = SharedStep(jobs[0][0].unet, text_of(tiny))
+    assert all(isinstance(result, Tensor) for result in step(make_shares(jobs)))
     assert (memory.tried, step.max_rows) == ([8, 4, 4], 4)
     memory.tried.clear()
     step(make_shares(jobs))
@@ -185,13 +192,13 @@ def test_only_what_cannot_run_alone_fails(tiny: Tiny, monkeypatch: pytest.Monkey
     specs = [make_spec(**FP32, anchor_below=0, batch_size=n) for n in (1, 3, 2)]
     jobs = make_jobs(tiny, specs)
     memory = Memory(monkeypatch, 2)
-    results = SharedStep(jobs[0][0].unet)(make_shares(jobs))
-    assert [type(result) for result in results] == [Stepped, torch.OutOfMemoryError, Stepped]
+    results = SharedStep(jobs[0][0].unet, text_of(tiny))(make_shares(jobs))
+    assert [type(result) for result in results] == [Tensor, torch.OutOfMemoryError, Tensor]
     assert memory.tried == [6, 1, 5, 3, 2]
 
 
 def test_a_limit_on_rows_makes_groups(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(tiny, [make_spec(**FP32, anchor_below=0, batch_size=n) for n in (2, 1, 3, 5, 1)])
     memory = Memory(monkeypatch, 100)
-    assert len(SharedStep(jobs[0][0].unet, max_rows=4)(make_shares(jobs))) == 5
+    assert len(SharedStep(jobs[0][0].unet, text_of(tiny), max_rows=4)(make_shares(jobs))) == 5
     assert memory.tried == [3, 3, 5, 1]
