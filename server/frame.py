@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha.reflection import aio as reflection_aio
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.server.addresses import Addresses, Bind, check_exposure, read_bind
 from hueshift.server.auth import Authenticator
+from hueshift.server.certificates import Certificates
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
 from hueshift.server.metrics_http import MetricsEndpoint, make_registry, start_metrics
@@ -153,7 +154,7 @@ class Frame:
 
 
 def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
-    return [
+    options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         # Otherwise two servers share one port in silence, and each gets some of the calls.
@@ -162,22 +163,22 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+    if settings.max_connection_age_seconds:
+        # Calls inside get all the time they need: there is no grace period but their own end.
+        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)))
+    return options
 
 
 def _bind(server: grpc.aio.Server, bind: Bind, settings: ServerSettings) -> int:
     try:
         if settings.tls_certificate is None or settings.tls_key is None:
             return server.add_insecure_port(bind.target())
-        pair = (settings.tls_key.expanduser().read_bytes(), settings.tls_certificate.expanduser().read_bytes())
-        return server.add_secure_port(bind.target(), grpc.ssl_server_credentials([pair]))
-    except OSError as error:
-        raise InvalidArgument.for_field(
-            "server.tls_certificate", f"{error.filename} cannot be read: {error.strerror}", Reason.SETTINGS_INVALID
-        ) from error
+        credentials = Certificates(settings.tls_certificate, settings.tls_key).credentials()
+        return server.add_secure_port(bind.target(), credentials)
     except RuntimeError as error:
         raise InvalidArgument.for_field(
             "server.port",
             f"cannot listen on {bind.target()}; free it, set server.port to another port (0 picks a free one), or "
-            "check the address and the TLS files",
+            "check the address",
             Reason.SETTINGS_INVALID,
         ) from error

@@ -41,7 +41,10 @@ class ServerSettings(_Section):
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one.")
     metrics_host: str = Field("127.0.0.1", description="Address of the Prometheus endpoint.")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port; 0 picks a free one.")
-    tls_certificate: Path | None = Field(None, description="PEM certificate chain; with tls_key the port speaks TLS.")
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM certificate chain; with tls_key the port speaks TLS. Both are read again when they change.",
+    )
     tls_key: Path | None = Field(None, description="PEM private key.")
     allow_plaintext: bool = Field(False, description="Serve a non-loopback address without TLS (behind a TLS proxy).")
     reflection: bool = Field(True, description="Offer gRPC reflection, for grpcurl.")
@@ -51,6 +54,12 @@ class ServerSettings(_Section):
         120.0, gt=0, description="Deadline of a unary or Generate call without one."
     )
     max_deadline_seconds: float = Field(600.0, gt=0, description="Longest deadline of a unary or Generate call.")
+    max_connection_age_seconds: float = Field(
+        0,
+        ge=0,
+        le=86_400,
+        description="Connections end after about this long, their calls done, so that clients spread anew; 0: never.",
+    )
     upload_idle_seconds: float = Field(60.0, gt=0, description="An upload that sends nothing for this long ends.")
 
 

@@ -13,7 +13,8 @@ def test_grpc_knows_every_channel_option() -> None:
     assert spec is not None
     assert spec.origin is not None
     library = Path(spec.origin).read_bytes()
-    names = {name for name, _ in _channel_options(ServerSettings())}
+    names = {name for name, _ in _channel_options(ServerSettings(max_connection_age_seconds=60))}
     names |= {name for name, _ in Connection("127.0.0.1:1")._options()}
+    assert "grpc.max_connection_age_ms" in names
     assert "grpc.keepalive_permit_without_calls" in names
     assert [name for name in sorted(names) if name.encode() not in library] == []

@@ -2,9 +2,7 @@
 
 import asyncio
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable
@@ -292,24 +290,6 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
         assert addresses.grpc == host
         async with grpc.aio.insecure_channel(host) as channel:
             assert await check(channel) == SERVING
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the test's certificate")
-async def test_tls(tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    )
-    line = [*command.split(), "-keyout", str(key), "-out", str(certificate)]
-    await asyncio.to_thread(lambda: subprocess.run(line, check=True, capture_output=True))
-    async with running(toy_settings(tmp_path, tls_certificate=certificate, tls_key=key)) as (_, addresses):
-        port = addresses.grpc.rpartition(":")[2]
-        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
-        async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
-            assert await check(channel) == SERVING
-    with pytest.raises(InvalidArgument, match="cannot be read"):
-        async with running(toy_settings(tmp_path, tls_certificate=tmp_path / "no.pem", tls_key=key)):
-            pass
 
 
 async def test_reflection_lists_the_services_and_can_be_turned_off(tmp_path: Path) -> None:
