@@ -16,6 +16,7 @@ from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.cuda_options import KernelUse
+from hueshift.engines.device_errors import release_memory
 from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
@@ -55,8 +56,10 @@ def warm_all(engine: CudaEngine, progress: Progress) -> dict[GraphKey, Work]:
         try:
             calls[GraphKey(role, shape)] = engine.warm_one(role, shape)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
             _log.warning("capture_without_memory", role=role, rows=shape.rows, height=shape.height, width=shape.width)
+        if GraphKey(role, shape) not in calls:
+            # Once the error and what its traceback holds are gone.
+            release_memory()
     progress("capture", len(wanted), len(wanted))
     return calls
 
@@ -104,12 +107,15 @@ def _full_ms(engine: CudaEngine) -> dict[tuple[Plan, int, tuple[int, int]], floa
         def call(placed: Sequence[Tensor] = placed, index: Tensor = inputs[3], added: Tensor | None = added) -> None:
             engine.denoise(Plan.FULL, placed[0], placed[1], placed[2], index, added)
 
+        without_memory = False
         try:
             call()
             found[Plan.FULL, rows, (inputs[0].shape[2], inputs[0].shape[3])] = _median_ms(engine.lane, call)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
             _log.warning("full_plan_without_memory", rows=rows)
+            without_memory = True
+        if without_memory:
+            release_memory()
     return found
 
 

@@ -26,6 +26,7 @@ from hueshift.engines.merged_slots import MergedSlots
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.uploads import upload
 
 # Steps that may be queued ahead of the device: one hides the host's work, more would only delay who joins or cancels.
 _AHEAD = 1
@@ -82,8 +83,10 @@ class CudaEngine:
         self.capacity: Mapping[tuple[int, int], int] = {}
         """UNet rows of one call that fit, by latent size, as far as that was found out at start."""
         self._merged: MergedSlots | None = None
-        if options.weight_slots:
-            with lane.apart():
+        # What was made above was queued on the caller's stream: from here on the lane, and all that waits for a mark
+        # of it, comes after that.
+        with lane.running():
+            if options.weight_slots:
                 self._merged = self.networks.make_merged(lane, options)
 
     @property
@@ -203,13 +206,13 @@ class CudaEngine:
         self._throttle()
         self._await_rows(adapter_index)
         with torch.no_grad(), self.lane.running():
-            placed = Guides(*(part.to(device) for part in (guides.lag, guides.lag_source, guides.reference)))
+            placed = Guides(*(upload(part, device) for part in (guides.lag, guides.lag_source, guides.reference)))
             network: AdaptedUNet = self.networks.full
             out, mask = network.forward_guided(
                 latents.to(device, dtype),
-                timesteps.to(device),
+                upload(timesteps, device),
                 cross.to(device, dtype),
-                adapter_index.to(device),
+                upload(adapter_index, device),
                 placed,
                 self._slabs.spectral,
                 self._slabs.lowrank,

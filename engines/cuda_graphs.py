@@ -63,7 +63,8 @@ class GraphStore:
             return self._warmed[key]
         # Twice before the capture: the first sets up cuBLAS, cuDNN and Triton, the second settles the allocator.
         for _ in range(2):
-            with self._lane.apart():
+            # After what the caller has queued: its weights may have been made a moment ago, on another stream.
+            with self._lane.running():
                 call()
         replay = self._capture(key, call) if self._enabled else None
         if replay is None:

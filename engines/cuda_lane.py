@@ -5,11 +5,12 @@ CPU, so that everything but the timing can be tested, and profiled for its Pytho
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 Work = Callable[[], None]
 
@@ -58,6 +59,13 @@ class GraphLane(Protocol):
         """Let what is queued from now on wait for a mark of another lane."""
         ...
 
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Let the device's default stream read tensors that were made here, for as long as somebody holds them.
+
+        Without it their memory could be written again by this lane while calls that read them are still queued.
+        """
+        ...
+
     def beside(self) -> "GraphLane":
         """A lane of the same device whose work runs at the same time."""
         ...
@@ -99,9 +107,19 @@ class CudaLane:
             yield
 
     def capture(self, work: Work) -> Work:
-        """Record what `work` queues; see GraphLane. Other threads of the server may go on allocating meanwhile."""
+        """Record what `work` queues; see GraphLane. Other threads of the server may go on allocating meanwhile.
+
+        It waits for all of the device and gives cached memory back, as torch.cuda.graph does: the pool of a lane whose
+        graphs were all dropped may only be used again after that.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        # The current device, which torch.cuda.graph waits for, belongs to the thread: 0 in a new one. And it leaves its
+        # stream current where a capture fails at the end, so that all later work of the thread would run there.
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             work()
         replay: Work = graph.replay
         return replay
@@ -117,6 +135,12 @@ class CudaLane:
         """Wait, on the stream, for a mark."""
         if isinstance(mark, _CudaMark):
             self._stream.wait_event(mark.event)
+
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Let the caching allocator ask the default stream before it gives the memory out again."""
+        default = torch.cuda.default_stream(self.device)
+        for tensor in tensors:
+            tensor.record_stream(default)
 
     def beside(self) -> "CudaLane":
         """Another stream."""
@@ -183,6 +207,9 @@ class HostLane:
     def after(self, mark: Mark) -> None:
         """Nothing to wait for."""
 
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing to do: work is done when it is queued."""
+
     def beside(self) -> "HostLane":
         """Another one like it."""
         return HostLane()
@@ -199,6 +226,11 @@ class HostLane:
     def free_bytes(self) -> int | None:
         """Not known: the host's memory belongs to all processes."""
         return None
+
+
+def lane_of(device: torch.device) -> GraphLane:
+    """A new lane of a device: a stream of a GPU, or the host at once."""
+    return CudaLane(device) if device.type == "cuda" else HostLane()
 
 
 class _HostMark:

@@ -17,6 +17,7 @@ from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.cuda_layers import slab_rows
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, EngineObserver, KernelUse
 from hueshift.engines.cuda_unet import CudaUNet
+from hueshift.engines.device_errors import release_memory
 from hueshift.engines.interface import Plan
 from hueshift.engines.merged_slots import BASE_ROLE, MergedSlots, WeightSlot
 from hueshift.engines.rows import RowLayout
@@ -111,11 +112,19 @@ class NetworkSet:
 
     def make_merged(self, lane: GraphLane, options: CudaOptions) -> MergedSlots:
         """Networks with weights of their own, and what writes those."""
-        networks: list[nn.Module] = [self._plain() for _ in range(options.weight_slots)]
-        capture = options.compile is not CompileKind.NONE
         pristine = self._chosen[Plan.DENSE].unet
+        networks: list[nn.Module] = []
+        for _ in range(options.weight_slots):
+            network = self._plain()
+            # At once, or each would hold a whole copy of the weights until all of them are there.
+            share_parameters(network, pristine)
+            networks.append(network)
+        capture = options.compile is not CompileKind.NONE
         layout = self._rows.layout
         made = MergedSlots(layout, self._rows, self._factors, pristine, networks, lane, capture=capture)
+        if lane.device.type == "cuda":
+            # Graphs take their memory from pools of their own, which find nothing in the cache of what was let go.
+            release_memory()
         for held in made.slots:
             network = held.network
             if isinstance(network, CudaUNet):

@@ -15,6 +15,7 @@ from hueshift.engines.cost_store import Calibration, read_costs, write_costs
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.cuda_options import CudaOptions, EngineObserver
+from hueshift.engines.device_errors import release_memory
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.planner import Planner
 from hueshift.engines.rows import RowLayout
@@ -49,13 +50,16 @@ def build_cuda(
         given = (base, factors, rows, norms)
         return CudaEngine(*given, slots=slots, max_batch=max_batch, lane=lane, options=options, observer=observer)
 
+    engine: CudaEngine | None = None
     try:
         engine = make(options)
     except torch.cuda.OutOfMemoryError as error:
         if not options.weight_slots:
             raise
         _log.warning("merged_plan_off", weight_slots=options.weight_slots, error=str(error).splitlines()[0])
-        torch.cuda.empty_cache()
+    if engine is None:
+        # Not above: while the error is being handled, its traceback holds all that the first one had allocated.
+        release_memory()
         engine = make(replace(options, weight_slots=0))
     identity = describe(engine)
     known = read_costs(cache_dir, identity)

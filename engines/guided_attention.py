@@ -35,12 +35,13 @@ class CallGuides:
 
     def picture(self) -> Tensor:
         """Mean of the masks at the latents' resolution, [N, height, width]."""
-        total = torch.zeros(())
+        grids: list[Tensor] = []
         for mask in self.masks.values():
             scale = round((self.height * self.width / mask.shape[1]) ** 0.5)
             grid = mask.view(-1, 1, self.height // scale, self.width // scale)
-            total = total.to(mask) + functional.interpolate(grid, (self.height, self.width), mode="nearest")[:, 0]
-        return total / max(1, len(self.masks))
+            grids.append(functional.interpolate(grid, (self.height, self.width), mode="nearest")[:, 0])
+        # Not from a zero of the host's: to bring that to a GPU, the host would wait for the whole call.
+        return sum(grids[1:], grids[0]) / len(grids) if grids else torch.zeros(())
 
 
 class SharedSelfAttention:

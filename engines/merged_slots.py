@@ -8,12 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hueshift.adapters.layout import BaseLayout
 from hueshift.engines.cuda_lane import GraphLane, Mark, Work
 from hueshift.engines.interface import EngineRow
-from hueshift.engines.merged_weights import WeightWriter, WrittenMatrix
+from hueshift.engines.merged_weights import WeightWriter, WrittenMatrix, hollow
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text_side import is_text_side
@@ -59,7 +60,8 @@ class MergedSlots:
         weights = dict(pristine.named_parameters())
         writer: WeightWriter | None = None
         for number, network in enumerate(networks):
-            matrices, norms = own_weights(layout, factors, weights, network)
+            # The first packs the factors, and the others write with its packed ones.
+            matrices, norms = own_weights(layout, factors if number == 0 else None, weights, network)
             writer = WeightWriter(layout, rows, matrices, norms, like=writer)
             write = self._writing(writer, capture=capture)
             self._free.append(WeightSlot(f"merged {number}", network, write))
@@ -134,6 +136,8 @@ class MergedSlots:
         """A function that writes a row: the copy of the row, then the launches, as one graph where it can be."""
         launch: Work = writer.launch
         if capture:
+            # The tables and the weights were written on the lane that this runs in.
+            self._aside.after(self._lane.mark())
             with self._aside.apart():
                 launch()
             launch = self._aside.capture(writer.launch)
@@ -146,11 +150,12 @@ class MergedSlots:
 
 
 def own_weights(
-    layout: BaseLayout, factors: SpectralFactors, pristine: Mapping[str, Tensor], network: nn.Module
+    layout: BaseLayout, factors: SpectralFactors | None, pristine: Mapping[str, Tensor], network: nn.Module
 ) -> tuple[list[WrittenMatrix], dict[str, Tensor]]:
     """Give a network weights of its own where adapters write, and the pristine ones elsewhere.
 
-    `pristine` are the base's parameters by the network's names (`unet.<layer>.weight`). Returns what writes them.
+    `pristine` are the base's parameters by the network's names (`unet.<layer>.weight`). Returns what writes them;
+    without `factors`, for a writer that shares another's, their places are hollow.
     """
     matrices: list[WrittenMatrix] = []
     norms: dict[str, Tensor] = {}
@@ -165,8 +170,13 @@ def own_weights(
         if is_text_side(matrix.name):
             continue
         base, out = (weights[f"unet.{matrix.name}.weight"].detach() for weights in (pristine, parameters))
-        u, vh = (part[matrix.name].to(out.device, out.dtype).contiguous() for part in (factors.u, factors.vh))
-        sigma, offset = factors.sigma[matrix.name].to(out.device), layout.matrix_offsets[matrix.name]
+        offset = layout.matrix_offsets[matrix.name]
+        if factors is None:
+            u, vh = hollow(out, matrix.rows, matrix.rank), hollow(out, matrix.rank, matrix.cols)
+            sigma = torch.zeros(matrix.rank, device=out.device)
+        else:
+            u, vh = (part[matrix.name].to(out.device, out.dtype).contiguous() for part in (factors.u, factors.vh))
+            sigma = factors.sigma[matrix.name].to(out.device)
         matrices.append(WrittenMatrix(matrix.name, SpectralLayer(u, sigma, vh, base, out, offset)))
     for norm in layout.norms:
         norms[norm.name] = parameters[f"unet.{norm.name}.weight"].detach()
