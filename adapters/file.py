@@ -13,16 +13,15 @@ newer file by its version.
 import io
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, EncoderChange, LowRankFactors
 from hueshift.adapters.container import DTYPES, ContainerHeader, TensorEntry, header_length, parse_header
 from hueshift.adapters.errors import InvalidArgument, Reason
-from hueshift.adapters.layout import BaseLayout, is_encoder_layer
+from hueshift.adapters.layout import BaseLayout, split_layers
 from hueshift.adapters.tensors import TORCH_DTYPES, pack, read_tensor
 from hueshift.adapters.text_parts import (
     has_text_side,
@@ -44,7 +43,6 @@ from hueshift.adapters.validate import (
 
 # Enough to recognise a tar archive, whose mark lies at byte 257.
 _START = 512
-_T = TypeVar("_T")
 
 
 def write_adapter(adapter: Adapter) -> bytes:
@@ -100,9 +98,9 @@ def read_adapter(data: bytes | Path, layout: BaseLayout, limits: FileLimits) -> 
         def read(entry: TensorEntry) -> Tensor:
             return read_tensor(file, container.data_begin, entry)
 
-        spectral, encoder_spectral = _split({layer: read(entry) for layer, entry in plan.spectral.items()})
-        norm, encoder_norm = _split({layer: read(entry) for layer, entry in plan.norm.items()})
-        lowrank, encoder_lowrank = _split(
+        spectral, encoder_spectral = split_layers({layer: read(entry) for layer, entry in plan.spectral.items()})
+        norm, encoder_norm = split_layers({layer: read(entry) for layer, entry in plan.norm.items()})
+        lowrank, encoder_lowrank = split_layers(
             {layer: LowRankFactors(read(a), read(b), header.scales[layer]) for layer, (a, b) in plan.lowrank.items()}
         )
         return Adapter(
@@ -127,12 +125,6 @@ def peek_header(data: bytes | Path, limits: FileLimits | None = None) -> Adapter
     """Read only what a file says of itself, whatever its base model. Raises InvalidArgument as `read_adapter`."""
     with _open(data) as file:
         return _read_headers(file, limits or FileLimits())[1]
-
-
-def _split(parts: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]:
-    """Parts of the UNet, and those of the text encoders."""
-    unet = {layer: part for layer, part in parts.items() if not is_encoder_layer(layer)}
-    return unet, {layer: part for layer, part in parts.items() if layer not in unet}
 
 
 def _open(data: bytes | Path) -> io.BufferedIOBase:

@@ -4,13 +4,15 @@ The order of layers is the order of `named_modules()` of the UNet, which diffuse
 hash ties an adapter to the weights themselves, because singular vectors of other weights mean something else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import TypeVar
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 """First part of the names of text encoder layers: the folders that diffusers keeps them in, the second one SDXL's."""
 
+_T = TypeVar("_T")
 _RUN_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
@@ -127,3 +129,9 @@ class BaseLayout:
 def is_encoder_layer(name: str) -> bool:
     """True for names of text encoder layers."""
     return name.partition(".")[0] in ENCODERS
+
+
+def split_layers(parts: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]:
+    """Return what belongs to layers of the UNet, and what to those of text encoders."""
+    unet = {name: part for name, part in parts.items() if not is_encoder_layer(name)}
+    return unet, {name: part for name, part in parts.items() if name not in unet}

@@ -45,6 +45,13 @@ def locate_weights(encoders: Sequence[nn.Module]) -> dict[str, tuple[int, str]]:
     }
 
 
+def encoder_parameters(base: "BaseModel") -> dict[str, Tensor]:
+    """Weights of the adaptable layers by the layout's names with `.weight` behind them."""
+    encoders = encoders_of(base)
+    places = locate_weights(encoders)
+    return {f"{name}.weight": encoders[number].get_parameter(parameter) for name, (number, parameter) in places.items()}
+
+
 def _adaptable(number: int, encoder: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for path, module in encoder.named_modules():
         matrix = isinstance(module, nn.Linear) and _LAYERS in path

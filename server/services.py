@@ -14,6 +14,7 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_setup import planner_of
+from hueshift.engines.encoder_layers import encoder_parameters
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import SlotCache
 from hueshift.engines.residency_host import HostCache, RowCache
@@ -93,7 +94,7 @@ class ServiceSet:
             self.scheduler, stores.adapters, base, limits, settings.server, clock, engine
         )
         formats = AdapterFormats(
-            ImportBase(base.layout, dict(base.unet.named_parameters())),
+            ImportBase(base.layout, {**dict(base.unet.named_parameters()), **encoder_parameters(base)}),
             parts.rows.served_ranks,
         )
         self._adapters = AdapterService(stores.adapters, base.layout, limits, self.scheduler, clock, formats)

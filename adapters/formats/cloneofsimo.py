@@ -6,6 +6,7 @@ cross-attention (later versions: feed-forward last, which the shapes tell). Real
 program confirm it. The change is up times down; a scale is chosen when it is used, so ours is 1.
 """
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ from hueshift.adapters.layout import BaseLayout, MatrixLayer
 _KEY = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)")
 _ATTENTION = ("CrossAttention", "Attention")
 _CLASSES = (*_ATTENTION, "GEGLU", "ResnetBlock2D")
+_CLIP_CLASSES = ["CLIPAttention"]
+_CLIP_PROJECTIONS = ("k_proj", "v_proj", "q_proj", "out_proj")
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _ORDERS = (("attn1", "ff.net.0", "attn2"), ("attn1", "attn2", "ff.net.0"))
 
@@ -27,17 +30,18 @@ _ORDERS = (("attn1", "ff.net.0", "attn2"), ("attn1", "attn2", "ff.net.0"))
 def read(draft: Draft, source: ForeignFile) -> None:
     """Add every numbered pair to the draft."""
     pairs: dict[int, dict[str, str]] = {}
+    text_pairs: dict[int, dict[str, str]] = {}
     for key in source.entries:
         found = _KEY.fullmatch(key)
         if found and found[1] == "text_encoder":
-            source.skip(key)
-            draft.leave_out([key], TEXT_ENCODER)
+            text_pairs.setdefault(int(found[2]), {})[found[3]] = key
         elif found:
             pairs.setdefault(int(found[2]), {})[found[3]] = key
     layers = _numbered_layers(draft, source, pairs) if pairs else []
     for number in sorted(pairs):
         if number < len(layers):
             add_module(draft, ForeignModule(layers[number].name, pairs[number], source), lambda _rank: 1.0)
+    _read_encoder(draft, source, text_pairs)
     take_words(draft, source)
 
 
@@ -56,6 +60,21 @@ def _numbered_layers(draft: Draft, source: ForeignFile, pairs: dict[int, dict[st
         return len(pairs) - fits
 
     return min(orders, key=misfits)
+
+
+def _read_encoder(draft: Draft, source: ForeignFile, pairs: dict[int, dict[str, str]]) -> None:
+    """Add the pairs of the text encoder, whose attention CLIP holds as keys, values, queries and output."""
+    attentions = [layer.name for layer in draft.base.layout.encoder_matrices if ".self_attn." in layer.name]
+    blocks = dict.fromkeys(name.rpartition(".")[0] for name in attentions)
+    layers = [f"{block}.{projection}" for block in blocks for projection in _CLIP_PROJECTIONS]
+    counted = parse_json(source.metadata.get("text_encoder", json.dumps(_CLIP_CLASSES)), "the metadata 'text_encoder'")
+    for number, keys in sorted(pairs.items()):
+        if counted == _CLIP_CLASSES and number < len(layers):
+            add_module(draft, ForeignModule(layers[number], keys, source), lambda _rank: 1.0)
+            continue
+        for key in keys.values():
+            source.skip(key)
+            draft.leave_out([key], TEXT_ENCODER)
 
 
 def _classes(source: ForeignFile) -> list[str]:

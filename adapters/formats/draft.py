@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hueshift.adapters.adapter import Adapter, AdapterKind, GatedEdit, LowRankFactors, TokenMapper
+from hueshift.adapters.adapter import Adapter, AdapterKind, EncoderChange, GatedEdit, LowRankFactors, TokenMapper
 from hueshift.adapters.container import invalid
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
 from hueshift.adapters.formats.compress import Product, compress, compress_product, product_norm
 from hueshift.adapters.formats.report import MAX_NAMED, ConvertedLayer, ImportReport, LeftOut, name_some
-from hueshift.adapters.formats.spelling import LayerNames, Part, split_part
-from hueshift.adapters.layout import BaseLayout, MatrixLayer
+from hueshift.adapters.formats.spelling import EncoderNames, LayerNames, Part, split_part
+from hueshift.adapters.layout import BaseLayout, MatrixLayer, is_encoder_layer, split_layers
 from hueshift.adapters.text_parts import check_edit, check_text_parts
 from hueshift.adapters.validate import FileLimits
 from hueshift.adapters.words import check_word
@@ -21,7 +21,7 @@ from hueshift.adapters.words import check_word
 DEFAULT_RANK = 16
 """Rank of what is not low-rank by nature, unless the caller says otherwise: the default of engine.lowrank_rank."""
 
-TEXT_ENCODER = "it changes the text encoder; only the UNet and learned words are adapted here"
+TEXT_ENCODER = "it changes the text encoder, in a part or in a form that is not adapted here"
 BIAS = "it changes a bias; biases are not adapted here"
 NEGATIVE = "-neg"
 """What the negative word of a pair ends in, as DreamArtist (Dong et al. 2022) names the two."""
@@ -30,7 +30,8 @@ NO_BRANCH = "this server's engine has no low-rank branch on these layers (settin
 
 @dataclass(frozen=True)
 class ImportBase:
-    """The base model that a file is to be bound to: its layout, and its UNet's parameters by name.
+    """The base model that a file is to be bound to: its layout, and its UNet's parameters by name, with those of text
+    encoders under the layout's names.
 
     Formats that hold whole weights, magnitudes or singular values of norms need the parameters; without them such files
     are refused.
@@ -40,7 +41,7 @@ class ImportBase:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parameter(self, name: str) -> Tensor:
-        """Return a parameter of the base UNet. Raises FailedPrecondition (ADAPTER_BASE_MISMATCH) without it."""
+        """Return a parameter of the base. Raises FailedPrecondition (ADAPTER_BASE_MISMATCH) without it."""
         found = self.parameters.get(name)
         if found is None:
             raise FailedPrecondition(
@@ -76,9 +77,10 @@ class Draft:
         self.base = base
         self.options = options
         self.limits = limits
-        self.names = LayerNames(base.layout)
-        self.matrices = {layer.name: layer for layer in base.layout.matrices}
-        self.norm_sizes = {layer.name: layer.size for layer in base.layout.norms}
+        layout = base.layout
+        self.names, self.encoder_names = LayerNames(layout), EncoderNames(layout)
+        self.matrices = {layer.name: layer for layer in (*layout.matrices, *layout.encoder_matrices)}
+        self.norm_sizes = {layer.name: layer.size for layer in (*layout.norms, *layout.encoder_norms)}
         self.notes: list[str] = []
         self._layers: dict[str, ConvertedLayer] = {}
         self._lowrank: dict[str, LowRankFactors] = {}
@@ -94,7 +96,7 @@ class Draft:
     def locate(self, module: str) -> str | None:
         """Return the base layer of a foreign module name with its prefix; None for other networks and unknown names."""
         part, name = split_part(module)
-        return self.names.find(name) if part is Part.UNET else None
+        return self.names.find(name) if part is Part.UNET else self.encoder_names.find(module)
 
     def add_product(self, layer: MatrixLayer, a: Tensor, b: Tensor, scale: float, form: str) -> None:
         """Add scale * b a: kept as it is, value for value, unless its rank is above the wanted or the possible one."""
@@ -203,19 +205,23 @@ class Draft:
             raise invalid(f"nothing of it has an effect here: {why or 'it changes nothing'}")
         order = {name: place for place, name in enumerate((*self.matrices, *self.norm_sizes))}
         layers = tuple(sorted(self._layers.values(), key=lambda layer: order[layer.layer]))
+        spectral, encoder_spectral = split_layers(self._spectral)
+        norm, encoder_norm = split_layers(self._norm)
+        lowrank, encoder_lowrank = split_layers(self._lowrank)
         adapter = Adapter(
             kind=self._kind,
             base_hash=self.base.layout.base_hash,
             method=format_name,
-            spectral=self._spectral,
-            norm=self._norm,
-            lowrank=self._lowrank,
+            spectral=spectral,
+            norm=norm,
+            lowrank=lowrank,
             tokens=self._tokens,
             identifier=self._identifier,
             token_grids=self._grids,
             mappers=self._mappers,
             kv=self._kv,
             gated=self._gated,
+            encoder=EncoderChange(encoder_spectral, encoder_norm, encoder_lowrank),
         )
         check_text_parts(adapter, self.base.layout, self.limits)
         return adapter, ImportReport(format_name, layers, self._words, left_out, tuple(self.notes))
@@ -251,7 +257,8 @@ class Draft:
         self._layers[layer.layer] = layer
 
     def _drop_unserved(self, served: Collection[str]) -> None:
-        dropped = [name for name in self._lowrank if name not in served]
+        # Text encoders run no branches: their weights are put together, whatever the rank.
+        dropped = [name for name in self._lowrank if name not in served and not is_encoder_layer(name)]
         for name in dropped:
             del self._lowrank[name]
             lost = self._layers[name]

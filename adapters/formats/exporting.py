@@ -63,5 +63,8 @@ def _refuse_text_side(adapter: Adapter, form: ExportForm, left: Leftovers) -> No
     left.refuse("words with embeddings by layer or stage", adapter.token_grids)
     left.refuse("words made by a mapper", adapter.mappers)
     left.refuse("gated edits", adapter.gated)
+    if form is not ExportForm.KOHYA:
+        encoder = adapter.encoder
+        left.refuse("changes of the text encoder", [*encoder.spectral, *encoder.norm, *encoder.lowrank])
     if form is not ExportForm.CUSTOM_DIFFUSION:
         left.refuse("deltas of keys and values", adapter.kv)

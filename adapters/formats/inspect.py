@@ -10,9 +10,11 @@ from hueshift.adapters.container import PREFIX, ContainerHeader, TensorEntry, he
 from hueshift.adapters.formats.detect import Format, detect, numbered_words
 from hueshift.adapters.formats.norms import part_norms
 from hueshift.adapters.formats.spelling import Part, split_part
+from hueshift.adapters.layout import is_encoder_layer
 from hueshift.adapters.validate import AdapterHeader, FileLimits, read_adapter_header
 
 _START = 512
+_BY_LAYER = ("spectral", "norm", "lowrank", "kv")
 # The tensor of a module that tells its rank, and on which side of it the rank stands.
 _RANK_TENSORS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"[._]lora_?\.?(?:A(?:\.[\w-]+)?|down|linear_layer\.down)\.weight$"), 0),
@@ -101,7 +103,7 @@ def inspect(data: bytes) -> FileFacts:
         norms=part_norms(data, header, own.scales) if own else {},
         class_noun=own.class_noun if own else "",
         dtypes=dict(sorted(Counter(entry.dtype for entry in entries).items())),
-        networks={} if own else _networks(found, header),
+        networks=_own_networks(header) if own else _networks(found, header),
         metadata={} if own else _texts(header),
     )
 
@@ -171,6 +173,13 @@ def _texts(header: ContainerHeader) -> dict[str, str]:
     found = {name: text for name, text in sorted(header.metadata.items()) if len(text) <= _MAX_TEXT}
     # cloneofsimo's file repeats the rank of every layer.
     return {name: text for name, text in found.items() if not re.search(r":\d+:rank$", name)}
+
+
+def _own_networks(header: ContainerHeader) -> dict[str, int]:
+    """Told where the text encoder is among them; the names of our own files begin with what a tensor is."""
+    layers = [rest for group, _, rest in (name.partition("/") for name in header.tensors) if group in _BY_LAYER]
+    text = sum(map(is_encoder_layer, layers))
+    return {Part.UNET.value: len(layers) - text, Part.TEXT.value: text} if text else {}
 
 
 def _networks(found: Format, header: ContainerHeader) -> dict[str, int]:

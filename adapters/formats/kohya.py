@@ -5,6 +5,8 @@ encoder. Endings are lora_down, lora_up and lora_mid with `.weight`, alpha, dora
 w_norm and b_norm. Learned words may travel along as `bundle_emb.<word>.string_to_param.*`.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from hueshift.adapters.formats.modules import ROLES, add_module, alpha_scale
 from hueshift.adapters.formats.source import ForeignFile
 from hueshift.adapters.formats.spelling import Part, split_part
 from hueshift.adapters.formats.words import take_words
-from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.layout import ENCODERS, BaseLayout
 from hueshift.adapters.tensors import pack
 
 _ROLE_OF = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid"} | {
@@ -29,7 +31,7 @@ def read(draft: Draft, source: ForeignFile) -> None:
     modules: dict[str, dict[str, str]] = {}
     for key in source.entries:
         module, _, ending = key.partition(".")
-        if split_part(module)[0] is Part.TEXT:
+        if split_part(module)[0] is Part.TEXT and draft.locate(module) is None:
             source.skip(key)
             draft.leave_out([key], TEXT_ENCODER)
         elif ending in _ROLE_OF and draft.locate(module) is not None:
@@ -44,25 +46,37 @@ def read(draft: Draft, source: ForeignFile) -> None:
 
 def write(adapter: Adapter, layout: BaseLayout, left: Leftovers) -> bytes:
     """Write low-rank parts, norm shifts and words. alpha is scale * rank, as a kohya program divides it again."""
-    left.refuse("spectral shifts", adapter.spectral)
+    encoder, flat = adapter.encoder, _Flat(two_encoders=len(layout.token_parts) > 1)
+    left.refuse("spectral shifts", [*adapter.spectral, *encoder.spectral])
+    lowrank, norms = {**adapter.lowrank, **encoder.lowrank}, {**adapter.norm, **encoder.norm}
     tensors: dict[str, Tensor] = {}
-    for layer in layout.matrices:
-        if layer.name in adapter.lowrank:
-            part, name = adapter.lowrank[layer.name], _flat(layer.name)
+    for layer in (*layout.matrices, *layout.encoder_matrices):
+        if layer.name in lowrank:
+            part, name = lowrank[layer.name], flat(layer.name)
             kernel = (1, 1) if layer.is_conv else ()
             tensors[f"{name}.lora_down.weight"] = part.a.reshape(part.rank, *layer.weight_shape[1:])
             tensors[f"{name}.lora_up.weight"] = part.b.reshape(layer.rows, part.rank, *kernel)
             tensors[f"{name}.alpha"] = torch.tensor(part.scale * part.rank)
-    for layer_name, shift in adapter.norm.items():
-        tensors[f"{_flat(layer_name)}.w_norm"] = shift
+    for layer_name, shift in norms.items():
+        tensors[f"{flat(layer_name)}.w_norm"] = shift
     for word, vectors in adapter.tokens.items():
         tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors
-    ranks = {part.rank for part in adapter.lowrank.values()}
-    metadata = {"ss_network_module": "lycoris.kohya" if adapter.norm else "networks.lora"}
+    ranks = {part.rank for part in lowrank.values()}
+    metadata = {"ss_network_module": "lycoris.kohya" if norms else "networks.lora"}
     if len(ranks) == 1:
         metadata["ss_network_dim"] = str(ranks.pop())
     return pack(tensors, {**metadata, BASE_HASH_KEY: adapter.base_hash})
 
 
-def _flat(layer: str) -> str:
-    return f"lora_unet_{layer.replace('.', '_')}"
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """Names of layers as kohya programs write them."""
+
+    two_encoders: bool
+
+    def __call__(self, layer: str) -> str:
+        encoder, _, path = layer.partition(".")
+        if encoder not in ENCODERS:
+            return f"lora_unet_{layer.replace('.', '_')}"
+        number = str(ENCODERS.index(encoder) + 1) if self.two_encoders else ""
+        return f"lora_te{number}_text_model_{path.replace('.', '_')}"

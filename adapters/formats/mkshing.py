@@ -27,11 +27,10 @@ def read(draft: Draft, source: ForeignFile) -> None:
     for key in source.entries:
         if not key.endswith(_ENDING):
             continue
-        if split_part(key)[0] is Part.TEXT:
+        layer = draft.locate(key.removesuffix(_ENDING))
+        if layer is None and split_part(key)[0] is Part.TEXT:
             source.skip(key)
             draft.leave_out([key], TEXT_ENCODER)
-            continue
-        layer = draft.locate(key.removesuffix(_ENDING))
         if layer is None:
             continue
         shift = source.read(key)

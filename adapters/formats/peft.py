@@ -23,7 +23,7 @@ from hueshift.adapters.formats.peft_config import PeftConfig, find_config
 from hueshift.adapters.formats.source import ForeignFile
 from hueshift.adapters.formats.spelling import Part, split_part
 from hueshift.adapters.formats.words import take_words
-from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.layout import ENCODERS, BaseLayout, is_encoder_layer
 from hueshift.adapters.tensors import pack
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -51,21 +51,22 @@ def read(draft: Draft, source: ForeignFile) -> None:
     """Add every module of the file to the draft."""
     modules: dict[str, dict[str, str]] = {}
     for key in source.entries:
-        if split_part(key)[0] is Part.TEXT:
+        found = _split(key)
+        located = found is not None and draft.locate(found[0]) is not None
+        if split_part(key)[0] is Part.TEXT and not located:
             source.skip(key)
             draft.leave_out([key], TEXT_ENCODER)
-            continue
-        found = _split(key)
-        if found is not None and draft.locate(found[0]) is not None:
+        elif found is not None and located:
             modules.setdefault(found[0], {})[found[1]] = key
-    config = find_config(source, METADATA_KEY)
-    if config is None and modules and not any("alpha" in keys for keys in modules.values()):
+    configs = {network: find_config(source, METADATA_KEY, network) for network in ("unet", *ENCODERS)}
+    if not any(configs.values()) and modules and not any("alpha" in keys for keys in modules.values()):
         draft.notes.append("the file has no configuration and no alpha: its products are taken with scale 1")
     for module, keys in modules.items():
         layer = draft.locate(module)
         if layer is not None:
             foreign = ForeignModule(layer, keys, source)
-            add_module(draft, foreign, _scale_of(foreign, split_part(module)[1], config))
+            network = layer.partition(".")[0] if is_encoder_layer(layer) else "unet"
+            add_module(draft, foreign, _scale_of(foreign, split_part(module)[1], configs[network]))
     take_words(draft, source)
 
 

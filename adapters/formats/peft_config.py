@@ -39,17 +39,19 @@ class PeftConfig:
         return alpha / (math.sqrt(known) if self.rslora else known)
 
 
-def find_config(source: "ForeignFile", metadata_key: str) -> PeftConfig | None:
+def find_config(source: "ForeignFile", metadata_key: str, network: str = "unet") -> PeftConfig | None:
     """Return the configuration that the file carries; None if it carries none.
 
-    diffusers puts `unet.` before each field when a file may hold several networks. Raises InvalidArgument
+    diffusers puts `unet.`, `text_encoder.` or the like before each field when a file may hold several networks, and
+    the `network`'s are those that count then. Raises InvalidArgument
     (ADAPTER_FILE_INVALID) naming a field that is wrong or unknown in its meaning.
     """
     fields = source.json(FOLDER_KEY)
     if fields is None:
         fields = source.json(metadata_key)
         if fields is not None and not any(key in fields for key in ("r", "lora_alpha")):
-            fields = {key.removeprefix("unet."): value for key, value in fields.items() if key.startswith("unet.")}
+            prefix = f"{network}."
+            fields = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
     if not fields:
         return None
     kind = fields.get("peft_type", "LORA")

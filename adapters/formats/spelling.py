@@ -1,14 +1,15 @@
 """What other programs call the layers of the base model. One table for every format; torch is not needed.
 
-A layer may be written as diffusers does (`down_blocks.0.resnets.0.conv1`), as the first Stable Diffusion code did
-(`input_blocks.1.0.in_layers.2`), and either of them with `_` for `.` (kohya, LyCORIS).
+A layer of the UNet may be written as diffusers does (`down_blocks.0.resnets.0.conv1`), as the first Stable Diffusion
+code did (`input_blocks.1.0.in_layers.2`), and either of them with `_` for `.` (kohya, LyCORIS). A layer of a text
+encoder is written as transformers does, or with `_` too.
 """
 
 import re
 from collections.abc import Iterator
 from enum import StrEnum
 
-from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.layout import ENCODERS, BaseLayout
 
 
 class Part(StrEnum):
@@ -27,6 +28,11 @@ _TEXT_PREFIX = re.compile(
     r"^(?:base_model\.model\.)?(?:lora_te\d?_|lycoris_te\d?_|lycoris_text_model_|text_encoder(?:_2)?[.:]|te\d?\.|"
     r"text_model\.|cond_stage_model\.|conditioner\.)"
 )
+_ENCODER_NUMBER = re.compile(r"^(?:base_model\.model\.)?(?:lora_te|lycoris_te|te|text_encoder_)(\d)")
+# What transformers' classes put before the layers, and what PEFT puts before that.
+_TEXT_ROOT = re.compile(r"^(?:base_model\.model\.)?(?:text_model[._])?")
+# Projections as the first diffusers with LoRA named them in text encoders too.
+_FIRST_DIFFUSERS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 _OTHER_PREFIX = re.compile(
     r"^(?:vae\.|first_stage_model\.|model_ema\.|denoiser\.|safety_checker\.|betas$|alphas_|sqrt_|log_one_|posterior_)"
 )
@@ -77,6 +83,30 @@ class LayerNames:
     def find(self, foreign: str) -> str | None:
         """Return the layer of a name without its network's prefix; None if there is none, or more than one."""
         return self._layer_of.get(foreign)
+
+
+class EncoderNames:
+    """Finds the layer of a text encoder that a foreign name means."""
+
+    def __init__(self, layout: BaseLayout) -> None:
+        self._layer_of: dict[tuple[str, str], str] = {}
+        for name in layout.encoder_names():
+            encoder, _, path = name.partition(".")
+            block, _, last = path.rpartition(".")
+            paths = [path] + ([f"{block}.{_FIRST_DIFFUSERS[last]}"] if last in _FIRST_DIFFUSERS else [])
+            for spelling in paths:
+                self._layer_of |= {(encoder, spelling): name, (encoder, _flat(spelling)): name}
+
+    def find(self, foreign: str) -> str | None:
+        """Return the layer of a name with its network's prefix; None if there is none."""
+        part, name = split_part(foreign)
+        if part is not Part.TEXT:
+            return None
+        numbered = _ENCODER_NUMBER.match(foreign)
+        number = int(numbered[1]) if numbered else 1
+        if not 1 <= number <= len(ENCODERS):
+            return None
+        return self._layer_of.get((ENCODERS[number - 1], _TEXT_ROOT.sub("", name)))
 
 
 def _flat(name: str) -> str:
