@@ -109,6 +109,7 @@ class ServiceSet:
             estimate=lambda spec: speeds.estimate(base.base_hash, spec),
             on_retry=metrics.job_retries.inc,
         )
+        self._following: asyncio.Task[None] | None = None
         self._models = ModelService(base, engine, settings)
         self._supervisor = Supervisor(settings, jobs=stores.jobs, folders=stores.folders, metrics=metrics, clock=clock)
 
@@ -123,7 +124,8 @@ class ServiceSet:
     async def start(self) -> None:
         """Start the step loop, bring the pinned adapters in, start the workers."""
         self.scheduler.start()
-        pinned = await self._adapters.warm_pinned()
+        pinned = await self._adapters.pins.follow()
+        self._following = asyncio.create_task(self._adapters.pins.keep(), name="pins")
         await self._supervisor.start()
         structlog.get_logger().info("services started", pinned_adapters=pinned)
 
@@ -138,4 +140,7 @@ class ServiceSet:
 
     async def close(self) -> None:
         """Stop the step loop. Requests that are still in it end with Unavailable (DRAINING)."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         await asyncio.to_thread(self.scheduler.close)

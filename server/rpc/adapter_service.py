@@ -7,11 +7,12 @@ from typing import Any, Protocol, TypeVar
 import grpc
 import structlog
 
-from hueshift.adapters.errors import HueshiftError, InvalidArgument, NotFound
+from hueshift.adapters.errors import InvalidArgument, NotFound
 from hueshift.adapters.formats.draft import ImportBase
 from hueshift.adapters.layout import BaseLayout
 from hueshift.server.clock import Clock
 from hueshift.server.logs import tenant_hash
+from hueshift.server.pins import Mix, Pins
 from hueshift.server.rpc.adapter_changes import AdapterChanges, Deletion, Imported
 from hueshift.server.rpc.adapter_import import AdapterFormats, is_own_form
 from hueshift.server.rpc.adapter_messages import to_message
@@ -24,7 +25,6 @@ from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.v1 import adapters_pb2 as pb
 from hueshift.v1 import adapters_pb2_grpc
 
-Mix = tuple[tuple[str, float], ...]
 T = TypeVar("T")
 
 
@@ -65,14 +65,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._changes = AdapterChanges(store, self._formats, layout, limits)
         self._limits = limits
         self._scheduler = scheduler
+        self.pins = Pins(store, scheduler)
         self._clock = clock
         self._log = structlog.get_logger()
         self._unfinished: set[asyncio.Task[Any]] = set()
-
-    async def warm_pinned(self) -> int:
-        """Load and pin what was pinned when the server stopped. Returns how many; those that fail are logged."""
-        records = await asyncio.to_thread(self._store.pinned)
-        return sum([await self._try_warm(record, record.newest.content_hash, pin=True) for record in records])
 
     async def ImportAdapter(
         self,
@@ -191,8 +187,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         record, before = stored.record, stored.before
         if before is not None and before.pinned and before.newest.content_hash != record.newest.content_hash:
             # The pin is the adapter's, so it moves to the new revision.
-            await self._try_warm(record, record.newest.content_hash, pin=True)
-            await self._try_warm(before, before.newest.content_hash, pin=False)
+            await self.pins.follow()
         self._log.info(
             event,
             tenant_hash=tenant_hash(record.tenant),
@@ -220,6 +215,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def _warm(self, record: AdapterRecord, revision: RevisionRecord, pin: bool | None) -> pb.WarmAdapterResponse:
         loaded = await self._scheduler.warm(((revision.content_hash, 1.0),), pin)
         if pin is not None:
+            if pin:
+                self.pins.note(record.tenant, record.adapter_id, revision.content_hash)
             try:
                 record = await asyncio.to_thread(self._store.set_pinned, record.tenant, record.adapter_id, pin)
             except NotFound:
@@ -227,14 +224,6 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 self._scheduler.drop_adapter(adapter_name(record.tenant, record.adapter_id), [revision.content_hash])
                 raise
         return pb.WarmAdapterResponse(adapter=self._message(record), loaded=loaded)
-
-    async def _try_warm(self, record: AdapterRecord, content_hash: str, *, pin: bool) -> bool:
-        try:
-            await self._scheduler.warm(((content_hash, 1.0),), pin)
-        except HueshiftError as error:
-            self._log.warning("pin failed", tenant_hash=tenant_hash(record.tenant), pin=pin, reason=error.reason)
-            return False
-        return True
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end even if the caller leaves: rows that are gone must not stay served, nor files stay behind."""

@@ -22,7 +22,8 @@ from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.server.auth import Authenticator
 from hueshift.server.clock import SystemClock
 from hueshift.server.metrics import Metrics
-from hueshift.server.rpc.adapter_service import AdapterService, Mix
+from hueshift.server.pins import Mix
+from hueshift.server.rpc.adapter_service import AdapterService
 from hueshift.server.rpc.gate import Gate
 from hueshift.server.rpc.interceptors import make_interceptors
 from hueshift.server.settings import LimitSettings, ServerSettings

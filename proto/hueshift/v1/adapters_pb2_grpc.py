@@ -135,7 +135,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WarmAdapter(self, request, context):
-        """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted.
+        """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted. A pin is the
+        adapter's: it follows the newest revision, within seconds of a job that publishes one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

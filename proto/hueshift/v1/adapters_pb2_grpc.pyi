@@ -54,7 +54,9 @@ class AdapterServiceStub:
     can be had in a Generate request without storing anything.
     """
     WarmAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.WarmAdapterRequest, _adapters_pb2.WarmAdapterResponse]
-    """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted."""
+    """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted. A pin is the
+    adapter's: it follows the newest revision, within seconds of a job that publishes one.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -82,7 +84,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     can be had in a Generate request without storing anything.
     """
     WarmAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.WarmAdapterRequest, _adapters_pb2.WarmAdapterResponse]  # type: ignore[assignment]
-    """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted."""
+    """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted. A pin is the
+    adapter's: it follows the newest revision, within seconds of a job that publishes one.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Manages adapters. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND."""
@@ -155,6 +159,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.WarmAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.WarmAdapterResponse, _abc.Awaitable[_adapters_pb2.WarmAdapterResponse]]:
-        """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted."""
+        """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted. A pin is the
+        adapter's: it follows the newest revision, within seconds of a job that publishes one.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

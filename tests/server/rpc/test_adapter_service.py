@@ -154,10 +154,11 @@ async def test_pins_come_back_after_a_restart(tmp_path: Path) -> None:
         store.adapters.set_pinned("acme", adapter_id, adapter_id != "b")
     residents = FakeResidents()
     service = AdapterService(store.adapters, LAYOUT, LimitSettings(), residents, SystemClock())
-    assert await service.warm_pinned() == 2
+    assert await service.pins.follow() == 2
     assert residents.pins == {store.adapters.get("acme", adapter_id).newest.content_hash for adapter_id in ("a", "c")}
     residents.refuse = True
-    assert await service.warm_pinned() == 0
+    refused = AdapterService(store.adapters, LAYOUT, LimitSettings(), residents, SystemClock())
+    assert await refused.pins.follow() == 0
     store.database.close()
 
 

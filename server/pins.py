@@ -1,0 +1,105 @@
+"""Pinned adapters stay in the engine: each by its newest revision, whoever made that, and on every server of a store.
+
+A pin is the adapter's. A fine-tuning job that publishes a revision is another process, and so may be the server that
+was asked to pin; so the table is looked at every few seconds, and the slots follow it.
+"""
+
+import asyncio
+from collections.abc import Sequence, Set
+from typing import Protocol
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from hueshift.adapters.errors import HueshiftError
+from hueshift.server.logs import tenant_hash
+from hueshift.server.store.adapter_records import AdapterRecord
+
+Mix = tuple[tuple[str, float], ...]
+Pin = tuple[str, str, str]
+"""Tenant, adapter id, and the content hash of the row that is pinned for it."""
+# A picture with the new revision loads it by itself; until then only the pin is late.
+EVERY_SECONDS = 2.0
+
+
+class PinTable(Protocol):
+    """The part of the adapter store that is needed here."""
+
+    def pinned(self) -> Sequence[AdapterRecord]:
+        """Return the pinned adapters of all tenants."""
+        ...
+
+
+class Slots(Protocol):
+    """The part of the scheduler that is needed here."""
+
+    async def warm(self, mix: Mix, pin: bool | None) -> bool:
+        """Load the row of a mix; True pins it, False unpins it."""
+        ...
+
+    def resident(self, content_hash: str) -> bool:
+        """Return True while a row made of that file is loaded."""
+        ...
+
+
+class Pins:
+    """What this server keeps pinned. One event loop uses it."""
+
+    def __init__(self, table: PinTable, slots: Slots) -> None:
+        self._table, self._slots = table, slots
+        self._held: set[Pin] = set()
+        # Told once: a pin that finds no slot is tried again in every round.
+        self._told: set[Pin] = set()
+        self._lock = asyncio.Lock()
+        self._log = structlog.get_logger()
+
+    def note(self, tenant: str, adapter_id: str, content_hash: str) -> None:
+        """Know of a row that was pinned for an adapter without this."""
+        self._held.add((tenant, adapter_id, content_hash))
+
+    async def follow(self) -> int:
+        """Bring the slots to what the table says; return how many adapters are pinned now.
+
+        What cannot be loaded is logged, and tried again the next time. Raises as the table does.
+        """
+        async with self._lock:
+            records = await asyncio.to_thread(self._table.pinned)
+            wanted = {(record.tenant, record.adapter_id, record.newest.content_hash) for record in records}
+            before = set(self._held)
+            for pin in sorted(wanted - before):
+                await self._pin(pin)
+            for pin in sorted(before - wanted):
+                await self._unpin(pin, {content_hash for _, _, content_hash in wanted})
+            self._told &= wanted
+            return len(self._held & wanted)
+
+    async def keep(self, every: float = EVERY_SECONDS) -> None:
+        """Follow the table until cancelled. A store that does not answer is asked again in the next round."""
+        while True:
+            await asyncio.sleep(every)
+            try:
+                await self.follow()
+            except (HueshiftError, SQLAlchemyError):
+                self._log.warning("pins not followed", exc_info=True)
+
+    async def _pin(self, pin: Pin) -> None:
+        tenant, _, content_hash = pin
+        try:
+            await self._slots.warm(((content_hash, 1.0),), True)
+        except HueshiftError as error:
+            if pin not in self._told:
+                self._told.add(pin)
+                self._log.warning("pin failed", tenant_hash=tenant_hash(tenant), reason=error.reason)
+            return
+        self._held.add(pin)
+
+    async def _unpin(self, pin: Pin, wanted: Set[str]) -> None:
+        tenant, _, content_hash = pin
+        self._held.discard(pin)
+        # Two adapters of one file share a row, and a row that is gone must not be loaded to be unpinned.
+        if content_hash in wanted or not self._slots.resident(content_hash):
+            return
+        try:
+            await self._slots.warm(((content_hash, 1.0),), False)
+        except HueshiftError as error:
+            self._log.warning("unpin failed", tenant_hash=tenant_hash(tenant), reason=error.reason)
