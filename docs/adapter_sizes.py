@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
 from hueshift.engines.base_model import read_layout
@@ -26,10 +27,11 @@ _PROSPECT_STAGES = 10
 
 
 def sd15_layout() -> BaseLayout:
-    """Layers of Stable Diffusion 1.5's UNet, from its published configuration, without weights."""
+    """Layers of Stable Diffusion 1.5's UNet and text encoder, from published configurations, without weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=WIDTH, attention_head_dim=8)
-    return read_layout(unet, "0" * 64, WIDTH)
+        encoder = CLIPTextModel(CLIPTextConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=12))
+    return read_layout(unet, "0" * 64, WIDTH, (), (encoder,))
 
 
 def lowrank_values(layers: Sequence[MatrixLayer], rank: int) -> int:
@@ -60,6 +62,14 @@ def _spectral(layout: BaseLayout) -> int:
     return sum(layer.rank for layer in layout.matrices)
 
 
+def _encoder(layout: BaseLayout) -> int:
+    return sum(layer.rank for layer in layout.encoder_matrices) + sum(norm.size for norm in layout.encoder_norms)
+
+
+def _encoder_attention(layout: BaseLayout) -> list[MatrixLayer]:
+    return [layer for layer in layout.encoder_matrices if ".self_attn." in layer.name]
+
+
 def _neti() -> int:
     first = 2 * _NETI_FREQUENCIES * _NETI_HIDDEN + 3 * _NETI_HIDDEN
     second = _NETI_HIDDEN**2 + 3 * _NETI_HIDDEN
@@ -69,6 +79,8 @@ def _neti() -> int:
 BYTES: Mapping[str, Callable[[BaseLayout], int]] = {
     "spectral": lambda layout: FP32 * layout.spectral_size,
     "spectral-mkshing": lambda layout: FP32 * (_spectral(layout) + len(layout.norms)),
+    "spectral-text": lambda layout: FP32 * _encoder(layout),
+    "lora-text-4": lambda layout: FP16 * lowrank_values(_encoder_attention(layout), 4),
     "residuals": lambda layout: FP16 * _residuals(layout),
     "lora-4": lambda layout: FP16 * lowrank_values(ending(layout, *LORA_TARGETS), 4),
     "locon-8": lambda layout: FP16 * lowrank_values(layout.matrices, 8),

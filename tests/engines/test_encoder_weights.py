@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,21 @@ from encoder_adapters import encoder_adapter, tune_encoders
 from residency_log import ResidencyLog
 from text_side_adapters import mapper
 from tiny_sdxl import save_tiny_sdxl, sdxl_parts
+from tiny_training import make_tiny_base
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, EncoderChange
 from hueshift.engines.base_model import BaseModel, load_base_model
 from hueshift.engines.conditioning import Conditioner, make_conditioner
+from hueshift.engines.denoise import Sample, advance, start_sample
 from hueshift.engines.encoder_weights import EncoderAssembly, EncoderWeights, compose_encoder
 from hueshift.engines.residency_tiers import Tier
+from hueshift.engines.rows import RowLayout, read_norms
+from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.engines.svd_cache import EncoderFactors, SpectralFactors, encoder_factors_file, load_factors
 from hueshift.engines.text import TextStage
 from hueshift.engines.text_side import TextSide, compose_text_side
+from hueshift.engines.torch_engine import TorchEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,6 +190,38 @@ def test_the_decomposition_waits_for_an_adapter_and_is_kept(base_model: BaseMode
     again = EncoderWeights(base_model, EncoderFactors(base_model, file)).get(spectral)
     assert file.stat().st_mtime_ns == written
     assert all(torch.equal(again[0][name], tensor) for name, tensor in made[0].items())
+
+
+def test_two_users_and_the_base_in_one_batch(base_model: BaseModel) -> None:
+    """Each with its own UNet row and its own text encoder: every picture as it is alone."""
+    base, factors = make_tiny_base(base_model)
+    rows = RowLayout(base.layout, (), 1, text_side=False)
+    norms = read_norms(base.layout, lambda name: base.unet.get_parameter(f"{name}.weight"))
+    engine = TorchEngine(base, factors, rows, norms, slots=3, max_batch=8, device=torch.device("cpu"))
+    conditioner, table = make_conditioner(base, factors), make_table(base.schedule, SamplerKind.DDIM, 2)
+    draw = torch.Generator().manual_seed(1)
+    users: list[Adapter] = []
+    for slot in (1, 2):
+        shifts = {m.name: 0.3 * torch.randn(m.rank, generator=draw) for m in base.layout.matrices}
+        users.append(replace(encoder_adapter(base.layout, slot), spectral=shifts))
+        engine.load_row(slot, rows.compose([(users[-1], 1.0)], factors, norms))
+
+    def sample(slot: int, *, tuned: bool = True) -> Sample:
+        mix = [(users[slot - 1] if tuned else replace(users[slot - 1], encoder=EncoderChange()), 1.0)] if slot else []
+        cross = conditioner.condition(PROMPTS, compose_text_side(mix, factors), table.timesteps.tolist()).cross
+        return start_sample(slot, (4, 8, 8), cross=cross, guidance=3.0, table=table, slot=slot, needs_factored=slot > 0)
+
+    together, alone = ([sample(slot) for slot in range(3)] for _ in range(2))
+    while any(not one.done for one in together):
+        advance(engine, together)
+    for one, other in zip(together, alone, strict=True):
+        while not other.done:
+            advance(engine, [other])
+        assert torch.allclose(one.latents, other.latents, atol=1e-4)
+    plain = sample(1, tuned=False)
+    while not plain.done:
+        advance(engine, [plain])
+    assert float((plain.latents - alone[1].latents).abs().max()) > 1e-2, "the tuned encoder must change the picture"
 
 
 def test_a_request_does_not_see_anothers_adapter(

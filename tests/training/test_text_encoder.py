@@ -29,6 +29,7 @@ from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.sharing.family import family_of
 from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.spec import Method, SubjectKind, TrainingSpec
+from hueshift.training.state import TrainingState
 from hueshift.training.words import Captions
 
 Tiny = tuple[BaseModel, SpectralFactors]
@@ -117,10 +118,11 @@ def test_before_the_first_step_every_context_is_the_bases(tiny: Tiny) -> None:
 def test_a_job_learns_and_its_adapter_serves_what_it_trained(tiny: Tiny, tmp_path: Path) -> None:
     """Twelve steps lower the loss on fixed noise; the file of what they taught conditions as the training did."""
     base, factors = tiny
-    spec = tuned_spec(steps=12, learning_rate=1e-6, norm_learning_rate=1e-6, identifier_learning_rate=0.0)
-    task, state = make_task(base, factors, spec)
-    # Rates of the test's state are all the same; only the encoder is to move here.
-    state.values.update({name: value.requires_grad_(name in (SIGMA, NORM)) for name, value in state.values.items()})
+    spec = tuned_spec(steps=12)
+    task, before_all = make_task(base, factors, spec)
+    # Only the encoder is to move here.
+    rates = {name: 0.02 * (name in (SIGMA, NORM)) for name in before_all.values}
+    state = TrainingState(before_all.values, rates, torch.Generator().manual_seed(3), spec)
     before = fixed_loss(task, state)
     for _ in range(spec.steps):
         train_step(task, state, lambda _: None)
@@ -153,7 +155,7 @@ def flat_values(tiny: Tiny, spec: TrainingSpec, adapter: Adapter) -> dict[str, T
 
 
 def test_a_stopped_job_goes_on_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
-    spec = tuned_spec(steps=5, ema_decay=0.9, gradient_accumulation=2, prior_weight=0.5, prior_images=1)
+    spec = tuned_spec(steps=5, ema_decay=0.9, gradient_accumulation=2)
     whole = run(tiny, spec, tmp_path / "whole")
     with pytest.raises(Cancelled):
         run(tiny, spec, tmp_path / "parts", Recorder(stop_at=3))
@@ -182,7 +184,7 @@ def test_class_prompts_and_dropped_captions_go_through_the_tuned_encoder(tiny: T
 def test_jobs_share_steps_with_those_whose_encoder_stays(tiny: Tiny, tmp_path: Path) -> None:
     """Each encodes its own captions, so the UNet's batch may hold both kinds."""
     base, factors = tiny
-    specs = [tuned_spec(steps=4), make_spec(steps=4, precision="fp32"), tuned_spec(steps=4, seed=8)]
+    specs = [tuned_spec(steps=3), make_spec(steps=3, precision="fp32"), tuned_spec(steps=3, seed=8)]
     assert len({family_of(spec) for spec in specs}) == 1
     alone = [run(tiny, spec, tmp_path / f"alone{number}") for number, spec in enumerate(specs)]
     sharing = SharedTraining(base, factors, patience=20.0)

@@ -259,3 +259,13 @@ async def test_masks_that_do_not_fit_are_named(
     assert told.reason == reason
     assert told.fields == ([] if field is None else [field])
     assert alice.live.stores.jobs.open_jobs() == set()
+
+
+async def test_the_text_encoder_learns_where_svdiff_is_asked_to(alice: Caller) -> None:
+    settings = pb.FineTuneSettings(train_text_encoder=True, text_encoder_learning_rate=0.25)
+    job = await alice.create(one(settings=settings, validate_only=False), pb.PictureChunk(index=0, data=png()))
+    spec = alice.stored(job)
+    assert (spec.method, spec.train_text_encoder, spec.text_encoder_learning_rate) == (Method.SVDIFF, True, 0.25)
+    assert not read_spec(one(), "sks").train_text_encoder
+    told = await alice.refused(one(method=pb.FINE_TUNE_METHOD_LORA, settings=settings))
+    assert told.fields == ["settings.train_text_encoder"]
