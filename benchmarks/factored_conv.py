@@ -5,6 +5,8 @@ U, channels_last, in one CUDA graph.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch.nn import functional
 from hueshift.kernels.bench import Case, Weight, floor_ms
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.factored_conv import factored_conv, reference
+from hueshift.kernels.launch_table import LaunchConfig, architecture, candidates
+from hueshift.kernels.product import product_launch, shape_class
 
 KERNEL = "factored_conv"
 DTYPE = torch.float16
@@ -53,6 +57,37 @@ class Layers:
         for call, weight in zip(self.calls, self.weights, strict=True):
             factored_conv(index=self.index, stride=weight.stride, padding=weight.padding, **call)
 
+    def run_with(self, config: LaunchConfig, chosen_class: str) -> None:
+        """Run the layers whose second product is of one shape class with `config`, the others with the table's."""
+        for call, weight in zip(self.calls, self.weights, strict=True):
+            self.call_with(call, weight, self.index, config, chosen_class)
+
+    def call_with(
+        self, call: Mapping[str, Tensor], weight: Weight, index: Tensor, config: LaunchConfig | None, chosen_class: str
+    ) -> Tensor:
+        """Return one layer's output, with `config` for its second product if that is of the shape class."""
+        u = call["u"]
+        tokens = (weight.input[0] // weight.stride) * (weight.input[1] // weight.stride)
+        # A 1x1 convolution is factored_linear's.
+        if config is None or weight.shape[2:] == (1, 1) or shape_class(tokens, u.shape[0]) != chosen_class:
+            return factored_conv(index=index, stride=weight.stride, padding=weight.padding, **call)
+        shrunk = functional.conv2d(call["x"], call["vh"], None, weight.stride, weight.padding)
+        samples, rank, height, width = shrunk.shape
+        rows = shrunk.permute(0, 2, 3, 1).reshape(samples * tokens, rank)
+        y = torch.empty(samples * tokens, u.shape[0], dtype=DTYPE, device=u.device)
+        product_launch(
+            y,
+            rows,
+            u,
+            tokens=tokens,
+            config=config,
+            sigma=call["sigma"],
+            index=index,
+            scale_input=True,
+            bias=call["bias"],
+        ).run()
+        return y.view(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)
+
     def run_torch(self) -> None:
         """Run all layers as two convolutions with a product between them."""
         for call, weight in zip(self.calls, self.weights, strict=True):
@@ -65,42 +100,52 @@ class Layers:
         for call, weight, full in zip(self.calls, self.weights, self.dense, strict=True):
             functional.conv2d(call["x"], full, call["bias"], weight.stride, weight.padding)
 
-    def check(self) -> float:
+    def check(self, config: LaunchConfig | None, chosen_class: str) -> float:
         """Return the largest error against float64 of one layer in ten, two samples each."""
         worst = 0.0
         for call, weight in list(zip(self.calls, self.weights, strict=True))[::10]:
             few = {**call, "x": call["x"][:2]}
-            geometry = {"stride": weight.stride, "padding": weight.padding}
             exact = {name: tensor.double() for name, tensor in few.items()}
             want = reference(**exact, index=self.index[:2], stride=weight.stride, padding=weight.padding)
-            got = factored_conv(**few, index=self.index[:2], stride=geometry["stride"], padding=geometry["padding"])
+            got = self.call_with(few, weight, self.index[:2], config, chosen_class)
             worst = max(worst, relative_error(got, want))
         return worst
 
 
 def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: bool) -> Iterator[Case]:
-    """Yield one case a model. A sweep is factored_linear's: the kernel is the same."""
-    if sweep:
-        return
+    """Yield one case a model; with `sweep`, SD1.5 under every launch configuration."""
     for model, every in models.items():
         weights = [weight for weight in every if len(weight.shape) == 4]
         layers = Layers(weights, device)
-        work = []
-        for w in weights:
-            pixels_in = BATCH * w.input[0] * w.input[1]
-            pixels = pixels_in // w.stride**2
-            moved = 2.0 * (pixels_in * w.shape[1] + pixels * w.rows + w.rank * (w.rows + w.cols))
-            work.append((2.0 * pixels * w.rank * (w.rows + w.cols), moved))
-        yield Case(
-            case=model,
-            works=[layers.run],
-            baseline="convolution, scale, 1x1 convolution per layer",
-            baselines=[layers.run_torch],
-            flops=sum(flops for flops, _ in work),
-            bytes=sum(moved for _, moved in work),
-            floor_ms=sum(floor_ms(flops, moved) for flops, moved in work),
-            check=layers.check,
-            tolerance=2 * TOLERANCES[DTYPE],
-            details={"batch": BATCH},
-            dense=layers.run_dense,
-        )
+        if not sweep:
+            yield make_case(model, layers, weights, None, "")
+            continue
+        for chosen_class in ("whole_tiles", "narrow_tiles", "cut_tiles"):
+            for number, config in enumerate(candidates(architecture(device), KERNEL, chosen_class)):
+                yield make_case(f"{model}-{chosen_class}-{number}", layers, weights, config, chosen_class)
+        return
+
+
+def make_case(
+    name: str, layers: Layers, weights: Sequence[Weight], config: LaunchConfig | None, chosen_class: str
+) -> Case:
+    """Return the comparison of all layers together."""
+    work = []
+    for w in weights:
+        pixels_in = BATCH * w.input[0] * w.input[1]
+        pixels = pixels_in // w.stride**2
+        moved = 2.0 * (pixels_in * w.shape[1] + pixels * w.rows + w.rank * (w.rows + w.cols))
+        work.append((2.0 * pixels * w.rank * (w.rows + w.cols), moved))
+    return Case(
+        case=name,
+        works=[layers.run if config is None else partial(layers.run_with, config, chosen_class)],
+        baseline="convolution, scale, 1x1 convolution per layer",
+        baselines=[layers.run_torch],
+        flops=sum(flops for flops, _ in work),
+        bytes=sum(moved for _, moved in work),
+        floor_ms=sum(floor_ms(flops, moved) for flops, moved in work),
+        check=partial(layers.check, config, chosen_class),
+        tolerance=2 * TOLERANCES[DTYPE],
+        details={"batch": BATCH, "config": None if config is None else asdict(config)},
+        dense=layers.run_dense,
+    )

@@ -56,17 +56,21 @@ class Layers:
     def run_with(self, config: LaunchConfig, chosen_class: str) -> None:
         """Run the layers of one shape class with `config`, the others with the table's choices."""
         for call in self.calls:
-            x = call["x"]
-            samples, tokens, width = x.shape
-            if shape_class(tokens) != chosen_class:
-                factored_linear(index=self.index, **call)
-                continue
-            scaled = torch.empty(samples * tokens, call["u"].shape[1], dtype=DTYPE, device=x.device)
-            rows = x.view(samples * tokens, width)
-            product_launch(
-                scaled, rows, call["vh"], tokens=tokens, config=config, sigma=call["sigma"], index=self.index
-            ).run()
-            second_product(scaled, call["u"], call["bias"], tokens, config)
+            self.call_with(call, config, chosen_class)
+
+    def call_with(self, call: Mapping[str, Tensor], config: LaunchConfig | None, chosen_class: str) -> Tensor:
+        """Return one layer's output, with `config` if it is of that shape class."""
+        x = call["x"]
+        samples, tokens, width = x.shape
+        rank = call["u"].shape[1]
+        if config is None or shape_class(tokens, rank) != chosen_class:
+            return factored_linear(index=self.index, **call)
+        scaled = torch.empty(samples * tokens, rank, dtype=DTYPE, device=x.device)
+        rows = x.view(samples * tokens, width)
+        product_launch(
+            scaled, rows, call["vh"], tokens=tokens, config=config, sigma=call["sigma"], index=self.index
+        ).run()
+        return second_product(scaled, call["u"], call["bias"], tokens, config).view(samples, tokens, -1)
 
     def run_torch(self) -> None:
         """Run all layers as two linear maps with a product between them."""
@@ -79,13 +83,14 @@ class Layers:
         for call, weight in zip(self.calls, self.dense, strict=True):
             functional.linear(call["x"], weight, call["bias"])
 
-    def check(self) -> float:
+    def check(self, config: LaunchConfig | None, chosen_class: str) -> float:
         """Return the largest error against float64 of one layer in ten."""
         worst = 0.0
         for call in self.calls[::10]:
             scale = call["sigma"].double()[self.index.long()][:, None, :]
             want = (call["x"].double() @ call["vh"].double().t() * scale) @ call["u"].double().t()
-            worst = max(worst, relative_error(factored_linear(index=self.index, **call), want + call["bias"].double()))
+            got = self.call_with(call, config, chosen_class)
+            worst = max(worst, relative_error(got, want + call["bias"].double()))
         return worst
 
 
@@ -97,7 +102,7 @@ def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: b
         if not sweep:
             yield make_case(model, layers, weights, None, "")
             continue
-        for chosen_class in ("whole_tiles", "cut_tiles"):
+        for chosen_class in ("whole_tiles", "narrow_tiles", "cut_tiles"):
             for number, config in enumerate(candidates(architecture(device), KERNEL, chosen_class)):
                 yield make_case(f"{model}-{chosen_class}-{number}", layers, weights, config, chosen_class)
         return
@@ -120,7 +125,7 @@ def make_case(
         flops=sum(flops for flops, _ in work),
         bytes=sum(moved for _, moved in work),
         floor_ms=sum(floor_ms(flops, moved) for flops, moved in work),
-        check=layers.check,
+        check=partial(layers.check, config, chosen_class),
         tolerance=2 * TOLERANCES[DTYPE],
         details={"batch": BATCH, "config": None if config is None else asdict(config)},
         dense=layers.run_dense,

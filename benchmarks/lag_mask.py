@@ -4,13 +4,16 @@ Baseline: the probabilities in full, their sum over the chosen tokens and a sort
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hueshift.kernels.bench import Case, Weight, floor_ms
 from hueshift.kernels.compare import relative_error
-from hueshift.kernels.lag_mask import attention_share, binarise, lag_mask, share_reference
+from hueshift.kernels.lag_mask import attention_share, binarise, lag_mask, share_launch, share_reference
+from hueshift.kernels.launch_table import LaunchConfig, architecture, candidates
 
 KERNEL = "lag_mask"
 DTYPE = torch.float16
@@ -45,6 +48,20 @@ class Blocks:
         for q, k in self.calls:
             lag_mask(q, k, self.chosen, q.shape[3] ** -0.5)
 
+    def share(self, q: Tensor, k: Tensor, config: LaunchConfig | None) -> Tensor:
+        """Return one block's shares, with the launch table's choice or with `config`."""
+        scale = q.shape[3] ** -0.5
+        if config is None:
+            return attention_share(q, k, self.chosen, scale)
+        share = torch.empty(q.shape[0], q.shape[2], device=q.device)
+        share_launch(share, q, k, self.chosen, scale, config).run()
+        return share
+
+    def run_with(self, config: LaunchConfig) -> None:
+        """Make every mask with `config`."""
+        for q, k in self.calls:
+            binarise(self.share(q, k, config))
+
     def run_torch(self) -> None:
         """Make every mask through the full probabilities."""
         for q, k in self.calls:
@@ -53,33 +70,32 @@ class Blocks:
             middle = share.shape[1] // 2
             (share >= share.sort(dim=1).values[:, middle : middle + 1]).float()
 
-    def check(self) -> float:
+    def check(self, config: LaunchConfig | None) -> float:
         """Return the largest error of the shares against float64, and infinity where a median is not exact."""
         worst = 0.0
         for q, k in self.calls[::4]:
-            scale = q.shape[3] ** -0.5
-            share = attention_share(q, k, self.chosen, scale)
-            want = share_reference(q.double(), k.double(), self.chosen.double(), scale)
+            share = self.share(q, k, config)
+            want = share_reference(q.double(), k.double(), self.chosen.double(), q.shape[3] ** -0.5)
             exact = torch.equal(binarise(share).cpu(), binarise(share.cpu()))
             worst = max(worst, relative_error(share, want) if exact else float("inf"))
         return worst
 
 
 def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: bool) -> Iterator[Case]:
-    """Yield one case a model."""
-    if sweep:
-        return
+    """Yield one case a model; with `sweep`, each model under every launch configuration."""
+    configs: list[LaunchConfig | None] = [*candidates(architecture(device), KERNEL)] if sweep else [None]
     for model, every in models.items():
         blocks = Blocks(model, [weight for weight in every if weight.name.endswith("attn2.to_q")], device)
-        yield Case(
-            case=model,
-            works=[blocks.run],
-            baseline="softmax, sum and sort per block",
-            baselines=[blocks.run_torch],
-            flops=blocks.flops,
-            bytes=blocks.bytes,
-            floor_ms=floor_ms(blocks.flops, blocks.bytes),
-            check=blocks.check,
-            tolerance=1e-3,
-            details={"batch": BATCH},
-        )
+        for number, config in enumerate(configs):
+            yield Case(
+                case=f"{model}-{number}" if sweep else model,
+                works=[blocks.run if config is None else partial(blocks.run_with, config)],
+                baseline="softmax, sum and sort per block",
+                baselines=[blocks.run_torch],
+                flops=blocks.flops,
+                bytes=blocks.bytes,
+                floor_ms=floor_ms(blocks.flops, blocks.bytes),
+                check=partial(blocks.check, config),
+                tolerance=1e-3,
+                details={"batch": BATCH, "config": None if config is None else asdict(config)},
+            )

@@ -14,14 +14,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hueshift.kernels.bench import Case, Weight, time_in_graph
+from hueshift.kernels.bench import Case, Timing, Weight, Work, time_in_graph
 from hueshift.kernels.launch import triton
 
 FOLDER = Path(__file__).resolve().parent
@@ -41,6 +43,28 @@ STEMS = (
 # These time whole training steps, many launches each, and make their rows themselves.
 STEP_STEMS = ("shared_training",)
 MODELS = ("sd15", "sdxl")
+
+ADVICE = """GPU benchmarks skipped: this machine has not got {missing}. Nothing was measured.
+They need an NVIDIA GPU of compute capability 8.0 or later with its driver, and the `gpu` extra: there,
+`pip install -e '.[gpu]'`, then `make bench-gpu`, and `python -P benchmarks/run_gpu.py --sweep` to compare launch
+configurations. Without one, `python -P benchmarks/compiled_resources.py` shows what they compile to."""
+
+Timer = Callable[[Sequence[Work]], Timing]
+
+
+class WrongResultError(RuntimeError):
+    """A kernel's result is further from float64 than its case allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all benchmarks of one run share; `failed` collects the cases that did not work."""
+
+    device: torch.device
+    timer: Timer
+    about: Mapping[str, Any]
+    sweep: bool
+    failed: list[str] = field(default_factory=list)
 
 
 def read_weights(model: str) -> list[Weight]:
@@ -64,11 +88,14 @@ def load_benchmark(stem: str) -> Any:
     return module
 
 
-def environment(commit: str) -> dict[str, Any]:
+def environment(commit: str, device: torch.device) -> dict[str, Any]:
     """Return hardware, versions, date and commit of a row."""
-    properties = torch.cuda.get_device_properties(0)
+    hardware = "CPU"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        hardware = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
     return {
-        "hardware": f"{properties.name}, {properties.multi_processor_count} multiprocessors",
+        "hardware": hardware,
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
@@ -84,15 +111,15 @@ def current_commit() -> str:
         return "unknown"
 
 
-def measure(stem: str, case: Case, about: Mapping[str, Any]) -> dict[str, Any]:
+def measure(stem: str, case: Case, about: Mapping[str, Any], timer: Timer = time_in_graph) -> dict[str, Any]:
     """Check one case, time it and its baseline, and return its row.
 
-    Raises SystemExit where the result is wrong: a wrong kernel has no speed.
+    Raises WrongResultError where the result is wrong: a wrong kernel has no speed.
     """
     error = case.check()
     if not error <= case.tolerance:
-        raise SystemExit(f"{stem} {case.case}: relative error {error:.2e} is over {case.tolerance:.2e}")
-    timing, baseline = time_in_graph(case.works), time_in_graph(case.baselines)
+        raise WrongResultError(f"{stem} {case.case}: relative error {error:.2e} is over {case.tolerance:.2e}")
+    timing, baseline = timer(case.works), timer(case.baselines)
     row: dict[str, Any] = {
         "bench": stem,
         "case": case.case,
@@ -112,32 +139,42 @@ def measure(stem: str, case: Case, about: Mapping[str, Any]) -> dict[str, Any]:
     if details.pop("step_ms", None):
         row["share_of_step"] = round(timing.p50 / case.details["step_ms"], 4)
     if case.dense is not None:
-        row["dense_ms"] = round(time_in_graph([case.dense]).p50, 5)
+        row["dense_ms"] = round(timer([case.dense]).p50, 5)
         row["over_dense"] = round(timing.p50 / row["dense_ms"] - 1, 4)
     return {**row, **details, **about}
 
 
-def measure_stem(
-    stem: str, models: Mapping[str, list[Weight]], about: Mapping[str, Any], *, sweep: bool
-) -> Iterator[dict[str, Any]]:
-    """Measure one benchmark's cases, one after the other."""
-    benchmark, device = load_benchmark(stem), torch.device("cuda")
+def measure_stem(stem: str, models: Mapping[str, list[Weight]], run: Run) -> Iterator[dict[str, Any]]:
+    """Measure one benchmark's cases, one after the other. A case that fails says why, and the next one is measured."""
+    benchmark = load_benchmark(stem)
     if stem in STEP_STEMS:
         for model in models.keys() & benchmark.SHAPES.keys():
-            yield from benchmark.rows(benchmark.SHAPES[model], device, about)
+            yield from benchmark.rows(benchmark.SHAPES[model], run.device, run.about)
         return
-    for case in benchmark.cases(models, device, sweep):
-        yield measure(stem, case, about)
+    for case in benchmark.cases(models, run.device, run.sweep):
+        try:
+            row = measure(stem, case, run.about, run.timer)
+        # Whatever a kernel does wrong: a shape that does not compile must not cost the other shapes their minute.
+        except Exception:
+            traceback.print_exc()
+            run.failed.append(f"{stem} {case.case}")
+            continue
+        yield row
 
 
-def run_engine_stems(stems: Sequence[str], about: Mapping[str, Any], folder: Path) -> None:
+def run_engine_stems(stems: Sequence[str], run: Run, folder: Path) -> None:
     """Run the engine's benchmarks on the first CUDA device; one model and its decomposition serve them all."""
     if not stems:
         return
     with tempfile.TemporaryDirectory() as cache:
-        kit = load_benchmark("engine_kit").full_kit(torch.device("cuda"), Path(cache), about)
+        kit = load_benchmark("engine_kit").full_kit(run.device, Path(cache), run.about)
         for stem in stems:
-            run_engine(stem, kit, folder)
+            try:
+                run_engine(stem, kit, folder)
+            # The next benchmark has its own engine.
+            except Exception:
+                traceback.print_exc()
+                run.failed.append(stem)
             torch.cuda.empty_cache()
 
 
@@ -153,8 +190,8 @@ def run_engine(stem: str, kit: Any, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the chosen benchmarks."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Benchmark the kernels on this machine's GPU.")
     parser.add_argument("stems", nargs="*", metavar="STEM", help=f"which (default: all of {', '.join(STEMS)})")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -165,23 +202,38 @@ def main(arguments: Sequence[str]) -> int:
     for stem in options.stems:
         if stem not in STEMS:
             parser.error(f"no benchmark {stem!r} (there is: {', '.join(STEMS)})")
-    if not torch.cuda.is_available() or triton is None:
-        missing = "Triton" if triton is None else "a CUDA device"
-        print(f"GPU benchmarks skipped: this machine has not got {missing}. Nothing was measured.")
+    return options
+
+
+def main(
+    arguments: Sequence[str],
+    *,
+    device: torch.device | None = None,
+    timer: Timer = time_in_graph,
+    weights: Callable[[str], list[Weight]] = read_weights,
+) -> int:
+    """Run the chosen benchmarks; the exit status is 1 where one failed.
+
+    `device`, `timer` and `weights` replace the GPU, the clock and the models where there is no GPU: in tests.
+    """
+    options = parse(arguments)
+    if triton is None or (device is None and not torch.cuda.is_available()):
+        print(ADVICE.format(missing="Triton" if triton is None else "a CUDA device"))
         return 0
     torch.manual_seed(0)
-    about = environment(options.commit or current_commit())
-    models = {model: read_weights(model) for model in options.models}
+    device = device or torch.device("cuda")
+    run = Run(device, timer, environment(options.commit or current_commit(), device), options.sweep)
+    models = {model: weights(model) for model in options.models}
     folder = options.out / "sweep" if options.sweep else options.out
     folder.mkdir(parents=True, exist_ok=True)
     wanted = options.stems or STEMS
     if not options.sweep:
-        run_engine_stems([stem for stem in wanted if stem in ENGINE_STEMS], about, folder)
+        run_engine_stems([stem for stem in wanted if stem in ENGINE_STEMS], run, folder)
     for stem in [stem for stem in wanted if stem not in ENGINE_STEMS]:
         if stem in STEP_STEMS and options.sweep:
             continue
         with (folder / f"{stem}.jsonl").open("a", encoding="utf-8") as file:
-            for row in measure_stem(stem, models, about, sweep=options.sweep):
+            for row in measure_stem(stem, models, run):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 print(
@@ -189,8 +241,11 @@ def main(arguments: Sequence[str]) -> int:
                     f"{row['baseline']} {row['baseline_ms']:9.4f} ms  ratio {row['ratio']:.2f}",
                     flush=True,
                 )
-        torch.cuda.empty_cache()
-    return 0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if run.failed:
+        print(f"{len(run.failed)} failed: {', '.join(run.failed)}", file=sys.stderr)
+    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":

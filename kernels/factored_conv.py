@@ -61,7 +61,7 @@ def scale_and_expand(shrunk: Tensor, u: Tensor, sigma: Tensor, index: Tensor, bi
         y = product_reference(rows, u, tokens=tokens, sigma=sigma, index=index, scale_input=True, bias=bias)
     else:
         y = torch.empty(samples * tokens, u.shape[0], dtype=shrunk.dtype, device=shrunk.device)
-        config = choose(shrunk.device, KERNEL, shape_class(tokens))
+        config = choose(shrunk.device, KERNEL, shape_class(tokens, u.shape[0]))
         product_launch(
             y, rows, u, tokens=tokens, config=config, sigma=sigma, index=index, scale_input=True, bias=bias
         ).run()

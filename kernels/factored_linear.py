@@ -45,7 +45,7 @@ def factored_linear(
     rows = x.view(samples * tokens, x.shape[2])
     if x.device.type != "cuda":
         return reference(x, u, vh, sigma, index, bias)
-    config = choose(x.device, KERNEL, shape_class(tokens))
+    config = choose(x.device, KERNEL, shape_class(tokens, u.shape[1]))
     scaled = torch.empty(rows.shape[0], u.shape[1], dtype=x.dtype, device=x.device)
     product_launch(scaled, rows, vh, tokens=tokens, config=config, sigma=sigma, index=index).run()
     return second_product(scaled, u, bias, tokens, config).view(samples, tokens, u.shape[0])

@@ -5,6 +5,8 @@ localized attention-guided sampling. Few FLOPs, so launches and activation traff
 in one launch, or in two where a few tokens of many channels would leave most of the GPU idle.
 """
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -128,12 +130,13 @@ def launches(
     aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (y, x, a, b))
     vector = 8 if aligned and all(step % 8 == 0 for step in steps.values()) else 1
     divided = {name: step // vector for name, step in steps.items()}
-    shared = {"index_ptr": index, "tokens": tokens, "rank": rank, "slots": a.shape[0]}
+    rank_vector = gcd(rank, 8)
+    shared = {"index_ptr": index, "tokens": tokens, "rank": rank // rank_vector, "slots": a.shape[0]}
     shrink = {"x_ptr": x, "a_ptr": a, **{name: divided[name] for name in SHRINK_STEPS}}
     # A tensor must be passed even where the mask is compiled out.
     factors = {"scales_ptr": scales, "mask_ptr": scales if mask is None else mask}
     expand = {"y_ptr": y, "b_ptr": b, **factors, **{name: divided[name] for name in EXPAND_STEPS}}
-    sizes = {"VECTOR": vector, "RANK": padded, "BLOCK_T": config["BLOCK_T"]}
+    sizes = {"VECTOR": vector, "RANK_VECTOR": rank_vector, "RANK": padded, "BLOCK_T": config["BLOCK_T"]}
     inner = {"BLOCK_I": config["BLOCK_I"]}
     outer = {"BLOCK_O": config["BLOCK_O"], "MASKED": mask is not None}
     token_blocks = samples * blocks(tokens, config["BLOCK_T"])
@@ -200,11 +203,13 @@ def _factor(scales_ptr: tl.tensor, mask_ptr: tl.tensor, slot: tl.tensor, sample:
 
 @jit
 def _place(index_ptr: tl.tensor, tokens: tl.tensor, BLOCK_T: tl.constexpr) -> tl.tensor:
-    # The sample, its slot and the tokens of this program.
+    # The sample, its slot and the tokens of this program. The last tokens come first: the dense product before this
+    # launch has just written them, and of SD1.5's largest x and y (42 MB each at batch 16) L2 keeps the end only.
     token_blocks = tl.cdiv(tokens, BLOCK_T)
-    sample = (tl.program_id(0) // token_blocks).to(tl.int64)
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample = (place // token_blocks).to(tl.int64)
     slot = tl.load(index_ptr + sample).to(tl.int64)
-    return sample, slot, tl.program_id(0) % token_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    return sample, slot, place % token_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
 
 
 @jit
@@ -212,8 +217,8 @@ def _residual_kernel(index_ptr: tl.tensor, tokens: tl.tensor, rank: tl.tensor, s
                      x_ptr: tl.tensor, a_ptr: tl.tensor, in_features: tl.tensor, a_slot: tl.tensor,
                      x_sample: tl.tensor, x_token: tl.tensor, y_ptr: tl.tensor, b_ptr: tl.tensor,
                      scales_ptr: tl.tensor, mask_ptr: tl.tensor, out_features: tl.tensor, b_slot: tl.tensor,
-                     y_sample: tl.tensor, y_token: tl.tensor, VECTOR: tl.constexpr, RANK: tl.constexpr,
-                     BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+                     y_sample: tl.tensor, y_token: tl.tensor, VECTOR: tl.constexpr, RANK_VECTOR: tl.constexpr,
+                     RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
                      MASKED: tl.constexpr) -> None:  # fmt: skip
     # Both products in one launch: the shrunk tokens never leave registers. Programs that share tokens redo the shrink.
     sample, slot, token = _place(index_ptr, tokens, BLOCK_T)
@@ -221,18 +226,33 @@ def _residual_kernel(index_ptr: tl.tensor, tokens: tl.tensor, rank: tl.tensor, s
         x = x_ptr + sample * (x_sample * VECTOR)
         a = a_ptr + slot * (a_slot * VECTOR)
         width = in_features * VECTOR
-        shrunk = _shrink(x, a, token, tokens, x_token * VECTOR, 0, width, width, rank, BLOCK_T, BLOCK_I, RANK)
+        shrunk = _shrink(
+            x, a, token, tokens, x_token * VECTOR, 0, width, width, rank * RANK_VECTOR, BLOCK_T, BLOCK_I, RANK
+        )
         factor = _factor(scales_ptr, mask_ptr, slot, sample, token, tokens, BLOCK_T, MASKED)
         y = y_ptr + sample * (y_sample * VECTOR)
         b = b_ptr + slot * (b_slot * VECTOR)
-        _expand(y, b, shrunk, factor, token, tokens, y_token * VECTOR, out_features * VECTOR, rank, BLOCK_O, RANK)
+        _expand(
+            y,
+            b,
+            shrunk,
+            factor,
+            token,
+            tokens,
+            y_token * VECTOR,
+            out_features * VECTOR,
+            rank * RANK_VECTOR,
+            BLOCK_O,
+            RANK,
+        )
 
 
 @jit
 def _shrink_kernel(shrunk_ptr: tl.tensor, samples: tl.tensor, index_ptr: tl.tensor, tokens: tl.tensor,
                    rank: tl.tensor, slots: tl.tensor, x_ptr: tl.tensor, a_ptr: tl.tensor, in_features: tl.tensor,
                    a_slot: tl.tensor, x_sample: tl.tensor, x_token: tl.tensor, VECTOR: tl.constexpr,
-                   RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr) -> None:  # fmt: skip
+                   RANK_VECTOR: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr,
+                   BLOCK_I: tl.constexpr) -> None:  # fmt: skip
     # One slice of the input features; slices are summed by the expand kernel, in a fixed order.
     sample, slot, token = _place(index_ptr, tokens, BLOCK_T)
     if (slot >= 0) & (slot < slots):
@@ -242,7 +262,9 @@ def _shrink_kernel(shrunk_ptr: tl.tensor, samples: tl.tensor, index_ptr: tl.tens
         slice_width = tl.cdiv(tl.cdiv(width, BLOCK_I), tl.num_programs(1)) * BLOCK_I
         begin = tl.program_id(1) * slice_width
         end = tl.minimum(begin + slice_width, width)
-        shrunk = _shrink(x, a, token, tokens, x_token * VECTOR, begin, end, width, rank, BLOCK_T, BLOCK_I, RANK)
+        shrunk = _shrink(
+            x, a, token, tokens, x_token * VECTOR, begin, end, width, rank * RANK_VECTOR, BLOCK_T, BLOCK_I, RANK
+        )
         at = ((tl.program_id(1) * samples + sample) * tokens + token)[:, None] * RANK + tl.arange(0, RANK)[None, :]
         tl.store(shrunk_ptr + at, shrunk, mask=(token < tokens)[:, None])
 
@@ -251,8 +273,9 @@ def _shrink_kernel(shrunk_ptr: tl.tensor, samples: tl.tensor, index_ptr: tl.tens
 def _expand_kernel(shrunk_ptr: tl.tensor, samples: tl.tensor, index_ptr: tl.tensor, tokens: tl.tensor,
                    rank: tl.tensor, slots: tl.tensor, y_ptr: tl.tensor, b_ptr: tl.tensor, scales_ptr: tl.tensor,
                    mask_ptr: tl.tensor, out_features: tl.tensor, b_slot: tl.tensor, y_sample: tl.tensor,
-                   y_token: tl.tensor, VECTOR: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr,
-                   BLOCK_O: tl.constexpr, MASKED: tl.constexpr, IN_SPLITS: tl.constexpr) -> None:  # fmt: skip
+                   y_token: tl.tensor, VECTOR: tl.constexpr, RANK_VECTOR: tl.constexpr, RANK: tl.constexpr,
+                   BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, MASKED: tl.constexpr,
+                   IN_SPLITS: tl.constexpr) -> None:  # fmt: skip
     sample, slot, token = _place(index_ptr, tokens, BLOCK_T)
     if (slot >= 0) & (slot < slots):
         shrunk = tl.zeros((BLOCK_T, RANK), tl.float32)
@@ -262,4 +285,16 @@ def _expand_kernel(shrunk_ptr: tl.tensor, samples: tl.tensor, index_ptr: tl.tens
         factor = _factor(scales_ptr, mask_ptr, slot, sample, token, tokens, BLOCK_T, MASKED)
         y = y_ptr + sample * (y_sample * VECTOR)
         b = b_ptr + slot * (b_slot * VECTOR)
-        _expand(y, b, shrunk, factor, token, tokens, y_token * VECTOR, out_features * VECTOR, rank, BLOCK_O, RANK)
+        _expand(
+            y,
+            b,
+            shrunk,
+            factor,
+            token,
+            tokens,
+            y_token * VECTOR,
+            out_features * VECTOR,
+            rank * RANK_VECTOR,
+            BLOCK_O,
+            RANK,
+        )

@@ -13,6 +13,9 @@ from hueshift.kernels.launch import Launch, block_descriptor, jit, multiprocesso
 from hueshift.kernels.launch_table import LaunchConfig
 from hueshift.kernels.tiles import blocks
 
+# Columns of output up to which tiles of 256 would mostly compute padding.
+NARROW = 384
+
 
 def product_launch(
     y: Tensor,
@@ -67,9 +70,15 @@ def product_launch(
     return Launch(_product_kernel, grid, arguments, constants, config.num_warps, config.num_stages)
 
 
-def shape_class(tokens: int) -> str:
-    """Return the launch table's class for samples of `tokens` rows: whether whole tiles of 128 rows fit inside one."""
-    return "whole_tiles" if tokens % 128 == 0 else "cut_tiles"
+def shape_class(tokens: int, width: int) -> str:
+    """Return the launch table's class for samples of `tokens` rows and `width` columns of output.
+
+    Where whole tiles of 128 rows fit inside a sample, narrow outputs have a class of their own: of SD1.5's 320 columns
+    tiles of 256 would compute 512, tiles of 128 still 384.
+    """
+    if tokens % 128:
+        return "cut_tiles"
+    return "narrow_tiles" if width <= NARROW else "whole_tiles"
 
 
 def tma_fits(matrix: Tensor) -> bool:
@@ -103,19 +112,23 @@ def _load_block(source: tl.tensor, row: tl.tensor, col: tl.tensor, rows: tl.tens
 
 
 @jit
-def _sigma(sigma_ptr: tl.tensor, index_ptr: tl.tensor, row: tl.tensor, rows: tl.tensor, col: tl.tensor,
-           cols: tl.tensor, tokens: tl.tensor, slots: tl.tensor, slot_stride: tl.tensor, BLOCK_M: tl.constexpr,
-           COLS: tl.constexpr, ONE_SAMPLE: tl.constexpr) -> tl.tensor:  # fmt: skip
-    # sigma of rows row.. and columns col.., [1 or BLOCK_M, COLS] fp32; NaN where the index is not a slot.
-    c = col + tl.arange(0, COLS)
+def _slot(index_ptr: tl.tensor, row: tl.tensor, rows: tl.tensor, tokens: tl.tensor, BLOCK_M: tl.constexpr,
+          ONE_SAMPLE: tl.constexpr) -> tl.tensor:  # fmt: skip
+    # The adapter slot of rows row.., [1 or BLOCK_M] int64.
     if ONE_SAMPLE:
-        slot = tl.load(index_ptr + row // tokens + tl.zeros((1,), tl.int32)).to(tl.int64)
-        valid = (slot >= 0) & (slot < slots)
+        slot = tl.load(index_ptr + row // tokens + tl.zeros((1,), tl.int32))
     else:
         r = row + tl.arange(0, BLOCK_M)
-        slot = tl.load(index_ptr + r // tokens, mask=r < rows, other=0).to(tl.int64)
-        valid = (slot >= 0) & (slot < slots)
-    mask = valid[:, None] & (c < cols)[None, :]
+        slot = tl.load(index_ptr + r // tokens, mask=r < rows, other=0)
+    return slot.to(tl.int64)
+
+
+@jit
+def _sigma(sigma_ptr: tl.tensor, slot: tl.tensor, col: tl.tensor, cols: tl.tensor, slots: tl.tensor,
+           slot_stride: tl.tensor, COLS: tl.constexpr) -> tl.tensor:  # fmt: skip
+    # sigma of the slots and columns col.., [1 or BLOCK_M, COLS] fp32; NaN where the index is not a slot.
+    c = col + tl.arange(0, COLS)
+    mask = ((slot >= 0) & (slot < slots))[:, None] & (c < cols)[None, :]
     return tl.load(sigma_ptr + slot[:, None] * slot_stride + c[None, :], mask=mask, other=float("nan"))
 
 
@@ -132,20 +145,21 @@ def _product_kernel(y_ptr: tl.tensor, x_source: tl.tensor, w_source: tl.tensor, 
     for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLATTEN):
         row = tile // across * BLOCK_M
         col = tile % across * BLOCK_N
+        if SCALE_INPUT or SCALE_OUTPUT:
+            # Before the loop: inside it, one read behind another would take stages from the pipeline of x and w.
+            slot = _slot(index_ptr, row, rows, tokens, BLOCK_M, ONE_SAMPLE)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, depth, BLOCK_K):
             x = _load_block(x_source, row, k, rows, depth, BLOCK_M, BLOCK_K, TMA)
             if SCALE_INPUT:
-                scale = _sigma(sigma_ptr, index_ptr, row, rows, k, depth, tokens, slots, slot_stride, BLOCK_M, BLOCK_K,
-                               ONE_SAMPLE)  # fmt: skip
+                scale = _sigma(sigma_ptr, slot, k, depth, slots, slot_stride, BLOCK_K)
                 # Beyond `depth` x is 0 and sigma NaN; their product must stay out of the sum.
                 inside = (k + tl.arange(0, BLOCK_K) < depth)[None, :]
                 x = tl.where(inside, x.to(tl.float32) * scale, 0.0).to(x.dtype)
             w = _load_block(w_source, col, k, width, depth, BLOCK_N, BLOCK_K, TMA)
             total = tl.dot(x, w.T, total)
         if SCALE_OUTPUT:
-            total = total * _sigma(sigma_ptr, index_ptr, row, rows, col, width, tokens, slots, slot_stride, BLOCK_M,
-                                   BLOCK_N, ONE_SAMPLE)  # fmt: skip
+            total = total * _sigma(sigma_ptr, slot, col, width, slots, slot_stride, BLOCK_N)
         m = row + tl.arange(0, BLOCK_M)
         n = col + tl.arange(0, BLOCK_N)
         if BIAS:

@@ -174,15 +174,18 @@ def _step_kernel(x_ptr: tl.tensor, prev_ptr: tl.tensor, out_ptr: tl.tensor, cond
     f = tl.load(row + 5)
     uncond_row = tl.load(uncond_ptr + sample).to(tl.int64)
     here = sample * size + at
+    # All reads that wait only for the row's numbers are asked for before the branch, which would hold them back.
     x = tl.load(x_ptr + here, mask=inside, other=0.0)
+    # Masked by the coefficient: what is not used is not read, so it costs no bandwidth and may be NaN.
+    prev = tl.load(prev_ptr + here, mask=at < tl.where(c == 0.0, 0, size), other=0.0)
+    if NOISE:
+        noise = tl.load(noise_ptr + here, mask=at < tl.where(d == 0.0, 0, size), other=0.0)
     out = _out_row(out_ptr, tl.load(cond_ptr + sample).to(tl.int64), out_rows, size, at)
     if uncond_row != -1:
         uncond = _out_row(out_ptr, uncond_row, out_rows, size, at)
         out = uncond + tl.load(guidance_ptr + sample) * (out - uncond)
-    # Masked by the coefficient: what is not used is not read, so it costs no bandwidth and may be NaN.
-    prev = tl.load(prev_ptr + here, mask=at < tl.where(c == 0.0, 0, size), other=0.0)
     step = a * x + b * out + c * prev
     if NOISE:
-        step += d * tl.load(noise_ptr + here, mask=at < tl.where(d == 0.0, 0, size), other=0.0)
+        step += d * noise
     tl.store(x_ptr + here, step, mask=inside)
     tl.store(prev_ptr + here, e * x + f * out, mask=inside)

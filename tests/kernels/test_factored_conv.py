@@ -77,11 +77,11 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
 def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
-    for tokens in (256, 64, 99):
-        for config in candidates(arch, "factored_conv", shape_class(tokens)):
-            shrunk, u = torch.zeros(2 * tokens, 320, dtype=torch.float16), torch.zeros(640, 320, dtype=torch.float16)
+    for tokens, out in ((256, 640), (256, 320), (64, 640), (99, 640)):
+        for config in candidates(arch, "factored_conv", shape_class(tokens, out)):
+            shrunk, u = torch.zeros(2 * tokens, 320, dtype=torch.float16), torch.zeros(out, 320, dtype=torch.float16)
             launch = product_launch(
-                torch.zeros(2 * tokens, 640, dtype=torch.float16),
+                torch.zeros(2 * tokens, out, dtype=torch.float16),
                 shrunk,
                 u,
                 tokens=tokens,
@@ -89,7 +89,7 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
                 sigma=torch.zeros(3, 320),
                 index=torch.zeros(2, dtype=torch.int32),
                 scale_input=True,
-                bias=torch.zeros(640, dtype=torch.float16),
+                bias=torch.zeros(out, dtype=torch.float16),
             )
             found = cross_compile(launch, arch)
             assert found.tensor_core == ("wgmma" if arch == "sm_90" else "mma")

@@ -123,11 +123,11 @@ def test_kernel_interpreted(
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
 def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
-    for tokens in (256, 64, 77):
-        for config in candidates(arch, "factored_linear", shape_class(tokens)):
-            arguments = make(2, tokens, 640, 640, 320, torch.float16)
+    for tokens, rank in ((256, 640), (256, 320), (64, 320), (77, 320)):
+        for config in candidates(arch, "factored_linear", shape_class(tokens, rank)):
+            arguments = make(2, tokens, 640, 640, rank, torch.float16)
             x = arguments["x"].view(2 * tokens, 640)
-            shrunk = torch.zeros(2 * tokens, 320, dtype=torch.float16)
+            shrunk = torch.zeros(2 * tokens, rank, dtype=torch.float16)
             first = product_launch(
                 shrunk,
                 x,
@@ -190,8 +190,8 @@ def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
 def test_every_configuration_on_a_gpu(
     gpu: torch.device, check_on_gpu: Callable[..., None], dtype: torch.dtype, tokens: int
 ) -> None:
-    for config in candidates(architecture(gpu), "factored_linear", shape_class(tokens)):
-        for in_features, rank in ((640, 320), (36, 36), (768, 1280)):
+    for in_features, rank in ((640, 320), (36, 36), (768, 1280)):
+        for config in candidates(architecture(gpu), "factored_linear", shape_class(tokens, rank)):
             arguments = make(6, tokens, in_features, 320, rank, dtype, "cuda")
             x = arguments["x"].view(6 * tokens, in_features)
             y = torch.empty(6 * tokens, rank, dtype=dtype, device=gpu)

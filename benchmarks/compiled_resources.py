@@ -1,0 +1,218 @@
+"""What every launch configuration compiles to, without a GPU: registers, spills, shared memory, widths of accesses.
+
+    python -P benchmarks/compiled_resources.py [KERNEL ...] [--arch sm_90 ...] [--json FILE]
+
+One line a kernel, configuration and variant of its arguments, at the shapes of SD1.5 and SDXL. `programs` are asked for
+and resident on one multiprocessor: where fewer are resident than asked for, a persistent launch has a second, emptier
+wave. `waves` are of a launch that is not persistent, on an H200. `ld`, `st` and `cp` count instructions by bytes a
+thread: cp are asynchronous copies into shared memory, TMA reads whole tiles. These are facts about compiled code, and
+no measurements.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hueshift.kernels import lag_mask, lowrank_merge, lowrank_residual, sampler_step, spectral_reassemble
+from hueshift.kernels.cross_compile import Compiled, compile_launch
+from hueshift.kernels.launch import Launch, triton
+from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, LaunchConfig, candidates, load
+from hueshift.kernels.lowrank_merge import MergeLayer
+from hueshift.kernels.product import product_launch, shape_class
+from hueshift.kernels.spectral_plan import SpectralLayer
+from hueshift.kernels.spectral_plan import build_tables as spectral_tables
+
+H200_MULTIPROCESSORS = 132
+HALF = torch.float16
+# Launches whose programs walk a list of tiles: as many programs as are asked for, whatever the work.
+PERSISTENT = ("_reassemble_kernel", "_merge_kernel", "_product_kernel")
+
+Variant = tuple[str, Launch]
+Variants = Callable[[LaunchConfig, str], Iterator[Variant]]
+
+
+def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    """Return memory that nothing reads: only shape, strides and alignment count."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def spectral_variants(config: LaunchConfig, _: str) -> Iterator[Variant]:
+    """One adapter; the products do not depend on how many where the smaller factor is scaled before."""
+    base = empty(8, 16)
+    layer = SpectralLayer(empty(8, 8), torch.ones(8), empty(8, 16), base, torch.empty_like(base), 0)
+    tables = spectral_tables([layer], 8, config)
+    for launch in spectral_reassemble.launches(tables, torch.zeros(1, 8), torch.ones(1), effective=False):
+        yield launch.kernel.__name__.strip("_").removesuffix("_kernel"), launch
+
+
+def merge_variants(config: LaunchConfig, _: str) -> Iterator[Variant]:
+    """One adapter and eight; ranks that are multiples of eight."""
+    base = empty(8, 16)
+    tables = lowrank_merge.build_tables([MergeLayer(base, torch.empty_like(base))], config)
+    for count in (1, 8):
+        table = torch.zeros(1, count, 4, dtype=torch.int64)
+        (launch,) = lowrank_merge.launches(tables, table, torch.zeros(count), 8)
+        yield f"{count} adapters", launch
+
+
+def residual_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
+    """Ranks 4, 16 and 128 at SD1.5's widest and deepest attention, batch 16."""
+    tokens, width = (4096, 320) if chosen == "many_tokens" else (256, 1280)
+    for rank in (4, 16, 128):
+        for launch in lowrank_residual.launches(
+            empty(16, tokens, width),
+            empty(16, tokens, width),
+            empty(16, rank, width),
+            empty(16, width, rank),
+            torch.zeros(16, dtype=torch.int32),
+            torch.zeros(16),
+            None,
+            config,
+        ):
+            yield f"rank {rank}{launch.kernel.__name__.removesuffix('_kernel').replace('_', ' ')}", launch
+
+
+def product_variants(scale_input: bool) -> Variants:
+    """Return the variants of the factored plan's product: a picture's tokens, and a text's 77."""
+
+    def variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
+        for tokens, width in ((4096, 320), (1024, 640), (64, 1280), (77, 1280)):
+            if shape_class(tokens, width) == chosen:
+                launch = product_launch(
+                    empty(2 * tokens, width),
+                    empty(2 * tokens, width),
+                    empty(width, width),
+                    tokens=tokens,
+                    config=config,
+                    sigma=torch.zeros(3, width),
+                    index=torch.zeros(2, dtype=torch.int32),
+                    scale_input=scale_input,
+                    bias=empty(width) if scale_input else None,
+                )
+                yield f"{tokens} tokens", launch
+
+    return variants
+
+
+def sampler_variants(config: LaunchConfig, _: str) -> Iterator[Variant]:
+    """SD1.5's latents, without and with noise."""
+    x, rows = torch.zeros(8, 4, 64, 64), torch.zeros(8, dtype=torch.int64)
+    for noise in (None, x):
+        arguments = (x, x, empty(16, 4, 64, 64), rows, rows, torch.zeros(8), torch.zeros(8, 6), noise)
+        yield "noise" if noise is not None else "no noise", sampler_step.step_launch(*arguments, config=config)
+
+
+def mask_variants(config: LaunchConfig, _: str) -> Iterator[Variant]:
+    """The head widths of SD1.5 (40, 160) and SDXL (64), and the median of the largest maps."""
+    for width, positions in ((40, 4096), (160, 64), (64, 4096)):
+        q, k = empty(2, positions, 8, width).transpose(1, 2), empty(2, 77, 8, width).transpose(1, 2)
+        share = torch.zeros(2, positions)
+        yield f"heads of {width}", lag_mask.share_launch(share, q, k, torch.zeros(2, 77), 1.0, config)
+    yield "median", lag_mask.median_launch(torch.zeros(8, 4096), torch.zeros(8, 4096))
+
+
+VARIANTS: dict[str, Variants] = {
+    "spectral_reassemble": spectral_variants,
+    "lowrank_merge": merge_variants,
+    "lowrank_residual": residual_variants,
+    "factored_linear": product_variants(scale_input=False),
+    "factored_conv": product_variants(scale_input=True),
+    "sampler_step": sampler_variants,
+    "lag_mask": mask_variants,
+}
+
+
+def rows(arch: str, kernels: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Compile every configuration of these kernels for `arch` and yield what came out."""
+    for kernel in kernels:
+        for chosen in load(arch)["kernels"][kernel]:
+            for number, config in enumerate(candidates(arch, kernel, chosen)):
+                for variant, launch in VARIANTS[kernel](config, chosen):
+                    yield row(arch, f"{kernel}/{chosen}/{number}", variant, launch, config)
+
+
+def row(arch: str, name: str, variant: str, launch: Launch, config: LaunchConfig) -> dict[str, Any]:
+    """Compile one launch and return its line."""
+    found = compile_launch(launch, arch)
+    resident = found.programs(arch)
+    persistent = launch.kernel.__name__ in PERSISTENT
+    programs = 1
+    for size in launch.grid:
+        programs *= size
+    return {
+        "arch": arch,
+        "configuration": name,
+        "variant": variant,
+        "constants": launch.constants,
+        "warps": found.warps,
+        "stages": launch.num_stages,
+        "registers": found.registers,
+        "spilled_bytes": found.stack_bytes,
+        "shared_bytes": found.shared_bytes,
+        "programs": f"{config.programs_per_sm}/{resident}" if persistent else f"-/{resident}",
+        # With few tokens the grid follows the multiprocessors, which this machine has not got.
+        "waves": None if persistent or "few_tokens" in name else round(programs / (H200_MULTIPROCESSORS * resident), 2),
+        "tensor_core": found.tensor_core,
+        "tma": found.tma,
+        **{kind: widths(found, kind) for kind in ("ld", "st", "cp")},
+    }
+
+
+def widths(found: Compiled, kind: str) -> str:
+    """Format the accesses of one kind, widest first, as `16Bx4 4Bx2`."""
+    counted: Counter[int] = found.accesses(kind)
+    return " ".join(f"{size}Bx{count}" for size, count in sorted(counted.items(), reverse=True)) or "-"
+
+
+COLUMNS = {
+    "arch": 6,
+    "configuration": 34,
+    "variant": 16,
+    "warps": 5,
+    "registers": 9,
+    "spilled_bytes": 13,
+    "shared_bytes": 12,
+    "programs": 8,
+    "waves": 6,
+    "tensor_core": 11,
+    "ld": 22,
+    "st": 12,
+    "cp": 18,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table; the exit status says whether nothing spills."""
+    parser = argparse.ArgumentParser(description="Show what the launch configurations compile to.")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"which (default: all of {', '.join(VARIANTS)})")
+    parser.add_argument("--arch", nargs="+", choices=list(SHARED_MEMORY_LIMITS), default=list(SHARED_MEMORY_LIMITS))
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows here, one JSON object a line")
+    options = parser.parse_args(arguments)
+    for kernel in options.kernels:
+        if kernel not in VARIANTS:
+            parser.error(f"no kernel {kernel!r} (there is: {', '.join(VARIANTS)})")
+    if triton is None:
+        print("Nothing was compiled: Triton is missing (pip install 'hueshift[gpu]').")
+        return 0
+    print("  ".join(name.ljust(width) for name, width in COLUMNS.items()).rstrip())
+    lines, spilled = [], 0
+    for arch in options.arch:
+        for found in rows(arch, options.kernels or list(VARIANTS)):
+            cells = ("-" if found[name] is None else str(found[name]) for name in COLUMNS)
+            print("  ".join(cell.ljust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)).rstrip())
+            spilled += found["spilled_bytes"] > 0
+            lines.append(json.dumps(found))
+    if options.json is not None:
+        options.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} launches, {spilled} of them spill registers.")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
