@@ -123,7 +123,8 @@ class BaseLayout:
 
     def encoder_names(self) -> tuple[str, ...]:
         """Names of all layers of the text encoders."""
-        return tuple(layer.name for layer in (*self.encoder_matrices, *self.encoder_norms))
+        matrices, norms = self.encoder_matrices, self.encoder_norms
+        return (*(layer.name for layer in matrices), *(layer.name for layer in norms))
 
 
 def is_encoder_layer(name: str) -> bool:

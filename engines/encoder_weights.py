@@ -101,7 +101,7 @@ class EncoderAssembly:
         what loading the decomposition raises.
         """
         factors = self._factors() if deltas else None
-        made: TowerWeights = tuple({} for _ in self._parameters)
+        made: tuple[dict[str, Tensor], ...] = tuple({} for _ in self._parameters)
         for name in dict.fromkeys((*deltas, *norms, *branches)):
             tower, parameter = self._places[name]
             base = self._parameters[tower][parameter].detach()

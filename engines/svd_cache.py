@@ -84,8 +84,10 @@ class EncoderFactors:
             if self._loaded is None:
                 found = self._find()
                 device = next(self._base.text_encoder.parameters()).device
-                parts = ({name: t.to(device) for name, t in part.items()} for part in (found.u, found.sigma, found.vh))
-                self._loaded = SpectralFactors(*parts)
+                u, sigma, vh = (
+                    {name: t.to(device) for name, t in part.items()} for part in (found.u, found.sigma, found.vh)
+                )
+                self._loaded = SpectralFactors(u, sigma, vh)
         return self._loaded
 
     def _find(self) -> SpectralFactors:

@@ -76,7 +76,7 @@ def test_gradients_reach_the_shifts_and_nothing_of_the_base(tiny: Tiny) -> None:
     base, factors = tiny
     task, state = make_task(base, factors, tuned_spec(caption_dropout=0.0))
     assert {SIGMA, NORM, "sigma", "norm", "identifier"} == state.values.keys()
-    batch_loss(task, state.values, draw_batch(task, state)).backward()
+    torch.autograd.backward([batch_loss(task, state.values, draw_batch(task, state))])
     for name, value in state.values.items():
         assert value.grad is not None, name
         assert float(value.grad.abs().max()) > 0, name
@@ -91,7 +91,7 @@ def test_a_gradient_is_what_differences_say(tiny: Tiny) -> None:
     batch = draw_batch(task, state)
     values = {name: value.detach().clone() for name, value in state.values.items()}
     values[SIGMA].requires_grad_()
-    batch_loss(task, values, batch).backward()
+    torch.autograd.backward([batch_loss(task, values, batch)])
     gradient = values[SIGMA].grad
     assert gradient is not None
     at = torch.zeros_like(gradient)

@@ -49,7 +49,7 @@ class EncoderShifts:
 
 
 def _cut(flat: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
-    return dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+    return dict(zip(sizes, torch.split(flat, list(sizes.values())), strict=True))
 
 
 def make_encoder_shifts(base: BaseModel, factors: SpectralFactors, spec: TrainingSpec) -> EncoderShifts | None:

@@ -54,7 +54,7 @@ def context(base_model: BaseModel, adapter: Adapter) -> Tensor:
     edits = compose_encoder([(adapter, 1.0)])
     made = EncoderAssembly(base_model, None).put_together(edits.deltas, edits.norms, edits.branches)
     with torch.no_grad():
-        found: Tensor = torch.func.functional_call(base_model.text_encoder, made[0], (IDS,))[0]
+        found: Tensor = torch.func.functional_call(base_model.text_encoder, dict(made[0]), (IDS,))[0]
     return found
 
 
@@ -169,8 +169,8 @@ def test_spellings() -> None:
     names = EncoderNames(layout)
     path = "text_model.encoder.layers.0.self_attn.q_proj"
     flat = path.replace(".", "_")
-    first = (f"lora_te_{flat}", f"lora_te1_{flat}", f"text_encoder.{path}", f"base_model.model.{path}", path)
-    first += (f"text_encoder.{path.removesuffix('q_proj')}to_q", f"lycoris_{flat}")
+    first = [f"lora_te_{flat}", f"lora_te1_{flat}", f"text_encoder.{path}", f"base_model.model.{path}", path]
+    first += [f"text_encoder.{path.removesuffix('q_proj')}to_q", f"lycoris_{flat}"]
     second = (f"lora_te2_{flat}", f"text_encoder_2.{path}", f"te2.{path}")
     assert {names.find(name) for name in first} == {matrices[0]}
     assert {names.find(name) for name in second} == {matrices[1]}
