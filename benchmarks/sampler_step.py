@@ -18,6 +18,8 @@ from hueshift.kernels.sampler_step import reference, sampler_step, step_launch
 KERNEL = "sampler_step"
 # Sets of data that together are several times the 50 MB of L2.
 TOTAL_BYTES = 400e6
+# Case, samples and side of the latents.
+SIZES = (("sd15", 8, 64), ("sd15-large", 256, 64), ("sdxl", 8, 128), ("sdxl-large", 64, 128))
 
 
 class Batch:
@@ -62,7 +64,7 @@ class Batch:
 def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: bool) -> Iterator[Case]:
     """Yield small and large batches at the latent sizes of SD1.5 and SDXL; with `sweep`, each configuration."""
     configs = candidates(architecture(device), KERNEL)
-    for name, samples, side in (("sd15", 8, 64), ("sd15-large", 256, 64), ("sdxl", 8, 128), ("sdxl-large", 64, 128)):
+    for name, samples, side in SIZES:
         for number, config in enumerate(configs if sweep else [None]):
             one = Batch(samples, side, device)
             batches = [one] + [Batch(samples, side, device) for _ in range(int(TOTAL_BYTES / one.bytes))]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def load(name: str) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(name)
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their own module up by its name.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -70,50 +73,136 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(
-    "stem",
-    [
-        "spectral_reassemble",
-        "lowrank_merge",
-        "lowrank_residual",
-        "factored_linear",
-        "factored_conv",
-        "sampler_step",
-        "lag_mask",
-    ],
-)
-def test_every_benchmark_runs_and_gives_whole_rows(run_gpu: Any, monkeypatch: pytest.MonkeyPatch, stem: str) -> None:
-    torch.manual_seed(0)
-    benchmark = load(stem)
+KERNELS = [
+    "spectral_reassemble",
+    "lowrank_merge",
+    "lowrank_residual",
+    "factored_linear",
+    "factored_conv",
+    "sampler_step",
+    "lag_mask",
+]
+# Small tiles for the interpreter, whose time goes by their number and by their size.
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "spectral_reassemble": {"PRESCALED": True, "VECTOR": 8, "TMA": True},
+    "lowrank_merge": {"BLOCK_R": 16, "VECTOR": 8},
+    "lowrank_residual": {"BLOCK_T": 32, "BLOCK_I": 32, "BLOCK_O": 32, "FUSED": True},
+    "factored_linear": {"TMA": True, "FLATTEN": False, "SECOND_CUBLAS": False},
+    "factored_conv": {"TMA": True, "FLATTEN": False},
+    "sampler_step": {"BLOCK": 4096},
+    "lag_mask": {"BLOCK_T": 32, "BLOCK_D": 16},
+}
+
+
+def run_once(works: Any) -> Timing:
+    """Stand in for the clock: run every work once."""
+    for work in works:
+        work()
+    return Timing(2.0, 1.0, 3.0)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, benchmark: Any, stem: str) -> None:
+    """Make what a benchmark fixes for real models fit the small weights."""
     if stem == "sampler_step":
         monkeypatch.setattr(benchmark, "TOTAL_BYTES", 0.0)
     if stem == "lag_mask":
         monkeypatch.setattr(benchmark, "HEADS", {"sd15": 2, "sdxl": 2})
 
-    def run_once(works: Any, replays: int = 1) -> Timing:
-        for work in works:
-            work()
-        return Timing(2.0, 1.0, 3.0)
 
-    monkeypatch.setattr(run_gpu, "time_in_graph", run_once)
-    about = {"hardware": "none", "versions": {}, "date": "2026-11-20", "commit": "abc"}
-    rows = [
-        run_gpu.measure(stem, case, about)
-        for case in benchmark.cases({"sd15": SMALL, "sdxl": SMALL}, torch.device("cpu"), False)
-    ]
+@pytest.mark.parametrize("stem", KERNELS)
+def test_every_benchmark_runs_and_gives_whole_rows(
+    run_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stem: str
+) -> None:
+    pytest.importorskip("triton")
+    benchmark = load(stem)
+    shrink(monkeypatch, benchmark, stem)
+    monkeypatch.setattr(run_gpu, "load_benchmark", lambda _: benchmark)
+    status = run_gpu.main(
+        [stem, "--out", str(tmp_path), "--commit", "abc"],
+        device=torch.device("cpu"),
+        timer=run_once,
+        weights=lambda model: SMALL,
+    )
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["case"] for row in rows} >= {"sd15", "sdxl"}
     assert len({row["case"] for row in rows}) == len(rows)
     for row in rows:
         assert row["bench"] == stem
         assert [field for field in FIELDS if field not in row] == []
         assert row["floor_ms"] > 0 or row["floor_share"] == 0
-        json.dumps(row)
+        assert (row["hardware"], row["commit"], row["ms"], row["p20"], row["p80"]) == ("CPU", "abc", 2.0, 1.0, 3.0)
 
 
-def test_a_wrong_result_is_not_timed(run_gpu: Any) -> None:
-    case = next(iter(load("lowrank_merge").cases({"sd15": SMALL}, torch.device("cpu"), False)))
-    with pytest.raises(SystemExit, match="is over"):
-        run_gpu.measure("lowrank_merge", replace(case, check=lambda: float("nan")), {})
+def interpreted_sweep(stem: str) -> dict[str, float]:
+    """Sweep one small configuration with the kernels interpreted; return the cases and those of them that failed."""
+    from hueshift.kernels import lowrank_merge, spectral_plan
+    from hueshift.kernels.launch_table import LaunchConfig
+
+    benchmark, runner = load(stem), load("run_gpu")
+    blocks = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
+    config = LaunchConfig({**blocks, **CONSTANTS[stem]}, 4, 2, 1, "")
+
+    def plan_spectral(layers: Any, *, config: Any) -> Any:
+        plan = spectral_plan.plan_spectral(layers)
+        return replace(plan, tables=spectral_plan.build_tables(layers, plan.row_size, config))
+
+    def plan_merge(layers: Any, *, config: Any) -> Any:
+        return replace(lowrank_merge.plan_merge(layers), tables=lowrank_merge.build_tables(layers, config))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shrink(monkeypatch, benchmark, stem)
+        monkeypatch.setattr(benchmark, "candidates", lambda arch, kernel, shape_class="any": (config,))
+        # On a CPU plans have no tables and take the reference; with tables they take the kernels.
+        for name, function in (("plan_spectral", plan_spectral), ("plan_merge", plan_merge)):
+            if hasattr(benchmark, name):
+                monkeypatch.setattr(benchmark, name, function)
+        if stem == "sampler_step":
+            monkeypatch.setattr(benchmark, "SIZES", (("sd15", 2, 8),))
+        monkeypatch.setattr(runner, "load_benchmark", lambda _: benchmark)
+        run = runner.Run(torch.device("cpu"), run_once, {}, True)
+        rows = list(runner.measure_stem(stem, {"sd15": SMALL}, run))
+    return {"rows": float(len(rows)), "failed": float(len(run.failed))}
+
+
+@pytest.mark.parametrize("stem", KERNELS)
+def test_every_sweep_runs_the_kernels_and_checks_them(interpret: Callable[..., dict[str, float]], stem: str) -> None:
+    found = interpret(__file__, "interpreted_sweep", stem=stem)
+    assert found["failed"] == 0
+    assert found["rows"] >= 1
+
+
+def test_a_wrong_result_is_not_timed_and_costs_no_other_case_its_turn(
+    run_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    benchmark = load("lowrank_merge")
+    right = list(benchmark.cases({"sd15": SMALL}, torch.device("cpu"), False))
+    with pytest.raises(run_gpu.WrongResultError, match="is over"):
+        run_gpu.measure("lowrank_merge", replace(right[0], check=lambda: float("nan")), {}, run_once)
+    cases = [replace(right[0], check=lambda: float("nan")), right[1]]
+    monkeypatch.setattr(benchmark, "cases", lambda *_: iter(cases))
+    monkeypatch.setattr(run_gpu, "load_benchmark", lambda _: benchmark)
+    options = {"device": torch.device("cpu"), "timer": run_once, "weights": lambda model: SMALL}
+    assert run_gpu.main(["lowrank_merge", "--out", str(tmp_path)], **options) == 1
+    assert "1 failed: lowrank_merge sd15" in capsys.readouterr().err
+    assert len((tmp_path / "lowrank_merge.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_what_configurations_compile_to_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    resources = load("compiled_resources")
+    assert sorted(resources.VARIANTS) == sorted(KERNELS)
+    out = tmp_path / "rows.jsonl"
+    assert resources.main(["sampler_step", "--arch", "sm_90", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of them spill" in shown
+    first = json.loads(out.read_text(encoding="utf-8").splitlines()[0])
+    assert first["spilled_bytes"] == 0
+    assert 16 <= first["registers"] <= 64
+    assert first["st"] == "16Bx2"
+    with pytest.raises(SystemExit):
+        resources.main(["nothing"])
 
 
 def test_without_a_gpu_the_runner_says_so() -> None:
@@ -122,6 +211,8 @@ def test_without_a_gpu_the_runner_says_so() -> None:
     command = [sys.executable, "-P", str(BENCHMARKS / "run_gpu.py")]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "skipped" in found.stdout
+    assert "make bench-gpu" in found.stdout
+    assert "compiled_resources.py" in found.stdout
     wrong = subprocess.run([*command, "nothing"], capture_output=True, text=True, check=False, timeout=120)
     assert wrong.returncode == 2
     assert "no benchmark 'nothing'" in wrong.stderr
