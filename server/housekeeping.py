@@ -1,11 +1,12 @@
 """Remove, now and then, what nobody will ask for again: files of crashed uploads and old idempotency answers."""
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
-from hueshift.adapters.errors import HueshiftError
 from hueshift.server.clock import Clock
+from hueshift.server.rounds import keep_doing
 from hueshift.server.store.idempotency import forget
 from hueshift.server.store.job_quotas import forget_usage
 from hueshift.server.store.stores import Stores
@@ -28,14 +29,14 @@ def clean(stores: Stores, clock: Clock) -> tuple[int, int]:
     return freed, forgotten
 
 
-async def keep_clean(stores: Stores, clock: Clock, *, every: float = EVERY_SECONDS) -> None:
+async def keep_clean(
+    stores: Stores, clock: Clock, *, every: float = EVERY_SECONDS, failed: Callable[[str], object] = lambda task: None
+) -> None:
     """Clean at once and then every `every` seconds, until cancelled. A failure is logged and the next round tries."""
-    log = structlog.get_logger()
-    while True:
-        try:
-            freed, forgotten = await asyncio.to_thread(clean, stores, clock)
-            if freed or forgotten:
-                log.info("store cleaned", freed_bytes=freed, idempotency_answers=forgotten)
-        except (HueshiftError, OSError) as error:
-            log.warning("store not cleaned", error=str(error))
-        await asyncio.sleep(every)
+
+    async def once() -> None:
+        freed, forgotten = await asyncio.to_thread(clean, stores, clock)
+        if freed or forgotten:
+            structlog.get_logger().info("store cleaned", freed_bytes=freed, idempotency_answers=forgotten)
+
+    await keep_doing("housekeeping", every, once, failed)

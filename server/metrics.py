@@ -66,6 +66,10 @@ class Metrics:
         self._add_adapters_and_jobs(registry)
         self._add_engine(registry)
 
+    def failed(self, task: str) -> None:
+        """Count a failed round of a task in the background."""
+        self.background_failures.labels(task).inc()
+
     def _add_adapters_and_jobs(self, r: CollectorRegistry) -> None:
         self.swap_seconds = Histogram(
             "hueshift_swap_seconds", "Time to bring a row into a slot.", ["tier"], buckets=_SWAP_BUCKETS, registry=r
@@ -121,6 +125,12 @@ class Metrics:
         )
         self.device_free_bytes = Gauge(
             "hueshift_device_free_bytes", "Device memory that nothing held after warm-up.", registry=r
+        )
+        self.background_failures = Counter(
+            "hueshift_background_failures",
+            "Rounds that failed: jobs, job_folders, worker, housekeeping, pins, announce, replicas.",
+            ["task"],
+            registry=r,
         )
         self.internal_errors = Counter("hueshift_internal_errors", "Answers with an incident id.", registry=r)
         self.build = Info("hueshift_build", "Version, engine and base model.", registry=r)

@@ -5,14 +5,14 @@ was asked to pin; so the table is looked at every few seconds, and the slots fol
 """
 
 import asyncio
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Protocol
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from hueshift.adapters.errors import HueshiftError
 from hueshift.server.logs import tenant_hash
+from hueshift.server.rounds import keep_doing
 from hueshift.server.store.adapter_records import AdapterRecord
 
 Mix = tuple[tuple[str, float], ...]
@@ -73,14 +73,9 @@ class Pins:
             self._told &= wanted
             return len(self._held & wanted)
 
-    async def keep(self, every: float = EVERY_SECONDS) -> None:
+    async def keep(self, every: float = EVERY_SECONDS, failed: Callable[[str], object] = lambda task: None) -> None:
         """Follow the table until cancelled. A store that does not answer is asked again in the next round."""
-        while True:
-            await asyncio.sleep(every)
-            try:
-                await self.follow()
-            except (HueshiftError, SQLAlchemyError):
-                self._log.warning("pins not followed", exc_info=True)
+        await keep_doing("pins", every, self.follow, failed)
 
     async def _pin(self, pin: Pin) -> None:
         tenant, _, content_hash = pin

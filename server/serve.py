@@ -112,12 +112,14 @@ async def serve(
                 log.info("serving", address=addresses.grpc, warm_up_seconds=round(clock.monotonic() - begin, 2))
                 if ready is not None:
                     ready(addresses)
-                beside = [asyncio.create_task(keep_clean(stores, clock))]
+                beside = [asyncio.create_task(keep_clean(stores, clock, failed=frame.metrics.failed))]
                 if settings.cluster.role == "replica":
                     address = advertised(settings, addresses.grpc)
                     heartbeat = settings.cluster.heartbeat_seconds
                     beside.append(
-                        asyncio.create_task(keep_announced(ReplicaStore(stores.database), address, heartbeat))
+                        asyncio.create_task(
+                            keep_announced(ReplicaStore(stores.database), address, heartbeat, frame.metrics.failed)
+                        )
                     )
                 failure = await _failure_before(own_stop.drain, services)
                 for task in beside:

@@ -109,6 +109,7 @@ class ServiceSet:
             estimate=lambda spec: speeds.estimate(base.base_hash, spec),
             on_retry=metrics.job_retries.inc,
         )
+        self._failed = metrics.failed
         self._following: asyncio.Task[None] | None = None
         self._models = ModelService(base, engine, settings)
         self._supervisor = Supervisor(settings, jobs=stores.jobs, folders=stores.folders, metrics=metrics, clock=clock)
@@ -125,7 +126,7 @@ class ServiceSet:
         """Start the step loop, bring the pinned adapters in, start the workers."""
         self.scheduler.start()
         pinned = await self._adapters.pins.follow()
-        self._following = asyncio.create_task(self._adapters.pins.keep(), name="pins")
+        self._following = asyncio.create_task(self._adapters.pins.keep(failed=self._failed), name="pins")
         await self._supervisor.start()
         structlog.get_logger().info("services started", pinned_adapters=pinned)
 

@@ -11,16 +11,16 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
-from hueshift.adapters.errors import HueshiftError
 from hueshift.server.clock import Clock
 from hueshift.server.devices import worker_environment
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.metrics import Metrics
+from hueshift.server.rounds import keep_doing, try_once
 from hueshift.server.settings import Settings, TrainingSettings
 from hueshift.server.store.job_store import JobStore
 
@@ -82,8 +82,9 @@ class Supervisor:
     async def start(self) -> None:
         """Start the workers and the looking after jobs."""
         await self._look()
-        self._rounds.append(asyncio.create_task(self._every(_LOOK_SECONDS, self._look), name="jobs"))
-        self._rounds.append(asyncio.create_task(self._every(_SWEEP_SECONDS, self._sweep), name="job-folders"))
+        failed = self._metrics.failed
+        self._rounds.append(asyncio.create_task(keep_doing("jobs", _LOOK_SECONDS, self._look, failed)))
+        self._rounds.append(asyncio.create_task(keep_doing("job_folders", _SWEEP_SECONDS, self._sweep, failed)))
         for number, device in enumerate(worker_devices(self._settings.training)):
             # Found out now: a device that is not there would fail again and again in the background.
             environment = worker_environment(device, {**_WAITING, **os.environ})
@@ -111,7 +112,8 @@ class Supervisor:
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
             begun = self._clock.monotonic()
-            await self._run_worker(device, environment)
+            # A process that cannot be made, for want of memory perhaps, is no reason to stop trying.
+            await try_once("worker", partial(self._run_worker, device, environment), self._metrics.failed)
             if self._clock.monotonic() - begun >= _HEALTHY_SECONDS:
                 pause = _FIRST_PAUSE
             with contextlib.suppress(TimeoutError):
@@ -142,7 +144,7 @@ class Supervisor:
             del self._processes[owner]
             self._metrics.workers.set(len(self._processes))
         cause = f"its process ended with status {process.returncode}"
-        await self._guarded(lambda: asyncio.to_thread(self._jobs.expire_leases, owner, cause))
+        await asyncio.to_thread(self._jobs.expire_leases, owner, cause)
 
     async def _send_settings(self, process: asyncio.subprocess.Process) -> None:
         stdin = process.stdin
@@ -169,15 +171,3 @@ class Supervisor:
         swept = await asyncio.to_thread(self._folders.sweep, kept, _SWEEP_AGE)
         if swept:
             _LOG.info("job_folders.swept", count=swept)
-
-    async def _every(self, seconds: float, work: Callable[[], Awaitable[object]]) -> None:
-        while True:
-            await self._guarded(work)
-            await asyncio.sleep(seconds)
-
-    async def _guarded(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Bear an unreachable database: the next round does the work."""
-        try:
-            await work()
-        except (HueshiftError, SQLAlchemyError, OSError):
-            _LOG.warning("supervisor.round_failed", exc_info=True)

@@ -3,16 +3,13 @@
 import asyncio
 import secrets
 import socket
+from collections.abc import Callable
 
-import structlog
-from sqlalchemy.exc import SQLAlchemyError
-
-from hueshift.adapters.errors import HueshiftError
 from hueshift.server.addresses import bracket
+from hueshift.server.rounds import keep_doing, try_once
 from hueshift.server.settings import Settings
 from hueshift.server.store.replicas import ReplicaRecord, ReplicaStore
 
-_LOG = structlog.get_logger()
 # A heartbeat may be late twice before the replica counts as dead.
 LIVES = 3.0
 _WILDCARDS = ("0.0.0.0", "::", "[::]")
@@ -33,19 +30,20 @@ def advertised(settings: Settings, grpc_address: str) -> str:
     return grpc_address
 
 
-async def keep_announced(replicas: ReplicaStore, address: str, heartbeat: float) -> None:
+async def keep_announced(
+    replicas: ReplicaStore, address: str, heartbeat: float, failed: Callable[[str], object] = lambda task: None
+) -> None:
     """Announce a replica at `address` every `heartbeat` seconds until cancelled, then withdraw it."""
     record = ReplicaRecord(f"replica-{secrets.token_hex(8)}", address)
+
+    async def announce() -> None:
+        # If it fails the next heartbeat tells it; until then front ends use what they know.
+        await asyncio.to_thread(replicas.announce, record, LIVES * heartbeat)
+
+    async def withdraw() -> None:
+        await asyncio.to_thread(replicas.withdraw, record.replica_id)
+
     try:
-        while True:
-            try:
-                await asyncio.to_thread(replicas.announce, record, LIVES * heartbeat)
-            except (HueshiftError, SQLAlchemyError):
-                # The next heartbeat tells it; until then front ends use what they know.
-                _LOG.warning("replica.not_announced", exc_info=True)
-            await asyncio.sleep(heartbeat)
+        await keep_doing("announce", heartbeat, announce, failed)
     finally:
-        try:
-            await asyncio.to_thread(replicas.withdraw, record.replica_id)
-        except (HueshiftError, SQLAlchemyError):
-            _LOG.warning("replica.not_withdrawn", exc_info=True)
+        await try_once("announce", withdraw, failed)

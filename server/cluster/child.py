@@ -7,6 +7,7 @@ in the database.
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import subprocess
@@ -62,7 +63,11 @@ class Child:
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
             begun = time.monotonic()
-            self._run()
+            try:
+                self._run()
+            except OSError:
+                # No process could be made, for want of memory perhaps; the next try may find some.
+                logging.getLogger(__name__).exception("%s has no process", self._name)
             if time.monotonic() - begun >= _HEALTHY_SECONDS:
                 pause = _FIRST_PAUSE
             self._stopping.wait(pause)

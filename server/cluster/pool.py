@@ -8,12 +8,12 @@ from typing import Any
 
 import grpc
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
-from hueshift.adapters.errors import HueshiftError, Reason, Unavailable
+from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.server.clock import Clock
 from hueshift.server.cluster.affinity import choose, ranked
 from hueshift.server.metrics import Metrics
+from hueshift.server.rounds import keep_doing
 from hueshift.server.store.replicas import ReplicaRecord, ReplicaStore
 
 _LOG = structlog.get_logger()
@@ -100,12 +100,7 @@ class ReplicaPool:
 
     async def keep_fresh(self) -> None:
         """Refresh until cancelled. An unreachable database is borne: what was known stays in use."""
-        while True:
-            await asyncio.sleep(self._heartbeat)
-            try:
-                await self.refresh()
-            except (HueshiftError, SQLAlchemyError):
-                _LOG.warning("replicas.not_read", exc_info=True)
+        await keep_doing("replicas", self._heartbeat, self.refresh, self._metrics.failed)
 
     def pick(self, key: str, cost: int, tried: Collection[Replica] = ()) -> Replica:
         """Return the replica for a call, not one of `tried`. Raises Unavailable (NO_REPLICA)."""

@@ -50,20 +50,25 @@ def test_old_answers_and_old_orphans_go(stores: Stores, tmp_path: Path) -> None:
 
 async def test_a_failed_round_is_not_the_last(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = 0
-    loop, third = asyncio.get_running_loop(), asyncio.Event()
+    loop, fourth = asyncio.get_running_loop(), asyncio.Event()
 
     def fail_once(*_parts: object) -> tuple[int, int]:
         nonlocal rounds
         rounds += 1
-        if rounds == 3:
-            loop.call_soon_threadsafe(third.set)
+        if rounds == 4:
+            loop.call_soon_threadsafe(fourth.set)
         if rounds == 1:
             raise Unavailable(Reason.STORE_UNAVAILABLE, "busy")
+        if rounds == 2:
+            # What nobody thought of is no reason to stop either.
+            raise RuntimeError("database disk image is malformed")
         return 0, 0
 
     monkeypatch.setattr(housekeeping, "clean", fail_once)
-    task = asyncio.create_task(keep_clean(stores, SystemClock(), every=0.01))
+    failures: list[str] = []
+    task = asyncio.create_task(keep_clean(stores, SystemClock(), every=0.01, failed=failures.append))
     async with asyncio.timeout(5):
-        await third.wait()
+        await fourth.wait()
     task.cancel()
+    assert failures == ["housekeeping"] * 2
     stores.close()

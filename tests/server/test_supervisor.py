@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -125,6 +126,25 @@ async def test_a_worker_that_cannot_start_is_tried_ever_more_slowly(bench: Calla
     begun = SystemClock().monotonic()
     await house.supervisor.stop(20.0)
     assert SystemClock().monotonic() - begun < 2.0
+
+
+async def test_a_process_that_cannot_be_made_is_tried_again(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = bench(IDLE)
+    make, refused = asyncio.create_subprocess_exec, 0
+
+    async def scarce(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal refused
+        refused += 1
+        if refused == 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return await make(*command, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
+    await house.supervisor.start()
+    await until(house.started)
+    assert house.sample("hueshift_background_failures_total", task="worker") == 1
 
 
 async def test_a_stubborn_worker_is_killed_after_the_grace(bench: Callable[..., Bench]) -> None:
