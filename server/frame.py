@@ -67,7 +67,7 @@ class Frame:
         self._server: grpc.aio.Server | None = None
         self._hurrying: asyncio.Task[None] | None = None
         self.metrics = Metrics(make_registry())
-        self.gate = Gate(resumable={WATCH})
+        self.gate = Gate(resumable={WATCH}, most=settings.server.max_calls)
         self.health = Health(SERVICES)
         self.addresses = Addresses("", "")
 

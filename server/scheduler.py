@@ -63,8 +63,8 @@ class Scheduler:
     """Runs requests; see the module. `start` it before, and `close` it after use.
 
     `weights` are the tenants' shares relative to one another, 1 where not named. `preparers` runs the preparation of
-    requests; by default two threads. `planner` divides batches into calls; without one a batch is one call. `watch`
-    knows when the device is lost.
+    requests; by default two threads. `planner` divides batches into calls; without one a batch is one call;
+    `find_planner` finds that of an engine which takes over. `watch` knows when the device is lost.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Scheduler:
         weights: Mapping[str, float] | None = None,
         preparers: Executor | None = None,
         planner: Planner | None = None,
+        find_planner: Callable[[], Planner | None] | None = None,
     ) -> None:
         self._base, self._slots, self._clock = base, slots, clock
         self._log = structlog.get_logger()
@@ -113,7 +114,7 @@ class Scheduler:
             clock,
             weights or {},
             self._post,
-            StepRunner(engine, metrics, clock, planner),
+            StepRunner(engine, metrics, clock, planner, find_planner),
             self.watch,
         )
         self._wake = threading.Condition()

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar, runtime_checkable
 
 import structlog
@@ -32,6 +33,8 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Hears of the warm-up, from its thread: what is being done, steps done, steps in all."""
 Build = Callable[[Settings, Stores, Metrics, Clock, Progress], Services]
+# Calls that wait for the database or a file, at a time. Database connections are enough for all of them.
+THREADS = 32
 WARM_UP_THREAD = "hueshift-warm-up"
 
 
@@ -89,6 +92,8 @@ async def serve(
     cut off after `server.drain_seconds`. Raises HueshiftError when the server cannot start, and Unavailable
     (DEVICE_LOST), after the same drain, when the device that draws has failed.
     """
+    # Python's own is as many threads as there are cores, and a few: a slow database would hold up every call.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "hueshift-call"))
     clock = SystemClock()
     make = build or (build_front_end if settings.cluster.role == "frontend" else build_services)
     own_stop = stop or StopRequest()
@@ -112,7 +117,8 @@ async def serve(
                 log.info("serving", address=addresses.grpc, warm_up_seconds=round(clock.monotonic() - begin, 2))
                 if ready is not None:
                     ready(addresses)
-                beside = [asyncio.create_task(keep_clean(stores, clock, failed=frame.metrics.failed))]
+                keep, failed = settings.training.keep_samples_seconds, frame.metrics.failed
+                beside = [asyncio.create_task(keep_clean(stores, clock, keep_samples=keep, failed=failed))]
                 if settings.cluster.role == "replica":
                     address = advertised(settings, addresses.grpc)
                     heartbeat = settings.cluster.heartbeat_seconds

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -77,7 +78,8 @@ class ServiceSet:
             ),
             observer,
         )
-        conditioner = make_conditioner(base, parts.factors, observer)
+        dtype = engine.dtype if isinstance(engine, CudaEngine) else None
+        conditioner = make_conditioner(base, parts.factors, observer, dtype=dtype)
         self.scheduler = Scheduler(
             engine,
             base,
@@ -89,6 +91,7 @@ class ServiceSet:
             limits,
             weights=limits.tenant_weights,
             planner=planner_of(engine),
+            find_planner=partial(planner_of, engine),
         )
         self._generation = GenerationService(
             self.scheduler, stores.adapters, base, limits, settings.server, clock, engine

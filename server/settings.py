@@ -49,6 +49,9 @@ class ServerSettings(_Section):
     allow_plaintext: bool = Field(False, description="Serve a non-loopback address without TLS (behind a TLS proxy).")
     reflection: bool = Field(True, description="Offer gRPC reflection, for grpcurl.")
     max_message_bytes: int = Field(16 * MIB, ge=MIB, le=256 * MIB, description="Largest gRPC message either way.")
+    max_calls: int = Field(
+        2000, ge=0, description="Calls inside at a time, watches included; more are refused, health never; 0: no limit."
+    )
     drain_seconds: float = Field(60.0, ge=0, le=3600, description="Time accepted calls get to finish after SIGTERM.")
     default_deadline_seconds: float = Field(
         120.0, gt=0, description="Deadline of a unary or Generate call without one."
@@ -192,6 +195,9 @@ class TrainingSettings(_Section):
     )
     memory_fraction: float = Field(1.0, gt=0, le=1, description="Share of a CUDA device's memory a worker may take.")
     keep_pictures: bool = Field(False, description="Keep training pictures after the job has ended.")
+    keep_samples_seconds: float = Field(
+        30 * 86_400, ge=0, description="How long sample pictures of ended jobs stay in the database; 0: for ever."
+    )
     keep_failed_seconds: float = Field(
         86_400, ge=0, description="How long a job that was given up keeps its files, to be retried; 0: not at all."
     )

@@ -3,7 +3,7 @@
 Whatever happens, every picture has either taken its step or is told why not; the others of its batch are unharmed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -62,11 +62,21 @@ class RowLimits:
 
 
 class StepRunner:
-    """Takes steps on the engine. For the thread that runs it."""
+    """Takes steps on the engine. For the thread that runs it.
 
-    def __init__(self, engine: UNetEngine, metrics: Metrics, clock: Clock, planner: Planner | None = None) -> None:
+    `find_planner` is asked again when the engine changes its name, which it does when another one takes over.
+    """
+
+    def __init__(
+        self,
+        engine: UNetEngine,
+        metrics: Metrics,
+        clock: Clock,
+        planner: Planner | None = None,
+        find_planner: Callable[[], Planner | None] | None = None,
+    ) -> None:
         self._engine, self._metrics, self._clock = engine, metrics, clock
-        self._planner = planner
+        self._planner, self._find_planner, self._name = planner, find_planner, engine.name
         self.limits = RowLimits(engine.max_batch, planner.capacity if planner is not None else None)
 
     @property
@@ -79,6 +89,7 @@ class StepRunner:
 
         `waiting` has the steps of queued pictures by the slot that holds their mix.
         """
+        self._follow()
         done: list[Stepped] = []
         for plan, members in self._calls(chosen, waiting):
             for part in _parts(members, self.limits[chosen[0].size]):
@@ -87,6 +98,11 @@ class StepRunner:
                     # Nothing will run any more; the loop ends everything.
                     return done
         return done
+
+    def _follow(self) -> None:
+        """Plan for the engine that serves now: another may have taken over in the last step."""
+        if self._find_planner is not None and self._engine.name != self._name:
+            self._name, self._planner = self._engine.name, self._find_planner()
 
     def _calls(
         self, chosen: Sequence[Running], waiting: Mapping[int, int]

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from enum import StrEnum
 from typing import Any
 
-from hueshift.adapters.errors import Reason, Unavailable
+from hueshift.adapters.errors import Reason, ResourceExhausted, Unavailable
 from hueshift.server.rpc.handlers import Call, Interceptor, Proceed
 
 # Long enough for a balancer to have noticed, short enough not to be felt.
@@ -23,11 +23,14 @@ class GateState(StrEnum):
 class Gate(Interceptor):
     """Counts the calls inside and lets them out. One event loop uses it.
 
-    `resumable` names the streams that a client can take up again elsewhere (WatchFineTune): a drain ends them at once,
-    because they may stay open for hours. Every other call inside gets the drain's time to finish.
+    At most `most` calls are inside at a time, 0 for no limit: each holds memory, and an upload disk, before any quota
+    of its tenant counts it. `resumable` names the streams that a client can take up again elsewhere (WatchFineTune): a
+    drain ends them at once, because they may stay open for hours. Every other call inside gets the drain's time to
+    finish.
     """
 
-    def __init__(self, resumable: Collection[str]) -> None:
+    def __init__(self, resumable: Collection[str], most: int = 0) -> None:
+        self._most = most
         self._resumable = frozenset(resumable)
         self._inside: dict[asyncio.Timeout, str] = {}
         self._empty = asyncio.Event()
@@ -65,7 +68,7 @@ class Gate(Interceptor):
         return len(self._inside)
 
     async def run(self, call: Call, request: Any, proceed: Proceed) -> Any:
-        """Pass or refuse one call. Raises Unavailable (WARMING_UP, DRAINING)."""
+        """Pass or refuse one call. Raises Unavailable (WARMING_UP, DRAINING), ResourceExhausted (TOO_MANY_CALLS)."""
         if not call.is_ours:
             return await proceed(request)
         if self.state is GateState.WARMING:
@@ -74,6 +77,12 @@ class Gate(Interceptor):
             )
         if self.state is GateState.DRAINING:
             raise _draining()
+        if self._most and len(self._inside) >= self._most:
+            raise ResourceExhausted(
+                Reason.TOO_MANY_CALLS,
+                f"{len(self._inside)} calls are inside; allowed: {self._most} (server.max_calls). Try again soon.",
+                retry_after=_RETRY_SECONDS,
+            )
         try:
             async with asyncio.timeout(None) as limit:
                 self._inside[limit] = call.method

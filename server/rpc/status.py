@@ -52,6 +52,7 @@ _CODES: dict[type[HueshiftError], grpc.StatusCode] = {
 _RETRYABLE = frozenset(
     {
         Reason.QUEUE_FULL,
+        Reason.TOO_MANY_CALLS,
         Reason.TENANT_QUOTA,
         Reason.SLOTS_EXHAUSTED,
         Reason.DEVICE_MEMORY,

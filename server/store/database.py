@@ -34,7 +34,7 @@ from hueshift.server.store.migrations import can_migrate, migrate
 _BUSY_SECONDS = 20.0
 # Longer than an adapter file takes to reach an object store, which happens inside the transaction that publishes it.
 _IDLE_SECONDS = 300
-# Every thread of asyncio's default pool (32 at most) and a few of ours may hold a connection at once.
+# Every thread of the event loop's pool (serve.THREADS) and a few of ours may hold a connection at once.
 _POOL_SIZE = 8
 _POOL_OVERFLOW = 32
 _WRITE_OPTION = "hueshift_write"

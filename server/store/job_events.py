@@ -1,7 +1,7 @@
 """The events of a job, numbered without gaps: each is written in the transaction of the change it tells of.
 
 Events are never deleted, so that a watcher can trust the numbers. They stay few all the same: the worker writes at most
-1,000 progress events an attempt, and only the newest samples keep their picture.
+1,000 progress events an attempt, only the newest samples keep their picture, and none of them for ever.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from hueshift.server.store.job_records import EventKind, JobEvent, JobRecord
-from hueshift.server.store.tables import job_events
+from hueshift.server.store.tables import job_events, jobs
 
 # A 128-pixel PNG takes about 20 kB, a 768-pixel one 1 MB: 64 MB a job at worst.
 KEPT_SAMPLES = 64
@@ -43,6 +43,21 @@ def read_events(connection: Connection, job_id: str, after: int, limit: int) -> 
         .limit(limit)
     )
     return [JobEvent(r.sequence, r.time, EventKind(r.kind), r.payload, r.data) for r in rows]
+
+
+def forget_samples(connection: Connection, before: float) -> int:
+    """Remove the pictures of samples drawn before a time, for jobs that ended before it. Returns how many."""
+    ended = select(jobs.c.job_id).where(jobs.c.ended < before)
+    return connection.execute(
+        update(job_events)
+        .where(
+            job_events.c.kind == EventKind.SAMPLE.value,
+            job_events.c.data.is_not(None),
+            job_events.c.time < before,
+            job_events.c.job_id.in_(ended),
+        )
+        .values(data=None)
+    ).rowcount
 
 
 def _drop_old_samples(connection: Connection, job_id: str) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from fake_clock import FakeClock
+from small_jobs import small_spec
 
 from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.server import housekeeping
 from hueshift.server.clock import SystemClock
 from hueshift.server.housekeeping import IDEMPOTENCY_SECONDS, ORPHAN_SECONDS, clean, keep_clean
 from hueshift.server.settings import Settings, StoreSettings
+from hueshift.server.store.job_records import EventKind, NewJob
 from hueshift.server.store.stores import Stores, open_stores
 from hueshift.server.store.tables import idempotency
 
@@ -71,4 +74,27 @@ async def test_a_failed_round_is_not_the_last(stores: Stores, monkeypatch: pytes
         await fourth.wait()
     task.cancel()
     assert failures == ["housekeeping"] * 2
+    stores.close()
+
+
+def test_samples_of_long_ended_jobs_lose_their_pictures(tmp_path: Path) -> None:
+    clock = FakeClock()
+    stores = open_stores(Settings(store=StoreSettings(path=tmp_path)), clock)
+    for job_id in ("ft-old", "ft-running"):
+        stores.jobs.create(NewJob(job_id, "acme", small_spec(), "fox", "Fox", {}), tenant_limit=9)
+        claimed = stores.jobs.claim("worker", 1e9)
+        assert claimed is not None
+        stores.jobs.sample(claimed.lease, 1, "a fox", b"png")
+        if job_id == "ft-old":
+            stores.jobs.fail(claimed.lease, "TRAINING_DIVERGED", "why")
+    clock.advance(100)
+    clean(stores, clock, 0.0)
+    clean(stores, clock, 100.0)
+    assert [event.data for event in stores.jobs.events("ft-old") if event.kind is EventKind.SAMPLE] == [b"png"]
+    clock.advance(1)
+    clean(stores, clock, 100.0)
+    # The event stays, so that the numbers have no gap.
+    (old,) = (event for event in stores.jobs.events("ft-old") if event.kind is EventKind.SAMPLE)
+    (new,) = (event for event in stores.jobs.events("ft-running") if event.kind is EventKind.SAMPLE)
+    assert (old.data, old.payload["prompt"], new.data) == (None, "a fox", b"png")
     stores.close()
