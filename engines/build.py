@@ -196,6 +196,8 @@ def _build_cuda(
     norms: Mapping[str, Tensor],
     report: BuildProgress,
     observer: EngineObserver | None,
+    *,
+    live: bool = False,
 ) -> AdapterEngine:
     return build_cuda(
         base,
@@ -209,6 +211,7 @@ def _build_cuda(
         cache_dir=options.cache_dir,
         progress=report,
         observer=observer,
+        live=live,
     )
 
 
@@ -278,8 +281,8 @@ def _build_tensorrt(
 
     model = Model(base, factors, rows, norms)
 
-    def second() -> AdapterEngine:
-        return _build_cuda(base, options, device, rows, factors, norms, report, observer)
+    def second(live: bool) -> AdapterEngine:
+        return _build_cuda(base, options, device, rows, factors, norms, report, observer, live=live)
 
     on_cuda = second if device.type == "cuda" else None
     return build_tensorrt(model, options, device, report, on_parity, on_fallback, second=on_cuda)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import structlog
 import torch
@@ -26,6 +27,16 @@ Progress = Callable[[str, int, int], None]
 _log = structlog.get_logger()
 
 
+@runtime_checkable
+class ChangingEngine(Protocol):
+    """An engine in whose place another may serve (engines/fallback_engine.py, which needs packages of an extra)."""
+
+    @property
+    def serving(self) -> UNetEngine:
+        """The one that serves now."""
+        ...
+
+
 def build_cuda(
     base: BaseModel,
     factors: SpectralFactors,
@@ -39,12 +50,21 @@ def build_cuda(
     cache_dir: Path,
     progress: Progress,
     observer: EngineObserver | None = None,
+    live: bool = False,
 ) -> CudaEngine:
     """Return a warm engine that knows its costs and its capacity. `progress` hears of `capture` and `calibrate`.
+
+    A `live` one is for a server whose requests are waiting for it: it is not warm, so every batch shape is captured
+    when it is called again; it knows its costs if an engine like it was measured here before; and it merges nothing,
+    because packing the factors takes as long as all the rest.
 
     Where memory is too short for merged weights it goes on without. Raises FailedPrecondition (ENGINE_UNAVAILABLE) if
     an attention backend is missing.
     """
+
+    wanted = options
+    if live:
+        options = replace(options, weight_slots=0)
 
     def make(options: CudaOptions) -> CudaEngine:
         given = (base, factors, rows, norms)
@@ -61,8 +81,14 @@ def build_cuda(
         # Not above: while the error is being handled, its traceback holds all that the first one had allocated.
         release_memory()
         engine = make(replace(options, weight_slots=0))
-    identity = describe(engine)
+    # A live one has the costs of what the options ask for: those of merged weights are of no use to it, and no harm.
+    identity = describe(engine) | ({"weight_slots": str(wanted.weight_slots)} if live else {})
     known = read_costs(cache_dir, identity)
+    if live:
+        if known is not None:
+            choose_forms(engine, known.kernels)
+            engine.costs = known.table
+        return engine
     kernels = choose_forms(engine, known.kernels if known is not None else None)
     calls = warm_all(engine, progress)
     if known is None:
@@ -77,6 +103,8 @@ def build_cuda(
 
 def planner_of(engine: UNetEngine) -> Planner | None:
     """What divides the engine's batches into calls; None for an engine that was not measured."""
+    if isinstance(engine, ChangingEngine):
+        engine = engine.serving
     if isinstance(engine, CudaEngine) and engine.costs is not None:
         return Planner(engine, engine.costs, engine.capacity)
     return None

@@ -31,6 +31,10 @@ _LOST_WORDS = (
 )
 
 
+class NoEngineError(RuntimeError):
+    """No engine of the process can draw any more, whatever the device does: only a new process can serve again."""
+
+
 class Fault(StrEnum):
     """What an error says about the device."""
 
@@ -38,7 +42,7 @@ class Fault(StrEnum):
     """The call did not fit: a smaller one may."""
 
     LOST = "lost"
-    """The device does not answer any more, or every later call fails: the process must end."""
+    """The device does not answer any more, or every later call fails for want of an engine: the process must end."""
 
     OTHER = "other"
     """Nothing about the device: a defect, or a refusal."""
@@ -47,6 +51,8 @@ class Fault(StrEnum):
 def classify(error: BaseException) -> Fault:
     """Say what `error`, or what caused it, tells about the device."""
     for cause in _causes(error):
+        if isinstance(cause, NoEngineError):
+            return Fault.LOST
         if isinstance(cause, torch.cuda.OutOfMemoryError | MemoryError):
             return Fault.MEMORY
         if isinstance(cause, RuntimeError) and _is_lost(cause):

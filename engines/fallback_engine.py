@@ -1,10 +1,13 @@
 """An engine that torch replaces, without losing a row or a call, once TensorRT refuses to go on."""
 
+import gc
+import time
 from collections.abc import Callable, Mapping
 
 import structlog
 from torch import Tensor
 
+from hueshift.engines.device_errors import NoEngineError, release_memory
 from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan, UNetEngine
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
@@ -16,7 +19,12 @@ OnFallback = Callable[[Fallback], None]
 
 
 class FallbackEngine:
-    """TensorRT until a call fails, torch from then on: the failed call is answered by torch. Implements UNetEngine."""
+    """TensorRT until a call fails, torch from then on: the failed call is answered by torch. Implements UNetEngine.
+
+    The requests that run meanwhile wait for the change, so `make_second` should be quick: an engine that is not warm
+    serves in seconds and warms with use, where capturing everything first would let minutes of deadlines pass. The
+    first engine's memory is given back before, because the device may not hold both.
+    """
 
     rows: RowLayout
     factors: SpectralFactors
@@ -26,34 +34,36 @@ class FallbackEngine:
         self.rows = first.rows
         self.factors = first.factors
         self.norms = first.norms
+        self.slots = first.slots
+        """Slots in all, the base's own included."""
+        self.max_batch = first.max_batch
+        """Largest number of UNet rows in one call."""
         self._tensorrt: TensorRtEngine | None = first
-        self._engine: UNetEngine = first
+        self._second: UNetEngine | None = None
         self._make_second = make_second
         self._on_fallback = on_fallback
 
     @property
+    def serving(self) -> UNetEngine:
+        """The engine that serves now. Raises NoEngineError if neither can."""
+        engine = self._tensorrt or self._second
+        if engine is None:
+            raise NoEngineError("TensorRT has failed, and torch's engine could not take over; start the server again")
+        return engine
+
+    @property
     def name(self) -> str:
-        """Name of the engine that serves now."""
-        return self._engine.name
+        """Name of the engine that serves now, or of the one that failed if none does."""
+        return TensorRtEngine.name if self._tensorrt is None and self._second is None else self.serving.name
 
     @property
     def plans(self) -> tuple[Plan, ...]:
         """Plans it can run."""
-        return self._engine.plans
-
-    @property
-    def slots(self) -> int:
-        """Slots in all, the base's own included."""
-        return self._engine.slots
-
-    @property
-    def max_batch(self) -> int:
-        """Largest number of UNet rows in one call."""
-        return self._engine.max_batch
+        return self.serving.plans
 
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Copy a row into a slot; see UNetEngine."""
-        self._engine.load_row(slot, row)
+        self.serving.load_row(slot, row)
 
     def denoise(
         self,
@@ -66,12 +76,14 @@ class FallbackEngine:
     ) -> Tensor:
         """Run the UNet once; see UNetEngine."""
         try:
-            return self._engine.denoise(plan, latents, timesteps, cross, adapter_index, added)
+            return self.serving.denoise(plan, latents, timesteps, cross, adapter_index, added)
         except TensorRtError as error:
             if self._tensorrt is None:
                 raise
-            self._replace(self._tensorrt, error)
-        return self._engine.denoise(plan, latents, timesteps, cross, adapter_index, added)
+            report_fallback(error, self._on_fallback)
+        # Not above: while the error is being handled, its traceback holds the engine whose memory is needed.
+        self._replace()
+        return self.serving.denoise(plan, latents, timesteps, cross, adapter_index, added)
 
     def denoise_guided(
         self,
@@ -83,24 +95,51 @@ class FallbackEngine:
         added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
-        return self._engine.denoise_guided(latents, timesteps, cross, adapter_index, guides, added)
+        return self.serving.denoise_guided(latents, timesteps, cross, adapter_index, guides, added)
 
     def warm(self) -> None:
         """Run every plan once."""
         try:
-            self._engine.warm()
+            self.serving.warm()
+            return
         except TensorRtError as error:
             if self._tensorrt is None:
                 raise
-            self._replace(self._tensorrt, error)
-            self._engine.warm()
+            report_fallback(error, self._on_fallback)
+        self._replace()
+        self.serving.warm()
 
-    def _replace(self, first: TensorRtEngine, error: TensorRtError) -> None:
-        report_fallback(error, self._on_fallback)
-        second = self._make_second()
-        for slot in range(BASE_SLOT + 1, first.slots):
-            second.load_row(slot, first.row(slot))
-        self._engine, self._tensorrt = second, None
+    def _replace(self) -> None:
+        """Let torch's engine take over every row. Raises NoEngineError if it cannot be made."""
+        first, begin = self._tensorrt, time.perf_counter()
+        if first is None:
+            return
+        rows = {slot: _on_host(first.row(slot)) for slot in range(BASE_SLOT + 1, first.slots)}
+        self._tensorrt = first = None
+        # Contexts, plans and buffers of TensorRT hold each other.
+        gc.collect()
+        release_memory()
+        try:
+            second = self._make_second()
+            for slot, row in rows.items():
+                second.load_row(slot, row)
+        except Exception as error:
+            _log.critical("engine_takeover_failed", engine="tensorrt", error=str(error))
+            raise NoEngineError("TensorRT has failed, and torch's engine could not take over") from error
+        self._second = second
+        _log.warning(
+            "engine_taken_over",
+            engine=second.name,
+            seconds=time.perf_counter() - begin,
+            rows=len(rows),
+            note="running requests waited for it; each batch shape is slow at first, and plans of the start are "
+            "missing until the server starts again",
+        )
+
+
+def _on_host(row: EngineRow) -> EngineRow:
+    """A copy of a row outside of the device's memory."""
+    return EngineRow(*(None if part is None else part.to("cpu", copy=True) for part in (row.spectral, row.lowrank)))
 
 
 def report_fallback(error: TensorRtError, on_fallback: OnFallback) -> None:

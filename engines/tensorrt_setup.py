@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,19 +178,19 @@ def build_tensorrt(
     on_parity: OnParity | None = None,
     on_fallback: OnFallback | None = None,
     parts: TensorRtParts | None = None,
-    second: Callable[[], AdapterEngine] | None = None,
+    second: Callable[[bool], AdapterEngine] | None = None,
 ) -> AdapterEngine:
     """Return the verified engine, backed by torch; or torch itself, saying why in the log and to `on_fallback`.
 
-    `second` makes the engine of torch, the eager one by default.
+    `second` makes the engine of torch, the eager one by default; it hears whether requests are waiting for it.
 
     Raises TensorRtError instead of falling back if `options.fallback` is False.
     """
     tell = on_fallback or (lambda reason: None)
 
-    def make_torch() -> AdapterEngine:
+    def make_torch(live: bool = False) -> AdapterEngine:
         if second is not None:
-            return second()
+            return second(live)
         return TorchEngine(
             model.base,
             model.factors,
@@ -207,7 +208,7 @@ def build_tensorrt(
             raise
         report_fallback(error, tell)
         return make_torch()
-    return FallbackEngine(engine, make_torch, tell)
+    return FallbackEngine(engine, partial(make_torch, live=True), tell)
 
 
 def _verified(

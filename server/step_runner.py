@@ -82,6 +82,7 @@ class StepRunner:
     @property
     def divides(self) -> bool:
         """True if what waits counts for how a batch is run."""
+        self._follow()
         return self._planner is not None
 
     def step(self, chosen: Sequence[Running], waiting: Mapping[int, int]) -> list[Stepped]:
@@ -89,7 +90,6 @@ class StepRunner:
 
         `waiting` has the steps of queued pictures by the slot that holds their mix.
         """
-        self._follow()
         done: list[Stepped] = []
         for plan, members in self._calls(chosen, waiting):
             for part in _parts(members, self.limits[chosen[0].size]):
@@ -107,6 +107,7 @@ class StepRunner:
     def _calls(
         self, chosen: Sequence[Running], waiting: Mapping[int, int]
     ) -> Iterator[tuple[Plan | None, list[Running]]]:
+        self._follow()
         if self._planner is None:
             yield None, list(chosen)
             return

@@ -347,7 +347,8 @@ def test_refused_call_is_answered_by_torch_with_every_row(bench: Bench) -> None:
     assert error(out, parts.merged_output(row, *inputs)) < 1e-4, "torch in fp32"
     assert engine.name == "torch"
     assert bench.fallbacks == [Fallback.RUN]
-    assert [log["event"] for log in logs] == ["engine_fallback"]
+    assert [log["event"] for log in logs] == ["engine_fallback", "engine_taken_over"]
+    assert logs[1]["rows"] == 4
     assert engine.slots == 5
     engine.load_row(3, EngineRow())
     assert error(engine.denoise(Plan.DENSE, *inputs, torch.tensor([3])), out) > 1e-3

@@ -1,0 +1,132 @@
+"""Torch takes over from TensorRT while requests run: memory first, every row, a planner, or an honest end."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from fake_clock import FakeClock
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+from tiny_unet import TinyParts
+from torch import Tensor
+
+from hueshift.engines.cost_model import CostTable
+from hueshift.engines.cost_store import Calibration, write_costs
+from hueshift.engines.cuda_engine import CudaEngine
+from hueshift.engines.cuda_lane import HostLane
+from hueshift.engines.cuda_options import CudaOptions
+from hueshift.engines.cuda_setup import build_cuda, describe, planner_of
+from hueshift.engines.device_errors import Fault, NoEngineError, classify
+from hueshift.engines.fallback_engine import FallbackEngine
+from hueshift.engines.interface import EngineRow, Plan, UNetEngine
+from hueshift.engines.tensorrt_engine import TensorRtEngine
+from hueshift.engines.tensorrt_loader import Fallback, TensorRtError
+from hueshift.server.metrics import Metrics
+from hueshift.server.step_runner import StepRunner
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = CudaOptions(warm_sizes=((8, 8),), max_area=64, weight_slots=1)
+
+
+class Failing:
+    """A TensorRT engine that refuses every call, with rows of its own."""
+
+    name = "tensorrt"
+    plans = (Plan.DENSE, Plan.FACTORED)
+    slots, max_batch = 3, 2
+
+    def __init__(self, parts: TinyParts) -> None:
+        self.rows, self.factors, self.norms = parts.rows, parts.factors, parts.norms
+        self.row_of = {1: parts.row((parts.random_adapter(1), 1.0)), 2: EngineRow()}
+        # As TensorRT's own objects do.
+        self.itself = self
+
+    def row(self, slot: int) -> EngineRow:
+        """What a slot holds."""
+        return self.row_of[slot]
+
+    def denoise(self, *_: object) -> Tensor:
+        """Refuse."""
+        memory = self.row_of
+        raise TensorRtError(Fallback.RUN, f"enqueue failed with {len(memory)} rows")
+
+
+def second_of(parts: TinyParts, cache: Path) -> CudaEngine:
+    """The engine that takes over, on the host."""
+    given = (parts.base, parts.factors, parts.rows, parts.norms)
+    return build_cuda(
+        *given,
+        slots=3,
+        max_batch=2,
+        options=OPTIONS,
+        lane=HostLane(),
+        cache_dir=cache,
+        progress=lambda stage, done, total: pytest.fail(f"{stage}: requests are waiting"),
+        live=True,
+    )
+
+
+def engine_of(parts: TinyParts, make: Callable[[], UNetEngine]) -> tuple[FallbackEngine, "weakref.ref[Failing]"]:
+    """An engine that will fail at its first call, and whether it is still in memory."""
+    first = Failing(parts)
+    return FallbackEngine(cast(TensorRtEngine, first), make, lambda reason: None), weakref.ref(first)
+
+
+def test_the_second_engine_is_made_when_the_first_ones_memory_is_free(tiny: TinyParts, tmp_path: Path) -> None:
+    held: list[bool] = []
+
+    def make() -> UNetEngine:
+        held.append(gone() is not None)
+        return second_of(tiny, tmp_path)
+
+    engine, gone = engine_of(tiny, make)
+    gc.collect()
+    inputs, index = tiny.inputs(1), torch.tensor([1])
+    with capture_logs() as logs:
+        out = engine.denoise(Plan.FACTORED, *inputs, index)
+    row = tiny.row((tiny.random_adapter(1), 1.0))
+    assert torch.allclose(out, tiny.merged_output(row, *inputs), atol=1e-3)
+    assert held == [False]
+    assert [log["event"] for log in logs] == ["engine_fallback", "engine_taken_over"]
+    assert (engine.name, engine.slots, engine.max_batch) == ("torch", 3, 2)
+    # Nothing was captured, merged or measured while the request waited.
+    serving = engine.serving
+    assert isinstance(serving, CudaEngine)
+    assert (len(serving.graphs), serving.weight_slots, planner_of(engine)) == (0, 0, None)
+
+
+def test_what_was_measured_at_a_former_start_divides_batches_again(tiny: TinyParts, tmp_path: Path) -> None:
+    warm = second_of(tiny, tmp_path)
+    table = CostTable({(Plan.DENSE, 2, (8, 8)): 1.5, (Plan.FACTORED, 2, (8, 8)): 2.0})
+    known = Calibration(table, {Plan.DENSE: True, Plan.FACTORED: False})
+    write_costs(tmp_path, describe(warm) | {"weight_slots": "1"}, known)
+    engine, _ = engine_of(tiny, lambda: second_of(tiny, tmp_path))
+    assert planner_of(engine) is None
+    runner = StepRunner(
+        engine, Metrics(CollectorRegistry()), FakeClock(), planner_of(engine), lambda: planner_of(engine)
+    )
+    assert not runner.divides
+    engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
+    assert runner.divides
+    serving = engine.serving
+    assert isinstance(serving, CudaEngine)
+    assert serving.networks.of(Plan.DENSE).unet.kernel_layers > 0
+
+
+def test_a_server_without_any_engine_ends(tiny: TinyParts) -> None:
+    def make() -> UNetEngine:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    engine, _ = engine_of(tiny, make)
+    inputs, index = tiny.inputs(1), torch.tensor([0])
+    with pytest.raises(NoEngineError, match="could not take over") as caught:
+        engine.denoise(Plan.DENSE, *inputs, index)
+    # Not a batch that was too large: a smaller one would fare no better.
+    assert classify(caught.value) is Fault.LOST
+    with pytest.raises(NoEngineError, match="start the server again"):
+        engine.denoise(Plan.DENSE, *inputs, index)
+    assert engine.name == "tensorrt"
