@@ -3,6 +3,7 @@
 import ssl
 import threading
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
@@ -33,7 +34,9 @@ class Certificates:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return what a port is opened with."""
-        return grpc.dynamic_ssl_server_credentials(self._first, self.renewed)
+        # None means no change; gRPC's own types leave that out.
+        renewed: Any = self.renewed
+        return grpc.dynamic_ssl_server_credentials(self._first, renewed)
 
     def renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """Return the pair of the files if they have changed since the last one was returned, else None."""

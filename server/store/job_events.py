@@ -47,17 +47,9 @@ def read_events(connection: Connection, job_id: str, after: int, limit: int) -> 
 
 def forget_samples(connection: Connection, before: float) -> int:
     """Remove the pictures of samples drawn before a time, for jobs that ended before it. Returns how many."""
-    ended = select(jobs.c.job_id).where(jobs.c.ended < before)
-    return connection.execute(
-        update(job_events)
-        .where(
-            job_events.c.kind == EventKind.SAMPLE.value,
-            job_events.c.data.is_not(None),
-            job_events.c.time < before,
-            job_events.c.job_id.in_(ended),
-        )
-        .values(data=None)
-    ).rowcount
+    ended = select(jobs.c.job_id).where(jobs.c.job_id == job_events.c.job_id, jobs.c.ended < before)
+    old = (job_events.c.data.is_not(None), job_events.c.time < before, ended.exists())
+    return connection.execute(update(job_events).where(*old).values(data=None)).rowcount
 
 
 def _drop_old_samples(connection: Connection, job_id: str) -> None:

@@ -346,7 +346,8 @@ class JobStore:
     def leases_lost(self) -> int:
         """Return how many leases have been lost since the table was made."""
         with self._database.read() as connection:
-            return int(connection.scalar(select(func.coalesce(func.sum(jobs.c.leases_lost), 0))) or 0)
+            lost = select(func.sum(jobs.c.leases_lost)).where(jobs.c.leases_lost > 0)
+            return int(connection.scalar(lost) or 0)
 
     def open_jobs(self) -> set[str]:
         """Return the ids of all jobs that have not ended."""

@@ -33,6 +33,12 @@ def _to_2(connection: Connection) -> None:
     tables.replicas.create(connection)
 
 
+def _to_3(connection: Connection) -> None:
+    """Find lost leases and old samples without reading every row."""
+    for index in (*tables.jobs.indexes, tables.samples_by_age):
+        index.create(connection, checkfirst=True)
+
+
 def _add_column(connection: Connection, table: Table, name: str, default: str = "") -> None:
     definition = str(CreateColumn(table.c[name]).compile(dialect=connection.dialect))
     # A column that may not be empty needs a value for the rows that are there.
@@ -40,4 +46,4 @@ def _add_column(connection: Connection, table: Table, name: str, default: str = 
     connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
 
 
-_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _to_2}
+_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3}

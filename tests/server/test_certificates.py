@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -40,7 +41,7 @@ async def ask(port: str, authority: bytes) -> int:
     options = [("grpc.use_local_subchannel_pool", 1)]
     credentials = grpc.ssl_channel_credentials(authority)
     async with grpc.aio.secure_channel(f"localhost:{port}", credentials, options=options) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         answer: health_pb2.HealthCheckResponse = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
         return answer.status
 
@@ -98,7 +99,7 @@ async def test_old_connections_end_and_clients_come_back(tmp_path: Path) -> None
     try:
         address = (await frame.start()).grpc
         async with grpc.aio.insecure_channel(address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+            stub: Any = health_pb2_grpc.HealthStub(channel)
             watching = stub.Watch(health_pb2.HealthCheckRequest())
             assert (await watching.read()).status == SERVED
             async with asyncio.timeout(10):

@@ -11,10 +11,12 @@ from fake_engine import FakeEngine
 from generation_bench import Bench
 from postgres import fresh_database
 from small_jobs import small_spec
+from torch import Tensor
 from whole_server import BoundedFakeEngine, LiveServer, fake_parts, live_server
 
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.interface import Plan
 from hueshift.server.settings import load_settings
 from hueshift.server.store.job_records import NewJob
 from hueshift.server.store.stores import open_stores
@@ -50,8 +52,13 @@ async def test_steps_follow_the_weights() -> None:
 
 
 async def test_a_server_draws_by_the_weights_of_its_settings(base_model: BaseModel, tmp_path: Path) -> None:
-    begin, order = threading.Event(), []
-    engine = BoundedFakeEngine(max_batch=2, on_call=lambda plan, rows: begin.wait(30) and None)
+    begin = threading.Event()
+    order: list[str] = []
+
+    def hold(plan: Plan, rows: Tensor) -> None:
+        begin.wait(30)
+
+    engine = BoundedFakeEngine(max_batch=2, on_call=hold)
 
     async def draw(live: LiveServer, tenant: str) -> None:
         stubs = await live.caller(tenant)

@@ -24,6 +24,8 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
 
 def go_back_to_version_1(database: Database) -> None:
     with database.write() as connection:
+        for index in ("jobs_by_losses", "samples_by_age"):
+            connection.execute(text(f"DROP INDEX {index}"))
         for column in ("device_seconds", "charged", "failures"):
             connection.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
         connection.execute(text("DROP TABLE usage"))
@@ -42,6 +44,8 @@ def test_version_1_becomes_the_newest(location: str | Path) -> None:
     with database.read() as connection:
         assert connection.scalar(select(schema.c.version)) == SCHEMA_VERSION
         columns = {table: {c["name"] for c in inspect(connection).get_columns(table)} for table in metadata.tables}
+        indexes = {index["name"] for table in metadata.tables for index in inspect(connection).get_indexes(table)}
+    assert {index.name for table in metadata.tables.values() for index in table.indexes} <= indexes
     assert columns == {name: {column.name for column in table.c} for name, table in metadata.tables.items()}
     jobs = JobStore(database, clock)
     claimed = jobs.claim("worker", 30.0)
@@ -50,4 +54,18 @@ def test_version_1_becomes_the_newest(location: str | Path) -> None:
     clock.now += 4
     assert jobs.release(claimed.lease).device_seconds == 4.0
     assert jobs.get("alice", "ft-1").state is JobState.QUEUED
+    database.close()
+
+
+def test_what_is_asked_all_the_time_reads_an_index(tmp_path: Path) -> None:
+    database = Database(tmp_path / "hueshift.db", FakeClock())
+    asked = {
+        "SELECT sum(leases_lost) FROM jobs WHERE leases_lost > 0": "jobs_by_losses",
+        "SELECT state, count(*) FROM jobs GROUP BY state": "jobs_to_claim",
+        "SELECT 1 FROM job_events WHERE data IS NOT NULL AND time < 5": "samples_by_age",
+    }
+    with database.read() as connection:
+        for query, index in asked.items():
+            plan = " ".join(str(row) for row in connection.execute(text(f"EXPLAIN QUERY PLAN {query}")))
+            assert index in plan, plan
     database.close()
