@@ -113,7 +113,8 @@ class TrainingUNet:
             finally:
                 scope.values, scope.branches, scope.shared, self._watched, self._maps = kept
 
-        return checkpoint(again, *args, use_reentrant=False)
+        # Nothing in a block is drawn at random.
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def make_unet(base: BaseModel, factors: SpectralFactors, learnable: Learnable, spec: TrainingSpec) -> TrainingUNet:
