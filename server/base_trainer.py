@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+import torch
 from PIL import Image
 
 from hueshift.engines.base_model import BaseModel, load_base_model
@@ -13,6 +14,7 @@ from hueshift.server.job_run import JobRun
 from hueshift.server.settings import Settings
 from hueshift.server.worker import Trained
 from hueshift.training.cost import SpeedBook, open_speeds
+from hueshift.training.devices import prepare_device
 from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.scores import ClipScorer
 from hueshift.training.sharing.shared_training import SharedTraining
@@ -43,6 +45,7 @@ class BaseTrainer:
     @classmethod
     def load(cls, settings: Settings, device: str = "cpu") -> Self:
         """Load the base model, its decomposition and its CLIP. Raises InvalidArgument on an unusable folder."""
+        prepare_device(torch.device(device))
         base = load_base_model(settings.model.path, device=device)
         clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
         cache = settings.store.cache_path.expanduser()

@@ -25,6 +25,7 @@ from hueshift.engines.vae import VaeStage
 from hueshift.training.arrivals import MOST_UNDERWAY
 from hueshift.training.checkpoint import fingerprint_job, read_checkpoint, write_checkpoint
 from hueshift.training.class_pictures import class_latents, class_prompt, prune_cache
+from hueshift.training.devices import release_memory
 from hueshift.training.divergence import check_finite
 from hueshift.training.editing import InversionErrors, measure_inversion
 from hueshift.training.evaluation.measures import diversity_of, paired_cosine
@@ -127,12 +128,18 @@ def run_training(
         raise InvalidArgument.for_field("pictures", f"{len(pictures)} given for {len(spec.captions)} captions")
     if sorted(masks) != sorted(spec.masked_pictures):
         raise InvalidArgument.for_field("pictures", f"masks of {sorted(masks)} given for {spec.masked_pictures}")
+    device = next(base.unet.parameters()).device
+    # A job before this one may have ended with an exception, which held its memory.
+    release_memory(device)
     job = _Job(spec, pictures, masks, base, factors, workdir, class_folder or workdir / CLASS_FOLDER, hooks, sharing)
     try:
         job.train()
     finally:
         job.leave()
-    return job.finish(clip)
+    result = job.finish(clip)
+    del job
+    release_memory(device)
+    return result
 
 
 class _Job:

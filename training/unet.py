@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from hueshift.engines.adapted_layers import RowGroupNorm, RowLayerNorm
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.transfer import to_device
 from hueshift.training.methods.learnable import Learnable, Rows
+from hueshift.training.precision import holds_lowered
 from hueshift.training.spec import TrainingSpec
 
 Maps = dict[str, dict[int, Tensor]]
@@ -29,10 +31,19 @@ class TrainingUNet:
 
     Jobs that share one take turns: calls hold `lock`, and who looks at attention or runs backward with `checkpointing`
     holds it for as long.
+
+    With `lowered` the weights of linear and convolution layers are held in bfloat16, and all calls have their products
+    in it; the base keeps its own.
     """
 
     def __init__(
-        self, unet: AdaptedUNet, attentions: tuple[str, ...], width: int, *, checkpointing: bool = False
+        self,
+        unet: AdaptedUNet,
+        attentions: tuple[str, ...],
+        width: int,
+        *,
+        checkpointing: bool = False,
+        lowered: bool = False,
     ) -> None:
         self.plan = unet.plan
         self.lock = threading.RLock()
@@ -41,6 +52,9 @@ class TrainingUNet:
         self._width = width
         self._maps: Maps = {}
         self._watched: tuple[frozenset[str], tuple[int, ...]] = (frozenset(), ())
+        self._lowered = lowered
+        if lowered:
+            _lower_weights(unet)
         for number, name in enumerate(attentions):
             module = unet.unet.get_submodule(name)
             module.register_forward_pre_hook(self._before(number, name), with_kwargs=True)
@@ -55,12 +69,15 @@ class TrainingUNet:
         rows and the context.
         """
         inputs = (sample, timesteps, context, rows.spectral, rows.lowrank)
-        with self.lock:
+        with self.lock, self._products(sample.device):
             if not rows.weights:
                 return self._unet.forward_rows(*inputs)
             weights = {f"unet.unet.{name}.weight": self._laid_out(weight) for name, weight in rows.weights.items()}
             out: Tensor = functional_call(self._called, weights, inputs)
             return out
+
+    def _products(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.bfloat16) if self._lowered else nullcontext()
 
     @contextmanager
     def watching(self, names: Collection[str], rows: Collection[int]) -> Iterator[Maps]:
@@ -121,7 +138,21 @@ def make_unet(base: BaseModel, factors: SpectralFactors, learnable: Learnable, s
     """The UNet that jobs of this kind train with, on the base's weights."""
     adapted = AdaptedUNet(base, factors, learnable.layout, learnable.plan)
     layout = base.layout
-    return TrainingUNet(adapted, layout.cross_attentions, layout.token_width, checkpointing=spec.gradient_checkpointing)
+    return TrainingUNet(
+        adapted,
+        layout.cross_attentions,
+        layout.token_width,
+        checkpointing=spec.gradient_checkpointing,
+        lowered=holds_lowered(next(base.unet.parameters()).device, spec.precision),
+    )
+
+
+def _lower_weights(unet: nn.Module) -> None:
+    """Of layers whose products autocast lowers; norms stay as they are. Parameters here are aliases of the base's."""
+    for module in unet.modules():
+        if not isinstance(module, nn.GroupNorm | nn.LayerNorm | RowGroupNorm | RowLayerNorm):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 class _Called(nn.Module):

@@ -8,11 +8,14 @@ import torch
 from tiny_training import make_pair_spec, make_spec, make_task, make_tiny_unet
 from torch import Tensor
 
+from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.training.loop import batch_loss, draw_batch
 from hueshift.training.methods.learnable import Rows
+from hueshift.training.methods.make import make_learnable
 from hueshift.training.spec import Method, TrainingSpec
+from hueshift.training.unet import TrainingUNet
 
 Tiny = tuple[BaseModel, SpectralFactors]
 
@@ -106,3 +109,26 @@ def test_checkpointing_changes_no_loss_and_no_gradient(tiny: Tiny, spec: Trainin
         assert other is not None
         assert torch.allclose(grad, other, rtol=1e-4, atol=1e-6 * float(grad.abs().max())), name
         assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", [Method.SVDIFF, Method.LORA, Method.CUSTOM_DIFFUSION])
+def test_weights_held_in_bfloat16_give_what_autocast_gives(tiny: Tiny, method: Method) -> None:
+    base, factors = tiny
+    spec = make_spec(method)
+    learnable = make_learnable(spec, base, factors)
+    rows = learnable.rows(learnable.initial(torch.Generator().manual_seed(1)))
+    made = []
+    for lowered in (False, True):
+        adapted = AdaptedUNet(base, factors, learnable.layout, learnable.plan)
+        made.append(TrainingUNet(adapted, base.layout.cross_attentions, base.layout.token_width, lowered=lowered))
+    plain, low = made
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = plain(*inputs(base), rows)
+        # Outside of autocast too: pictures are drawn so.
+        found = low(*inputs(base), rows)
+    assert found.dtype is expected.dtype is torch.bfloat16
+    assert torch.equal(found, expected)
+    assert all(parameter.dtype is torch.float32 for parameter in base.unet.parameters())
+    held = {parameter.dtype for parameter in low._unet.parameters() if parameter.dim() > 1}
+    assert held == {torch.bfloat16}
