@@ -1,5 +1,6 @@
 """Latents to pixels and back."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cuda_lane import GraphLane
+from hueshift.engines.uploads import make_beside
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -22,10 +25,14 @@ class VaeStage:
     Pictures with a side above `tile_above` pixels (0: none) are decoded in overlapping tiles of at most half of that a
     side, one by one, and blended: memory stays that of a tile, and colours may differ by a few levels, because the
     decoder's norms see a tile at a time.
+
+    With a `lane` pictures are encoded there, beside denoising steps, and handed over finished. Decoding runs on the
+    caller's stream, who takes the pixels to the host anyway.
     """
 
-    def __init__(self, base: BaseModel, *, tile_above: int = 0) -> None:
+    def __init__(self, base: BaseModel, *, tile_above: int = 0, lane: GraphLane | None = None) -> None:
         self._vae: Any = base.vae
+        self._lane = lane
         self._factor = base.latent_factor
         self._tile_above = tile_above
         self._scale = float(base.vae.config.scaling_factor)
@@ -68,6 +75,11 @@ class VaeStage:
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [n, 4, h, w] of the scaled latents of pixels [n, 3, H, W] fp32 in -1 to 1."""
+        if self._lane is None:
+            return self._moments(pixels)
+        return make_beside(self._lane, partial(self._moments, pixels), lambda made: made)
+
+    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         latents = self._vae.encode(pixels.to(self._device, self._dtype)).latent_dist
         return latents.mean.float() * self._scale, latents.std.float() * self._scale
 

@@ -14,6 +14,7 @@ from hueshift.adapters.formats.draft import ImportBase
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.cuda_engine import CudaEngine
+from hueshift.engines.cuda_lane import lane_of
 from hueshift.engines.cuda_setup import planner_of
 from hueshift.engines.encoder_layers import encoder_parameters
 from hueshift.engines.interface import UNetEngine
@@ -79,12 +80,14 @@ class ServiceSet:
             observer,
         )
         dtype = engine.dtype if isinstance(engine, CudaEngine) else None
+        # Pictures that requests start from are encoded beside the steps, as prompts are.
+        vae_lane = lane_of(next(base.vae.parameters()).device)
         conditioner = make_conditioner(base, parts.factors, observer, dtype=dtype)
         self.scheduler = Scheduler(
             engine,
             base,
             conditioner,
-            VaeStage(base, tile_above=settings.engine.vae_tiling_above),
+            VaeStage(base, tile_above=settings.engine.vae_tiling_above, lane=vae_lane),
             slots,
             metrics,
             clock,

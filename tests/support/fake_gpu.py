@@ -8,7 +8,7 @@ Numbers cannot be tested so; that no line mixes devices, reads back or allocates
 import ctypes
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,7 +94,7 @@ class FakeGpu(TorchDispatchMode):
         finally:
             self.capturing = False
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
         """Flash attention's result. A build for the CPU would compute it step by step, and partly in fp32."""
         assert {(part.device, part.dtype) for part in (query, key, value)} == {(GPU, query.dtype)}
         self.products[query.dtype] += 1
@@ -145,6 +145,7 @@ class FakeLane(HostLane):
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
         self.captures = 0
+        self.lent: list[Tensor] = []
 
     def capture(self, work: Work) -> Work:
         """Run it strictly once, as a capture would."""
@@ -156,6 +157,10 @@ class FakeLane(HostLane):
         self.captures += 1
         replay()
         return replay
+
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Remember what others may read."""
+        self.lent += tensors
 
     def beside(self) -> "FakeLane":
         """Another one like it."""

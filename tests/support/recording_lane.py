@@ -1,9 +1,10 @@
 """A lane that remembers what was done on it, and can hold work of the lane beside it back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from hueshift.engines.cuda_lane import HostLane, Mark, Work
 
@@ -40,6 +41,13 @@ class RecordingLane(HostLane):
         self.besides: list[RecordingLane] = []
 
     @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Remember the entry and the exit."""
+        self.log.append("apart")
+        yield
+        self.log.append("left")
+
+    @contextmanager
     def running(self) -> Iterator[None]:
         """Remember the entry."""
         self.log.append("enter")
@@ -68,6 +76,10 @@ class RecordingLane(HostLane):
     def after(self, mark: Mark) -> None:
         """Remember what is waited for."""
         self.waited.append(mark)
+
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Remember that something was lent, and that it was inside of the lane or not."""
+        self.log.append(f"lent {len(list(tensors))}")
 
     def beside(self) -> "RecordingLane":
         """Another one, kept: the engine makes one for copies, then one for merges."""

@@ -1,0 +1,155 @@
+"""Prompts beside the steps: encoded on a lane of their own, handed over finished, the empty prompt only once."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import GPU, FakeGpu, FakeLane, fake_gpu
+from recording_lane import RecordingLane
+from torch import Tensor
+
+from hueshift.engines import vae
+from hueshift.engines.base_model import BaseModel
+from hueshift.engines.conditioning import Conditioner
+from hueshift.engines.cross_attention import CrossEdits, CrossStage
+from hueshift.engines.cuda_lane import HostLane, lane_of
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.text import TextStage, TokenizedPrompt, Vectors
+from hueshift.engines.text_side import TextSide
+from hueshift.engines.vae import VaeStage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NO_FACTORS = SpectralFactors({}, {}, {})
+
+
+class CountingText(TextStage):
+    """Remembers the prompts' lengths of each encoding."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.encoded: list[list[int]] = []
+        super().__init__(base)
+
+    def encode_pooled(
+        self, rows: Sequence[TokenizedPrompt], learned: Sequence[Vectors], *weights: object
+    ) -> tuple[Tensor, Tensor | None]:
+        """Count, and encode."""
+        self.encoded.append([row.length for row in rows])
+        return super().encode_pooled(rows, learned)
+
+
+@pytest.fixture(scope="module")
+def text(base_model: BaseModel) -> CountingText:
+    """The embedded model's encoder."""
+    return CountingText(base_model)
+
+
+@pytest.fixture(scope="module")
+def cross(base_model: BaseModel) -> CrossStage:
+    """And its projection."""
+    return CrossStage(base_model, NO_FACTORS)
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    """A GPU without memory."""
+    with fake_gpu() as made:
+        yield made
+
+
+def test_the_empty_prompt_is_encoded_once_and_gives_the_same_bits(
+    base_model: BaseModel, text: CountingText, cross: CrossStage
+) -> None:
+    conditioner = Conditioner(base_model, text, cross)
+    text.encoded.clear()
+    for prompts in (["", "a fox"], ["", "an emoji of a red apple"], ["", ""], [" ", "a fox"]):
+        found = conditioner.condition(prompts, TextSide(), [1.0]).cross.at(0)
+        contexts = TextStage(base_model).encode(prompts, {}).context
+        assert torch.equal(found, cross.project(contexts, contexts, CrossEdits()))
+    assert [len(lengths) for lengths in text.encoded] == [1, 1, 1]
+    text.encoded.clear()
+    conditioner.condition(["blurry", "a fox"], TextSide(), [1.0])
+    assert [len(lengths) for lengths in text.encoded] == [2]
+
+
+def test_a_word_learned_for_the_negative_prompt_is_encoded(
+    base_model: BaseModel, text: CountingText, cross: CrossStage
+) -> None:
+    conditioner = Conditioner(base_model, text, cross)
+    word = torch.randn(1, 1, 1, base_model.layout.token_width, generator=torch.Generator().manual_seed(0))
+    side = TextSide({"<bad>": word})
+    with_word, without = (
+        conditioner.condition([negative, "a fox"], side, [1.0]).cross.at(0) for negative in ("<bad>", "")
+    )
+    assert not torch.allclose(with_word[0], without[0])
+    assert torch.equal(with_word[1], without[1])
+
+
+def test_a_prompt_is_handed_over_finished_and_may_be_read_as_long_as_it_is_held(
+    base_model: BaseModel, text: CountingText, cross: CrossStage
+) -> None:
+    lane = RecordingLane(passing=False)
+    conditioner = Conditioner(base_model, text, cross, lane=lane)
+    # Entered once with a wait, for the weights; a request never waits for the steps, nor they for it.
+    assert lane.log == ["enter"]
+    lane.log.clear()
+    conditioner.condition(["", "a fox"], TextSide(), [1.0])
+    assert lane.log == ["apart", "lent 1", "left"]
+    assert [mark.waits for mark in lane.marks] == [1]
+
+
+def test_a_picture_is_encoded_beside_the_steps(base_model: BaseModel) -> None:
+    lane = RecordingLane(passing=False)
+    pixels = torch.zeros(1, 3, 32, 32)
+    mean, deviation = VaeStage(base_model, lane=lane).moments(pixels)
+    assert lane.log == ["apart", "lent 2", "left"]
+    assert [mark.waits for mark in lane.marks] == [1]
+    plain = VaeStage(base_model).moments(pixels)
+    assert torch.equal(mean, plain[0])
+    assert torch.equal(deviation, plain[1])
+
+
+def test_a_lane_fits_its_device() -> None:
+    assert isinstance(lane_of(torch.device("cpu")), HostLane)
+
+
+def test_prompts_stay_on_the_device_in_the_engines_dtype(base_model: BaseModel, gpu: FakeGpu) -> None:
+    base = replace(
+        base_model,
+        text_encoder=copy.deepcopy(base_model.text_encoder).to(GPU),
+        unet=copy.deepcopy(base_model.unet).to(GPU),
+    )
+    lane = FakeLane(gpu)
+    text = TextStage(base)
+    conditioner = Conditioner(base, text, CrossStage(base, NO_FACTORS), dtype=torch.float16, lane=lane)
+    gpu.waits.clear()
+    word = torch.zeros(1, 1, 2, base.layout.token_width)
+    for side in (TextSide(), TextSide({"fox": word})):
+        made = conditioner.condition(["", "a fox"], side, [1.0]).cross
+        assert (made.device, made.at(0).dtype, len(made.at(0))) == (GPU, torch.float16, 2)
+        assert lane.lent[-1] is made.at(0)
+    # Token ids go in; nothing is read back.
+    assert all(wait.endswith("from the host") for wait in gpu.waits), gpu.waits
+
+
+@pytest.mark.parametrize("tile_above", [0, 64])
+def test_decoding_stays_on_the_device_until_the_pixels(
+    base_model: BaseModel, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tile_above: int
+) -> None:
+    found: list[Tensor] = []
+
+    def to_bytes(pixels: Tensor) -> vae.Pixels:
+        found.append(pixels)
+        return np.zeros((len(pixels), 1), np.uint8)
+
+    monkeypatch.setattr(vae, "_to_bytes", to_bytes)
+    base = replace(base_model, vae=copy.deepcopy(base_model.vae).to(GPU, torch.float16))
+    stage = VaeStage(base, tile_above=tile_above)
+    gpu.waits.clear()
+    side = base.sample_size
+    stage.decode(torch.zeros(2, base.latent_channels, side, side, device=GPU))
+    assert {(pixels.device, pixels.dtype) for pixels in found} == {(GPU, torch.float32)}
+    assert sum(len(pixels) for pixels in found) == 2
+    assert all(wait.endswith("from the host") for wait in gpu.waits), gpu.waits
