@@ -184,7 +184,7 @@ def test_class_prompts_and_dropped_captions_go_through_the_tuned_encoder(tiny: T
 def test_jobs_share_steps_with_those_whose_encoder_stays(tiny: Tiny, tmp_path: Path) -> None:
     """Each encodes its own captions, so the UNet's batch may hold both kinds."""
     base, factors = tiny
-    specs = [tuned_spec(steps=3), make_spec(steps=3, precision="fp32"), tuned_spec(steps=3, seed=8)]
+    specs = [tuned_spec(steps=3), make_spec(steps=3, precision="fp32")]
     assert len({family_of(spec) for spec in specs}) == 1
     alone = [run(tiny, spec, tmp_path / f"alone{number}") for number, spec in enumerate(specs)]
     sharing = SharedTraining(base, factors, patience=20.0)
@@ -192,8 +192,8 @@ def test_jobs_share_steps_with_those_whose_encoder_stays(tiny: Tiny, tmp_path: P
     def together(number: int) -> TrainingResult:
         return run(tiny, specs[number], tmp_path / f"shared{number}", sharing=sharing)
 
-    with ThreadPoolExecutor(3) as pool:
-        shared = list(pool.map(together, range(3)))
+    with ThreadPoolExecutor(2) as pool:
+        shared = list(pool.map(together, range(2)))
     assert max(sharing.rounds) > 1
     for one, other in zip(shared, alone, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=1e-5)
