@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 
-from hueshift.kernels import lag_mask, lowrank_merge, lowrank_residual, sampler_step, spectral_reassemble
+from hueshift.kernels import (
+    lag_mask,
+    lowrank_linear,
+    lowrank_merge,
+    lowrank_residual,
+    sampler_step,
+    spectral_reassemble,
+)
 from hueshift.kernels.cross_compile import Compiled, compile_launch
 from hueshift.kernels.launch import Launch, triton
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, LaunchConfig, candidates, load
@@ -31,7 +38,7 @@ from hueshift.kernels.spectral_plan import build_tables as spectral_tables
 H200_MULTIPROCESSORS = 132
 HALF = torch.float16
 # Launches whose programs walk a list of tiles: as many programs as are asked for, whatever the work.
-PERSISTENT = ("_reassemble_kernel", "_merge_kernel", "_product_kernel")
+PERSISTENT = ("_reassemble_kernel", "_merge_kernel", "_product_kernel", "_linear_kernel")
 
 Variant = tuple[str, Launch]
 Variants = Callable[[LaunchConfig, str], Iterator[Variant]]
@@ -78,6 +85,27 @@ def residual_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
             yield f"rank {rank}{launch.kernel.__name__.removesuffix('_kernel').replace('_', ' ')}", launch
 
 
+def linear_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
+    """Ranks 16 and 64 at the attention of SD1.5."""
+    tokens, width = (4096, 320) if chosen == "narrow_tiles" else (1024, 640)
+    for rank in (16, 64):
+        yield (
+            f"rank {rank}",
+            lowrank_linear.linear_launch(
+                empty(2, tokens, width),
+                empty(2, tokens, width),
+                empty(width, width),
+                empty(width),
+                empty(2, rank, width),
+                empty(2, width, rank),
+                torch.zeros(2, dtype=torch.int32),
+                torch.zeros(2),
+                None,
+                config,
+            ),
+        )
+
+
 def product_variants(scale_input: bool) -> Variants:
     """Return the variants of the factored plan's product: a picture's tokens, and a text's 77."""
 
@@ -121,6 +149,7 @@ VARIANTS: dict[str, Variants] = {
     "spectral_reassemble": spectral_variants,
     "lowrank_merge": merge_variants,
     "lowrank_residual": residual_variants,
+    "lowrank_linear": linear_variants,
     "factored_linear": product_variants(scale_input=False),
     "factored_conv": product_variants(scale_input=True),
     "sampler_step": sampler_variants,
@@ -159,7 +188,7 @@ def row(arch: str, name: str, variant: str, launch: Launch, config: LaunchConfig
         # With few tokens the grid follows the multiprocessors, which this machine has not got.
         "waves": None if persistent or "few_tokens" in name else round(programs / (H200_MULTIPROCESSORS * resident), 2),
         "tensor_core": found.tensor_core,
-        "tma": found.tma,
+        "tma": found.tma_copies,
         **{kind: widths(found, kind) for kind in ("ld", "st", "cp")},
     }
 
@@ -181,6 +210,7 @@ COLUMNS = {
     "programs": 8,
     "waves": 6,
     "tensor_core": 11,
+    "tma": 3,
     "ld": 22,
     "st": 12,
     "cp": 18,

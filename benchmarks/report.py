@@ -19,6 +19,8 @@ TARGETS = {
     "lowrank_merge": "Rank 16 merged into all attention weights. Target: at most 0.15 ms.",
     "lowrank_residual": "Every sample's own low-rank branch on all attention projections, UNet batch 16. "
     "Target: at most 4 % of the UNet step (34.4 ms dense and compiled).",
+    "lowrank_linear": "The same, in one product with the dense layer; the cost is the whole, branches and dense "
+    "layers, over the dense layers alone. Baseline: the dense product, then lowrank_residual.",
     "factored_linear": "All linear layers with per-sample singular values, batch 16. "
     "Target, with factored_conv: at most 15 % over the dense UNet, both compiled.",
     "factored_conv": "All convolutions with per-sample singular values, batch 16.",

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hueshift.kernels import factored_conv, factored_linear, lowrank_residual
+from hueshift.kernels import factored_conv, factored_linear, lowrank_linear, lowrank_residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class CompiledOps:
     lowrank_residual: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
     factored_linear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     scale_and_expand: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    lowrank_linear: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @cache
@@ -53,4 +54,30 @@ def compiled_ops() -> CompiledOps:
         samples, _, height, width = shrunk.shape
         return shrunk.new_empty(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)
 
-    return CompiledOps(residual, linear, expand)
+    @torch.library.custom_op("hueshift::lowrank_linear", mutates_args=())
+    def branched(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        index: Tensor,
+        scales: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        return lowrank_linear.lowrank_linear(x, weight, bias, a, b, index, scales, mask)
+
+    @branched.register_fake
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        index: Tensor,
+        scales: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
+
+    return CompiledOps(residual, linear, expand, branched)

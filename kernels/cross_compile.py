@@ -55,9 +55,9 @@ class Compiled:
         return "mma" if "mma.sync" in self.ptx else "none"
 
     @property
-    def tma(self) -> bool:
-        """Whether tiles are read by the bulk tensor copy engine."""
-        return "cp.async.bulk.tensor" in self.ptx
+    def tma_copies(self) -> int:
+        """Instructions of the bulk tensor copy engine: a loop of two operands and s stages, all in use, has 2 s."""
+        return len(re.findall(r"cp\.async\.bulk\.tensor\.\dd", self.ptx))
 
     def accesses(self, kind: str) -> Counter[int]:
         """Count global reads (`ld`), writes (`st`) or asynchronous copies to shared memory (`cp`) by bytes a thread."""

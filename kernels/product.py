@@ -99,7 +99,7 @@ def product_reference(
 
 
 @jit
-def _load_block(source: tl.tensor, row: tl.tensor, col: tl.tensor, rows: tl.tensor, cols: tl.tensor,
+def load_block(source: tl.tensor, row: tl.tensor, col: tl.tensor, rows: tl.tensor, cols: tl.tensor,
                 ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr) -> tl.tensor:  # fmt: skip
     if TMA:
         block = source.load([row, col])
@@ -150,13 +150,13 @@ def _product_kernel(y_ptr: tl.tensor, x_source: tl.tensor, w_source: tl.tensor, 
             slot = _slot(index_ptr, row, rows, tokens, BLOCK_M, ONE_SAMPLE)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, depth, BLOCK_K):
-            x = _load_block(x_source, row, k, rows, depth, BLOCK_M, BLOCK_K, TMA)
+            x = load_block(x_source, row, k, rows, depth, BLOCK_M, BLOCK_K, TMA)
             if SCALE_INPUT:
                 scale = _sigma(sigma_ptr, slot, k, depth, slots, slot_stride, BLOCK_K)
                 # Beyond `depth` x is 0 and sigma NaN; their product must stay out of the sum.
                 inside = (k + tl.arange(0, BLOCK_K) < depth)[None, :]
                 x = tl.where(inside, x.to(tl.float32) * scale, 0.0).to(x.dtype)
-            w = _load_block(w_source, col, k, width, depth, BLOCK_N, BLOCK_K, TMA)
+            w = load_block(w_source, col, k, width, depth, BLOCK_N, BLOCK_K, TMA)
             total = tl.dot(x, w.T, total)
         if SCALE_OUTPUT:
             total = total * _sigma(sigma_ptr, slot, col, width, slots, slot_stride, BLOCK_N)

@@ -22,6 +22,7 @@ STEMS = [
     "spectral_reassemble",
     "lowrank_merge",
     "lowrank_residual",
+    "lowrank_linear",
     "factored_linear",
     "factored_conv",
     "sampler_step",
