@@ -11,10 +11,12 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.training.divergence import check_finite
 from hueshift.training.methods.learnable import Learnable
+from hueshift.training.sharing.captured import CapturedSteps
 from hueshift.training.sharing.exchange import Exchange
 from hueshift.training.sharing.family import Family, family_of
 from hueshift.training.sharing.together import Share, SharedStep
@@ -32,16 +34,27 @@ class SharedTraining:
 
     `max_rows` is the most UNet rows of one forward pass, 0 for no limit; `patience` how long, in seconds, one job may
     keep the others of its family waiting at a step. `rounds` counts the shared steps by how many jobs were in them.
+
+    With `lane` steps run as CUDA graphs where they can, also those of a job alone. The UNet of the last family then
+    stays, with its graphs: the next job is most likely of the same, and its graphs are there.
     """
 
     def __init__(
-        self, base: BaseModel, factors: SpectralFactors, *, max_rows: int = 0, patience: float = PATIENCE_SECONDS
+        self,
+        base: BaseModel,
+        factors: SpectralFactors,
+        *,
+        max_rows: int = 0,
+        patience: float = PATIENCE_SECONDS,
+        lane: GraphLane | None = None,
     ) -> None:
         self.rounds: Counter[int] = Counter()
         self._base, self._factors = base, factors
         self._max_rows, self._patience = max_rows, patience
         # Not a job's own: it encodes what several have made of their captions.
         self._text = TextStage(base)
+        self._lane = lane
+        self._kept: _Company | None = None
         self._lock = threading.Lock()
         # A UNet lives as long as a job that uses it: families come and go, and each takes as much memory as the base.
         self._companies: WeakValueDictionary[Family, _Company] = WeakValueDictionary()
@@ -54,10 +67,15 @@ class SharedTraining:
         with self._lock:
             company = self._companies.get(family)
             if company is None:
+                # The last family's goes before another comes.
+                self._kept = None
                 unet = self._new_unet(spec, learnable)
+                captured = None if self._lane is None else CapturedSteps(self._lane.beside())
                 company = self._companies[family] = _Company(
-                    SharedStep(unet, self._text, self._max_rows), unet, self._patience, self.rounds
+                    SharedStep(unet, self._text, self._max_rows, captured), unet, self._patience, self.rounds
                 )
+            if self._lane is not None:
+                self._kept = company
         return company.unet, SharedStepper(company)
 
     def _new_unet(self, spec: TrainingSpec, learnable: Learnable) -> TrainingUNet:

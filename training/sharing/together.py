@@ -1,6 +1,6 @@
 """One step of several jobs: one pass of the text encoder, one of the UNet, one way back, one optimiser step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,6 +13,7 @@ from hueshift.engines.transfer import to_device
 from hueshift.training.methods.learnable import Rows
 from hueshift.training.objectives.denoising import denoising_loss
 from hueshift.training.precision import mixed_precision
+from hueshift.training.sharing.captured import CapturedSteps, Middle
 from hueshift.training.state import TrainingState, update_together
 from hueshift.training.stepping import StepWork, aims, joined, with_added
 from hueshift.training.unet import Maps, TrainingUNet
@@ -44,11 +45,13 @@ class Share:
 class SharedStep:
     """Takes the steps of several jobs of one family on one UNet, at most `max_rows` rows at a time (0: no limit).
 
-    The limit falls when memory does not suffice.
+    The limit falls when memory does not suffice. With `captured` what it fits runs as a CUDA graph.
     """
 
-    def __init__(self, unet: TrainingUNet, text: TextStage, max_rows: int = 0) -> None:
-        self._unet, self._text = unet, text
+    def __init__(
+        self, unet: TrainingUNet, text: TextStage, max_rows: int = 0, captured: CapturedSteps | None = None
+    ) -> None:
+        self._unet, self._text, self._captured = unet, text, captured
         self.max_rows = max_rows
 
     def __call__(self, shares: Sequence[Share]) -> list[Tensor | Exception]:
@@ -79,7 +82,7 @@ class SharedStep:
     def _take(self, shares: list[Share]) -> list[Tensor | Exception]:
         failure: Exception | None = None
         try:
-            return step_together(self._unet, self._text, shares)
+            return step_together(self._unet, self._text, shares, self._captured)
         except Exception as error:
             # Without the frames, which hold the activations that the next try needs room for.
             failure = error.with_traceback(None) if len(shares) > 1 else error
@@ -96,7 +99,9 @@ class SharedStep:
         return [*self._take(shares[:half]), *self._take(shares[half:])]
 
 
-def step_together(unet: TrainingUNet, text: TextStage, shares: Sequence[Share]) -> list[Tensor | Exception]:
+def step_together(
+    unet: TrainingUNet, text: TextStage, shares: Sequence[Share], captured: CapturedSteps | None = None
+) -> list[Tensor | Exception]:
     """Run text encoder and UNet once for all shares, and carry each one's loss back to the values of its state.
 
     Samples meet nowhere on the way, and no weight needs a gradient, so no job sees another's numbers. An exception of
@@ -104,14 +109,49 @@ def step_together(unet: TrainingUNet, text: TextStage, shares: Sequence[Share]) 
     """
     works = [share.work for share in shares]
     with unet.lock:
-        context = joined(contexts_together(text, works))
-        losses = _losses(unet, works, context)
+        context, rows = joined(contexts_together(text, works)), _stacked(works)
+        if captured is not None and captured.fit(works, rows, context):
+            return _replay(unet, captured, shares, context, rows)
+        losses = _losses(unet, works, context, rows)
         going = [n for n, loss in enumerate(losses) if isinstance(loss, Tensor) and _goes_back(loss)]
-        found = _gradients([(losses[n], shares[n]) for n in going])
-        for number in going:
-            values = shares[number].state.values
-            shares[number].state.take_gradients([next(found) for _ in values], first=shares[number].first)
+        roots = [loss / shares[n].count for n in going if isinstance(loss := losses[n], Tensor)]
+        _spread([shares[n] for n in going], roots, None)
     return [loss.detach() if isinstance(loss, Tensor) else loss for loss in losses]
+
+
+def _replay(
+    unet: TrainingUNet, captured: CapturedSteps, shares: Sequence[Share], context: Tensor, rows: Rows
+) -> list[Tensor | Exception]:
+    """The same by a graph: it ends at contexts and rows, from where the gradients go on."""
+    works, device = [share.work for share in shares], shares[0].work.device
+    noisy, timesteps, weights, scaled = (
+        to_device(joined(parts), device)
+        for parts in zip(
+            *(
+                (w.noisy, w.timesteps, w.weights, w.weights / share.count)
+                for w, share in zip(works, shares, strict=True)
+            ),
+            strict=True,
+        )
+    )
+    with mixed_precision(device, works[0].precision):
+        target = aims(unet, works, noisy, timesteps, context.detach())
+    middle = Middle(noisy, timesteps, target, scaled, context, rows)
+    errors, gradients = captured.run(unet, middle, works[0].precision)
+    losses = (errors * weights).split([share.size for share in shares])
+    pairs = [(leaf, part.clone()) for leaf, part in zip(middle.leaves, gradients, strict=True) if leaf.requires_grad]
+    _spread(shares, [leaf for leaf, _ in pairs], [part for _, part in pairs])
+    return [loss.sum() for loss in losses]
+
+
+def _spread(shares: Sequence[Share], roots: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
+    """Carry gradients of `roots`, 1 where none are given, to the values of all states."""
+    values = [value for share in shares for value in share.state.values.values()]
+    if not roots or not values:
+        return
+    found = iter(torch.autograd.grad(roots, values, gradients, allow_unused=True))
+    for share in shares:
+        share.state.take_gradients([next(found) for _ in share.state.values], first=share.first)
 
 
 def contexts_together(text: TextStage, works: Sequence[StepWork]) -> list[Tensor]:
@@ -127,7 +167,7 @@ def contexts_together(text: TextStage, works: Sequence[StepWork]) -> list[Tensor
     ]
 
 
-def _losses(unet: TrainingUNet, works: Sequence[StepWork], context: Tensor) -> list[Tensor | Exception]:
+def _losses(unet: TrainingUNet, works: Sequence[StepWork], context: Tensor, rows: Rows) -> list[Tensor | Exception]:
     first, begins = works[0], [0, *accumulate(work.noisy.shape[0] for work in works)]
     watched = frozenset[str]().union(*(work.watched for work in works if work.halves))
     halves = tuple(begin + row for begin, work in zip(begins, works, strict=False) for row in work.halves)
@@ -137,7 +177,7 @@ def _losses(unet: TrainingUNet, works: Sequence[StepWork], context: Tensor) -> l
     )
     with mixed_precision(first.device, first.precision):
         with unet.watching(watched, halves) as maps:
-            output = unet(noisy, timesteps, context, _stacked(works))
+            output = unet(noisy, timesteps, context, rows)
         target = aims(unet, works, noisy, timesteps, context)
     losses: list[Tensor | Exception] = []
     for work, begin, end in zip(works, begins, begins[1:], strict=False):
@@ -182,10 +222,3 @@ def _goes_back(loss: Tensor) -> bool:
 def _is_sound(loss: Tensor | Exception) -> bool:
     """Looked at on the CPU alone, where it costs nothing."""
     return isinstance(loss, Tensor) and (loss.device.type != "cpu" or bool(loss.detach().isfinite()))
-
-
-def _gradients(going: Sequence[tuple[Tensor | Exception, Share]]) -> Iterator[Tensor | None]:
-    """Gradients of the values of all states, one after the other."""
-    roots = [loss / share.count for loss, share in going if isinstance(loss, Tensor)]
-    leaves = [value for _, share in going for value in share.state.values.values()]
-    return iter(torch.autograd.grad(roots, leaves, allow_unused=True) if roots and leaves else ())

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.cuda_lane import HostLane
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.training.loop import TrainingTask, draw_batch, make_work
 from hueshift.training.objectives.objective import Batch
+from hueshift.training.sharing.captured import CapturedSteps
 from hueshift.training.sharing.together import Share, SharedStep, step_together
 from hueshift.training.spec import Method, TrainingSpec
 from hueshift.training.state import TrainingState
@@ -202,3 +204,30 @@ def test_a_limit_on_rows_makes_groups(tiny: Tiny, monkeypatch: pytest.MonkeyPatc
     memory = Memory(monkeypatch, 100)
     assert len(SharedStep(jobs[0][0].unet, text_of(tiny), max_rows=4)(make_shares(jobs))) == 5
     assert memory.tried == [3, 3, 5, 1]
+
+
+@pytest.mark.parametrize("kind", ["svdiff", "anchored", "residuals", "lora", "words", "layers"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_captured_step_leaves_the_same_gradients(tiny: Tiny, kind: str, count: int) -> None:
+    jobs = make_jobs(tiny, SPECS[kind][:count])
+    unet, text, captured = jobs[0][0].unet, text_of(tiny), CapturedSteps(HostLane())
+    for number in range(4):
+        batches = draw(jobs)
+        shares = make_shares(jobs, batches)
+        own = [alone(job, share) for job, share in zip(jobs, shares, strict=True)]
+        results = step_together(unet, text, make_shares(jobs, batches), captured)
+        for job, result, (loss, gradients) in zip(jobs, results, own, strict=True):
+            assert isinstance(result, Tensor)
+            assert result.item() == pytest.approx(loss.item(), rel=1e-5)
+            assert_close(spread(job, result), gradients)
+        # Twice eagerly, then from what the second call was captured as.
+        assert captured.captures == (0 if number == 0 else 1)
+
+
+def test_what_looks_at_attention_or_weighs_positions_is_not_captured(tiny: Tiny) -> None:
+    jobs = make_jobs(tiny, SPECS["halves"])
+    captured = CapturedSteps(HostLane())
+    for _ in range(3):
+        results = step_together(jobs[0][0].unet, text_of(tiny), make_shares(jobs), captured)
+        assert all(isinstance(result, Tensor) for result in results)
+    assert captured.captures == 0

@@ -1,0 +1,130 @@
+"""The middle of a step, from rows and contexts through the UNet to the loss and back, as one CUDA graph.
+
+Eagerly a factored step of SD1.5 is some six thousand launches, which take the host longer than a batch of one or two
+takes the device. Captured it is one. What comes before (words, rows, the base's output at anchored rows) and after (the
+way back to the values, the optimiser) is a few hundred launches, and differs from job to job.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hueshift.engines.cuda_buffers import CallShape
+from hueshift.engines.cuda_graphs import GraphKey, GraphStore
+from hueshift.engines.cuda_lane import GraphLane
+from hueshift.training.methods.learnable import Rows
+from hueshift.training.precision import mixed_precision
+from hueshift.training.spec import Precision
+from hueshift.training.stepping import StepWork
+from hueshift.training.unet import TrainingUNet
+
+# Batches of so many sizes keep their graphs: with eight jobs that come and go there are eight.
+_MOST_GRAPHS = 8
+_ROLES = {1: "training alone", 2: "training together"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Middle:
+    """What goes in: `noisy` and `target` [n, 4, h, w], `timesteps` [n], `weights` [n] of the errors whose sum goes
+    back, `context` [n, tokens, width] and `rows`, one or n."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weights: Tensor
+    context: Tensor
+    rows: Rows
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gradients are wanted of."""
+        return [part for part in (self.context, self.rows.spectral, self.rows.lowrank) if part is not None]
+
+
+class _Memory:
+    """A `Middle` that stays where it is, and what comes out."""
+
+    def __init__(self, first: Middle) -> None:
+        self.inputs = Middle(
+            *(torch.empty_like(part) for part in (first.noisy, first.timesteps, first.target, first.weights)),
+            _leaf(first.context),
+            Rows(*(None if row is None else _leaf(row) for row in (first.rows.spectral, first.rows.lowrank))),
+        )
+        self.errors = torch.empty_like(first.weights)
+        self.gradients = [torch.empty_like(leaf) for leaf in self.inputs.leaves]
+
+    @torch.no_grad()
+    def fill(self, given: Middle) -> None:
+        """Copy a batch in."""
+        for name in ("noisy", "timesteps", "target", "weights"):
+            getattr(self.inputs, name).copy_(getattr(given, name), non_blocking=True)
+        for leaf, part in zip(self.inputs.leaves, given.leaves, strict=True):
+            leaf.copy_(part, non_blocking=True)
+
+
+class CapturedSteps:
+    """Runs middles of one UNet's steps on `lane`: the second time that a shape comes it is captured.
+
+    For one thread at a time, as the UNet itself.
+    """
+
+    def __init__(self, lane: GraphLane) -> None:
+        self._lane = lane
+        self._graphs = GraphStore(lane, limit=_MOST_GRAPHS)
+        self._memory: dict[GraphKey, _Memory] = {}
+
+    @property
+    def captures(self) -> int:
+        """Graphs captured so far."""
+        return self._graphs.captures
+
+    @staticmethod
+    def fit(works: Sequence[StepWork], rows: Rows, context: Tensor) -> bool:
+        """True if a graph can run these: no attention is looked at, no position weighed, and something is learned."""
+        plain = all(not work.halves and work.pixel_weights is None for work in works)
+        return plain and not rows.weights and any(part.requires_grad for part in (context, *_given(rows)))
+
+    def run(self, unet: TrainingUNet, given: Middle, precision: Precision) -> tuple[Tensor, list[Tensor]]:
+        """Mean squared error [n] of each row, and the gradients of their weighted sum at `given.leaves`.
+
+        Both last until the next call. Contexts and rows of one UNet are of one width, whatever their number.
+        """
+        key = GraphKey(_ROLES[1 if _count(given.rows) <= 1 else 2], CallShape(*_sizes(given.noisy)))
+        with self._lane.running():
+            if key not in self._memory:
+                self._memory[key] = _Memory(given)
+            memory = self._memory[key]
+            memory.fill(given)
+            self._graphs.run(key, lambda: _compute(unet, memory, precision))
+        return memory.errors, memory.gradients
+
+
+def _compute(unet: TrainingUNet, memory: _Memory, precision: Precision) -> None:
+    inputs = memory.inputs
+    with torch.enable_grad():
+        # Entered and left in here: what autocast keeps for a while belongs to this call.
+        with mixed_precision(inputs.noisy.device, precision):
+            output = unet(inputs.noisy, inputs.timesteps, inputs.context, inputs.rows)
+        errors = (output.float() - inputs.target).square().mean(dim=(1, 2, 3))
+        found = torch.autograd.grad([(errors * inputs.weights).sum()], inputs.leaves)
+    memory.errors.copy_(errors.detach())
+    for kept, gradient in zip(memory.gradients, found, strict=True):
+        kept.copy_(gradient)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor.detach(), requires_grad=True)
+
+
+def _given(rows: Rows) -> list[Tensor]:
+    return [row for row in (rows.spectral, rows.lowrank) if row is not None]
+
+
+def _count(rows: Rows) -> int:
+    return max((len(row) for row in _given(rows)), default=0)
+
+
+def _sizes(noisy: Tensor) -> tuple[int, int, int]:
+    return noisy.shape[0], noisy.shape[2], noisy.shape[3]
