@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
-import torch
 
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_lane import GraphLane, Work
+from hueshift.engines.device_errors import Fault, classify
 
 # A shape pays for its capture when it is called again; one picture calls it once a step.
 _CAPTURE_AT_CALL = 2
@@ -96,12 +96,15 @@ class GraphStore:
     def _capture(self, key: GraphKey, call: Work) -> Work | None:
         try:
             replay = self._lane.capture(call)
-        except torch.cuda.OutOfMemoryError:
-            # Another time there may be room; the call itself has run.
-            self._calls[key] = 0
-            _log.warning("cuda_graph_without_memory", role=key.role, rows=key.shape.rows)
-            return None
         except RuntimeError as error:
+            fault = classify(error)
+            if fault is Fault.LOST:
+                raise
+            if fault is Fault.MEMORY:
+                # Another time there may be room; the call itself has run.
+                self._calls[key] = 0
+                _log.warning("cuda_graph_without_memory", role=key.role, rows=key.shape.rows)
+                return None
             _log.warning("cuda_graph_refused", role=key.role, error=str(error).splitlines()[0])
             self._refused.add(key)
             return None

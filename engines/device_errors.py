@@ -13,6 +13,7 @@ import torch
 # NVLink error, device unavailable or lost (thermal, driver), illegal address, launch timeout, assert, hardware stack,
 # illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, unknown.
 _LOST_CODES = frozenset({46, 214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719, 999})
+_OUT_OF_MEMORY = 2
 # torch before 2.9 raises a plain RuntimeError with these words and no code.
 _LOST_WORDS = (
     "device-side assert",
@@ -57,9 +58,7 @@ def classify(error: BaseException) -> Fault:
             return Fault.MEMORY
         if isinstance(cause, RuntimeError) and _is_lost(cause):
             return Fault.LOST
-        # torch's allocator on a CPU raises RuntimeError, cuBLAS one of its own where its workspace does not fit.
-        text = str(cause)
-        if isinstance(cause, RuntimeError) and ("can't allocate memory" in text or "_ALLOC_FAILED" in text):
+        if isinstance(cause, RuntimeError) and _is_memory(cause):
             return Fault.MEMORY
     return Fault.OTHER
 
@@ -68,6 +67,14 @@ def release_memory() -> None:
     """Give cached blocks back to the device, so that a smaller call finds them in one piece. Does nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _is_memory(error: RuntimeError) -> bool:
+    # torch's allocator on a CPU raises RuntimeError, cuBLAS one of its own where its workspace does not fit. What the
+    # driver allocates itself, such as a graph that is made ready to be launched, comes as a plain CUDA error.
+    text = str(error)
+    words = ("can't allocate memory", "_ALLOC_FAILED", "CUDA error: out of memory")
+    return getattr(error, "error_code", None) == _OUT_OF_MEMORY or any(word in text for word in words)
 
 
 def _is_lost(error: RuntimeError) -> bool:

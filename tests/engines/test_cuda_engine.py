@@ -13,6 +13,7 @@ from hueshift.adapters.errors import FailedPrecondition, InvalidArgument
 from hueshift.engines.cost_model import CostTable
 from hueshift.engines.cost_store import Calibration, costs_file, read_costs, write_costs
 from hueshift.engines.cuda_attention import AttentionKind, AttentionTable, parse_attention
+from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import HostLane
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
@@ -170,6 +171,19 @@ def test_a_merge_runs_beside_the_steps_and_waits_for_what_it_needs(tiny: TinyPar
     engine.merge(2)
     # The weights are overwritten only after the last step that read them.
     assert used in aside.waited
+
+
+def test_nothing_is_read_before_it_was_made(tiny: TinyParts) -> None:
+    lane = RecordingLane(passing=False)
+    engine = make_engine(tiny, lane, weight_slots=1)
+    # The lane came after the caller's stream, on which slabs and weights were made, and the merges after the lane.
+    assert lane.log[0] == "enter"
+    _, aside = lane.besides
+    assert aside.waited == [lane.marks[0]]
+    lane.log.clear()
+    # So does whatever is warmed, with weights that may be a moment old.
+    engine.warm_one("dense", CallShape(1, 8, 8))
+    assert lane.log[:2] == ["enter", "enter"]
 
 
 def test_a_copy_of_a_row_holds_up_only_those_who_read_it(tiny: TinyParts) -> None:

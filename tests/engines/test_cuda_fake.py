@@ -1,13 +1,17 @@
 """What the CUDA engine queues, on a GPU that is not there: one device, its own dtype, nothing that stops a capture."""
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from fake_gpu import GPU, LAUNCHERS, CaptureError, FakeGpu, FakeLane, fake_gpu
 from tiny_unet import SD1_LIKE, SD2_LIKE, SDXL_LIKE, TOKENS, TinyParts, tiny_parts
+from torch import Tensor
 
 from hueshift.adapters.adapter import AdapterKind
+from hueshift.engines import merged_weights
 from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
@@ -15,6 +19,7 @@ from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
 from hueshift.engines.denoise import Region, Sample, advance, start_sample
 from hueshift.engines.interface import EngineRow, Guides, Plan
 from hueshift.engines.samplers import SamplerKind, make_table
+from hueshift.kernels.spectral_plan import SpectralLayer, SpectralPlan, plan_spectral
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,6 +86,24 @@ def test_every_network_can_be_captured(
     # A product in fp32 would take twice the time or more, and nobody would see it in the picture.
     assert set(gpu.products) == {torch.float16}
     assert set(gpu.launched) == (set(LAUNCHERS) if kernels is KernelUse.ON else set())
+
+
+@pytest.mark.parametrize("parts", ["sd1"], indirect=True)
+def test_merged_weights_keep_their_packed_factors_alone(
+    parts: TinyParts, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[weakref.ref[Tensor]] = []
+
+    def plan(layers: Sequence[SpectralLayer]) -> SpectralPlan:
+        given.extend(weakref.ref(factor) for layer in layers for factor in (layer.u, layer.vh))
+        return plan_spectral(layers)
+
+    monkeypatch.setattr(merged_weights, "plan_spectral", plan)
+    engine = make_engine(parts, gpu, weight_slots=2)
+    gc.collect()
+    assert engine.weight_slots == 2
+    assert given
+    assert [ref for ref in given if ref() is not None] == []
 
 
 @pytest.mark.parametrize("parts", ["sd1"], indirect=True)

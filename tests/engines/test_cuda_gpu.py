@@ -20,6 +20,7 @@ from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan
 from hueshift.engines.planner import Planner
 from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.engines.torch_engine import TorchEngine
+from hueshift.engines.uploads import make_beside
 
 pytestmark = pytest.mark.gpu
 
@@ -164,6 +165,27 @@ def test_a_thousand_swaps_under_load_leave_nothing_behind(
     assert engine.buffers.addresses == addresses
     # The other thread's two products may or may not be held when it is looked at.
     assert max(memory) - min(memory) <= 8 * 2**20
+
+
+def test_a_refused_capture_leaves_the_callers_stream_alone(device: torch.device) -> None:
+    lane, before = CudaLane(device), torch.cuda.current_stream(device)
+    one = torch.ones(1, device=device)
+    with pytest.raises(RuntimeError):
+        lane.capture(lambda: one.item() and None)
+    assert torch.cuda.current_stream(device) == before
+    assert float(one + 1) == 2
+
+
+def test_what_was_lent_is_not_written_again_while_it_is_read(device: torch.device) -> None:
+    lane, copies = CudaLane(device), []
+    for turn in range(50):
+        made = make_beside(lane, lambda turn=turn: torch.full((1 << 20,), float(turn), device=device), lambda t: (t,))
+        # The reader is late, and by then nobody holds what it reads.
+        torch.cuda._sleep(2_000_000)
+        copies.append(made.clone())
+        del made
+    torch.cuda.synchronize()
+    assert [float(copy.min()) for copy in copies] == [float(copy.max()) for copy in copies] == list(range(50))
 
 
 def test_planned_steps_give_the_pictures_of_steps_alone(parts: TinyParts, device: torch.device, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Captured calls: when they are made, how long they stay, and that what cannot be captured still runs."""
 
+import pytest
 import torch
 from recording_lane import RecordingLane
 
 from hueshift.engines.cuda_buffers import NO_BRANCH, CallBuffers, CallShape, bucket_for, buckets_up_to
 from hueshift.engines.cuda_graphs import GraphKey, GraphStore
+from hueshift.engines.cuda_lane import Work
 
 
 def key(rows: int, role: str = "dense", side: int = 8) -> GraphKey:
@@ -83,6 +85,36 @@ def test_a_capture_without_memory_is_tried_again_later() -> None:
     for _ in range(2):
         store.run(key(2), lambda: None)
     assert lane.captures == 1
+
+
+def test_a_device_that_is_lost_in_a_capture_is_told_at_once() -> None:
+    class Lost(RecordingLane):
+        """A lane of a device that fails while it is captured."""
+
+        def capture(self, work: Work) -> Work:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    store = GraphStore(Lost(), limit=2)
+    store.run(key(2), lambda: None)
+    with pytest.raises(RuntimeError, match="launch failure"):
+        store.run(key(2), lambda: None)
+
+
+def test_a_graph_that_the_driver_has_no_memory_for_is_tried_again_later() -> None:
+    class Full(RecordingLane):
+        """A lane whose driver has no memory left for one graph."""
+
+        def capture(self, work: Work) -> Work:
+            if not self.log:
+                self.log.append("full")
+                raise RuntimeError("CUDA error: out of memory")
+            return super().capture(work)
+
+    lane = Full()
+    store = GraphStore(lane, limit=2)
+    for _ in range(4):
+        store.run(key(2), lambda: None)
+    assert key(2) in store
 
 
 def test_without_graphs_every_call_is_eager() -> None:
