@@ -26,7 +26,8 @@ def spectral_reassemble(plan: SpectralPlan, rows: Tensor, weights: Tensor, *, ef
     rows[:, offset : offset + rank], and delta = sum_i weights[i] rows[i]: a sum or an interpolation of adapters costs
     no pass of its own. With `effective` the single row holds relu(sigma + delta) itself. R = 0 restores the base.
 
-    One launch (two where the table asks for a pre-scaled factor); nothing is allocated and nothing read back, so it can
+    One launch for each vector width of the columns (SD1.5 and SDXL: one, and a small one for conv_in), and one before
+    them where the table asks for a pre-scaled factor; nothing is allocated and nothing read back, so it can
     be captured in a CUDA graph and replayed after `rows` or `weights` changed in place. Launches of one plan must
     follow each other on one stream. CPU plans take the reference. Raises KernelArgumentError on arguments that do not
     fit, KernelUnavailableError without Triton.

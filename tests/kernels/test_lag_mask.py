@@ -114,9 +114,9 @@ def test_kernels_interpreted(
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
 def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
-    for config in candidates(arch, "lag_mask"):
+    for number, config in enumerate(candidates(arch, "lag_mask")):
         # SD1.5's head widths; 40 is a multiple of 8 only.
-        for width in (40, 160):
+        for width in (40, 160) if number == 0 else (40,):
             arguments = make(2, 8, 256, 77, width, torch.float16)
             found = cross_compile(share_launch(torch.zeros(2, 256), **arguments, config=config), arch)
             assert found.tensor_core == ("wgmma" if arch == "sm_90" else "mma")
