@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hueshift.engines.base_model import BaseModel, load_base_model
+from hueshift.engines.cuda_lane import CudaLane
 from hueshift.engines.svd_cache import SpectralFactors, load_factors
 from hueshift.server.job_run import JobRun
 from hueshift.server.settings import Settings
@@ -50,10 +51,16 @@ class BaseTrainer:
         clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
         cache = settings.store.cache_path.expanduser()
         factors, training = load_factors(base, cache), settings.training
+        captures = training.compile == "graph" and device != "cpu"
         sharing = None
-        if training.jobs_per_worker > 1:
+        # A job alone has its graph as a company of one.
+        if training.jobs_per_worker > 1 or captures:
             sharing = SharedTraining(
-                base, factors, max_rows=training.shared_rows, patience=training.shared_wait_seconds
+                base,
+                factors,
+                max_rows=training.shared_rows,
+                patience=training.shared_wait_seconds,
+                lane=CudaLane(torch.device(device)) if captures else None,
             )
         return cls(base, factors, clip, cache, open_speeds(cache), sharing)
 

@@ -117,16 +117,7 @@ async def serve(
                 log.info("serving", address=addresses.grpc, warm_up_seconds=round(clock.monotonic() - begin, 2))
                 if ready is not None:
                     ready(addresses)
-                keep, failed = settings.training.keep_samples_seconds, frame.metrics.failed
-                beside = [asyncio.create_task(keep_clean(stores, clock, keep_samples=keep, failed=failed))]
-                if settings.cluster.role == "replica":
-                    address = advertised(settings, addresses.grpc)
-                    heartbeat = settings.cluster.heartbeat_seconds
-                    beside.append(
-                        asyncio.create_task(
-                            keep_announced(ReplicaStore(stores.database), address, heartbeat, frame.metrics.failed)
-                        )
-                    )
+                beside = _beside(settings, stores, clock, frame)
                 failure = await _failure_before(own_stop.drain, services)
                 for task in beside:
                     task.cancel()
@@ -137,6 +128,17 @@ async def serve(
             await asyncio.to_thread(stores.close)
     if failure is not None:
         raise failure
+
+
+def _beside(settings: Settings, stores: Stores, clock: Clock, frame: Frame) -> list[asyncio.Task[None]]:
+    """Start what runs beside the calls until the drain."""
+    failed, keep = frame.metrics.failed, settings.training.keep_samples_seconds
+    tasks = [asyncio.create_task(keep_clean(stores, clock, keep_samples=keep, failed=failed))]
+    if settings.cluster.role == "replica":
+        replicas, address = ReplicaStore(stores.database), advertised(settings, frame.addresses.grpc)
+        heartbeat = settings.cluster.heartbeat_seconds
+        tasks.append(asyncio.create_task(keep_announced(replicas, address, heartbeat, failed)))
+    return tasks
 
 
 @runtime_checkable

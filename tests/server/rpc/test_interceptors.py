@@ -81,8 +81,7 @@ class Toy:
 
 @asynccontextmanager
 async def toy_server(behavior: Behavior, **settings: float) -> AsyncIterator[Toy]:
-    gate = Gate({WATCH}, most=ServerSettings(**settings).max_calls)
-    metrics, clock = Metrics(CollectorRegistry()), SystemClock()
+    metrics, gate, clock = Metrics(CollectorRegistry()), Gate({WATCH}), SystemClock()
     table = ServiceTable([generation_pb2.DESCRIPTOR, finetune_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR])
     calls: list[CallInfo] = []
 
@@ -329,27 +328,6 @@ async def test_drain_ends_watches_at_once_and_lets_the_others_finish() -> None:
         assert (info.reason, info.metadata["retryable"]) == ("DRAINING", "true")
         assert any(detail.Unpack(retry) for detail in status.details)
         assert retry.retry_delay.seconds == 1
-
-
-async def test_no_more_calls_are_inside_than_the_server_takes() -> None:
-    release = asyncio.Event()
-
-    async def wait(_text: str) -> AsyncIterator[str]:
-        await release.wait()
-        yield "done"
-
-    async with toy_server(wait, max_calls=2) as toy:
-        inside = [asyncio.create_task(toy.call(method)) for method in (GENERATE, WATCH)]
-        await until(lambda: toy.gate.inside == 2)
-        with pytest.raises(grpc.RpcError) as refused:
-            await toy.call(UNARY)
-        info, _ = error_info(refused.value)
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert (info.reason, info.metadata["retryable"]) == ("TOO_MANY_CALLS", "true")
-        release.set()
-        await asyncio.gather(*inside)
-        # A place that became free is there for the next.
-        assert (await toy.call(UNARY))[0] == ["done"]
 
 
 async def test_drain_cuts_off_what_does_not_finish() -> None:

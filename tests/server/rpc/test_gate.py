@@ -1,0 +1,58 @@
+"""The gate: no more calls inside than the server takes; health is never refused."""
+
+import asyncio
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from hueshift.adapters.errors import Reason, ResourceExhausted
+from hueshift.server.rpc.gate import Gate
+from hueshift.server.rpc.handlers import Call
+from hueshift.server.rpc.status import grpc_code, is_retryable
+
+CALL = Call("hueshift.v1.ModelService/GetModel", False, False, (), cast(Any, None))
+HEALTH = Call("grpc.health.v1.Health/Check", False, False, (), cast(Any, None))
+
+
+async def test_no_more_calls_are_inside_than_the_server_takes() -> None:
+    gate, release = Gate((), most=2), asyncio.Event()
+    gate.open()
+
+    async def wait(_request: Any) -> str:
+        await release.wait()
+        return "done"
+
+    async def answer(request: Any) -> Any:
+        return request
+
+    inside = [asyncio.create_task(gate.run(CALL, None, wait)) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert gate.inside == 2
+    with pytest.raises(ResourceExhausted, match=r"server\.max_calls") as refused:
+        await gate.run(CALL, None, answer)
+    assert (refused.value.reason, grpc_code(refused.value)) == (
+        Reason.TOO_MANY_CALLS,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
+    assert is_retryable(Reason.TOO_MANY_CALLS)
+    assert refused.value.retry_after
+    assert await gate.run(HEALTH, "healthy", answer) == "healthy"
+    release.set()
+    assert await asyncio.gather(*inside) == ["done", "done"]
+    # A place that became free is there for the next.
+    assert await gate.run(CALL, "passed", answer) == "passed"
+
+
+async def test_without_a_limit_all_pass() -> None:
+    gate, release = Gate(()), asyncio.Event()
+    gate.open()
+
+    async def wait(_request: Any) -> None:
+        await release.wait()
+
+    inside = [asyncio.create_task(gate.run(CALL, None, wait)) for _ in range(50)]
+    await asyncio.sleep(0)
+    assert gate.inside == 50
+    release.set()
+    await asyncio.gather(*inside)
