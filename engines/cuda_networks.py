@@ -115,10 +115,10 @@ class NetworkSet:
         pristine = self._chosen[Plan.DENSE].unet
         networks: list[nn.Module] = []
         for _ in range(options.weight_slots):
-            network = self._plain()
+            plain = self._plain()
             # At once, or each would hold a whole copy of the weights until all of them are there.
-            share_parameters(network, pristine)
-            networks.append(network)
+            share_parameters(plain, pristine)
+            networks.append(plain)
         capture = options.compile is not CompileKind.NONE
         layout = self._rows.layout
         made = MergedSlots(layout, self._rows, self._factors, pristine, networks, lane, capture=capture)

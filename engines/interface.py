@@ -120,9 +120,10 @@ class UNetEngine(Protocol):
     ) -> Tensor:
         """Run the UNet once.
 
-        latents [N, 4, h, w] fp32, timesteps [N] fp32, cross [N, tokens, width] fp32 (keys and values of every
+        latents [N, 4, h, w] fp32, timesteps [N] fp32, cross [N, tokens, width] (keys and values of every
         cross-attention, as engines.cross_attention.CrossStage makes them), adapter_index [N] int64 (slots), and for
-        SDXL added [N, width] fp32 (engines.added_embedding.AddedStage); other models ignore it.
+        SDXL added [N, width] (engines.added_embedding.AddedStage); other models ignore it. Those two are fp32, or in
+        the engine's own dtype.
         Returns the model's output [N, 4, h, w] fp32 (epsilon or v, as the base was trained). Under Plan.DENSE only the
         low-rank part of a row counts: the caller must not send rows that need the factored plan. Plan.FULL runs with
         guides that ask for nothing.

@@ -1,6 +1,7 @@
 """The CUDA engine on a GPU: parity with torch, swaps under load, the base bit for bit, no growth of memory."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,18 +171,22 @@ def test_a_thousand_swaps_under_load_leave_nothing_behind(
 def test_a_refused_capture_leaves_the_callers_stream_alone(device: torch.device) -> None:
     lane, before = CudaLane(device), torch.cuda.current_stream(device)
     one = torch.ones(1, device=device)
+
+    def read_back() -> None:
+        one.item()
+
     with pytest.raises(RuntimeError):
-        lane.capture(lambda: one.item() and None)
+        lane.capture(read_back)
     assert torch.cuda.current_stream(device) == before
     assert float(one + 1) == 2
 
 
 def test_what_was_lent_is_not_written_again_while_it_is_read(device: torch.device) -> None:
-    lane, copies = CudaLane(device), []
+    lane, copies = CudaLane(device), list[Tensor]()
     for turn in range(50):
-        made = make_beside(lane, lambda turn=turn: torch.full((1 << 20,), float(turn), device=device), lambda t: (t,))
+        made = make_beside(lane, partial(torch.full, (1 << 20,), float(turn), device=device), lambda made: (made,))
         # The reader is late, and by then nobody holds what it reads.
-        torch.cuda._sleep(2_000_000)
+        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
         copies.append(made.clone())
         del made
     torch.cuda.synchronize()

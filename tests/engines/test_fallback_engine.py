@@ -109,9 +109,9 @@ def test_what_was_measured_at_a_former_start_divides_batches_again(tiny: TinyPar
     runner = StepRunner(
         engine, Metrics(CollectorRegistry()), FakeClock(), planner_of(engine), lambda: planner_of(engine)
     )
-    assert not runner.divides
+    assert [runner.divides] == [False]
     engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
-    assert runner.divides
+    assert [runner.divides] == [True]
     serving = engine.serving
     assert isinstance(serving, CudaEngine)
     assert serving.networks.of(Plan.DENSE).unet.kernel_layers > 0

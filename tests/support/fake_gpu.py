@@ -43,7 +43,7 @@ class CaptureError(RuntimeError):
     """Something that CUDA refuses while a stream is being captured."""
 
 
-class FakeGpu(TorchDispatchMode):
+class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class
     """While it is active, everything on `cuda:0` is fake.
 
     `waits` names the operators that make the host wait for the device; `products` counts matrix products and
@@ -51,7 +51,7 @@ class FakeGpu(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits: list[str] = []
         self.products: Counter[torch.dtype] = Counter()
         self.launched: Counter[str] = Counter()
