@@ -215,7 +215,8 @@ def test_a_mixed_batch_of_all_kinds_equals_each_alone(
     for one, other in zip(together, alone, strict=True):
         while not other.done:
             advance(engine, [other])
-        assert torch.allclose(one.latents, other.latents, atol=1e-4)
+        # Rounding in another order makes 1.4e-4 after three guided steps on one thread; another's word would make 4 to 12.
+        assert torch.allclose(one.latents, other.latents, atol=5e-4)
     while not plain.done:
         advance(engine, [plain])
     assert float((plain.latents - alone[0].latents).abs().max()) > 1e-2, "the word must matter"
