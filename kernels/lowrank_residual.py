@@ -14,6 +14,7 @@ from hueshift.kernels.checks import (
     ALIGNMENT,
     HALF_TYPES,
     REFERENCE_TYPES,
+    check_apart,
     check_contiguous,
     check_device,
     check_dtype,
@@ -81,6 +82,9 @@ def check_arguments(
         check_device(name, tensor, y.device)
     if mask is not None:
         check_device("mask", mask, y.device)
+    # Programs that share tokens read x after others have written y. Views that interleave are taken at their word.
+    if y.is_contiguous() and x.is_contiguous():
+        check_apart("y", y, "x", x)
 
 
 def reference(

@@ -196,6 +196,8 @@ def _reassemble_kernel(a_source: tl.tensor, b_source: tl.tensor, tiles_ptr: tl.t
         rank = 0
     change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(tl.load(counts_ptr + tl.program_id(0))):
+        # Addresses follow from `block`: a counter that no load needs would be computed in a later stage than the one
+        # that reads it next, and the compiler would leave the loop without a pipeline.
         block = tl.where(block >= deep - 1, 0, block + 1)
         if block == 0:
             record += tl.num_programs(0) * 8

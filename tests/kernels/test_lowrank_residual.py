@@ -173,6 +173,15 @@ def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
         lowrank_residual(**arguments)
 
 
+def test_x_and_y_must_not_share_memory() -> None:
+    arguments = make(2, 3, 4, 4, 2, torch.float32)
+    with pytest.raises(KernelArgumentError, match="overlap"):
+        lowrank_residual(**{**arguments, "x": arguments["y"]})
+    # Halves of one wide buffer interleave and are apart.
+    both = torch.randn(2, 3, 8)
+    lowrank_residual(**{**arguments, "y": both[:, :, :4], "x": both[:, :, 4:]})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 16, 128])
