@@ -215,7 +215,7 @@ def test_a_mixed_batch_of_all_kinds_equals_each_alone(
     for one, other in zip(together, alone, strict=True):
         while not other.done:
             advance(engine, [other])
-        # Rounding in another order makes 1.4e-4 after three guided steps on one thread; another's word would make 4 to 12.
+        # Rounding in another order makes 1.4e-4 after three guided steps on one thread; another's word makes 4 to 12.
         assert torch.allclose(one.latents, other.latents, atol=5e-4)
     while not plain.done:
         advance(engine, [plain])
