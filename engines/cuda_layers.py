@@ -55,6 +55,12 @@ class SlabRows:
             raise RuntimeError("no call is in progress")
         return self.slots
 
+    def branch_indices(self) -> Tensor:
+        """The same, -1 for a sample without a branch."""
+        if self.branch_slots is None:
+            raise RuntimeError("no call is in progress")
+        return self.branch_slots
+
 
 def slab_rows(rows: RowLayout, spectral: Tensor, lowrank: Tensor) -> SlabRows:
     """Views of slabs [slots, spectral_size] fp32 and [slots, lowrank_size] by layer."""
@@ -112,7 +118,7 @@ class KernelFactoredConv(nn.Module):
 
 
 class KernelBranched(nn.Module):
-    """A plain layer and its branch, both products of it in one launch (kernels/lowrank_residual.py)."""
+    """A plain layer and its branch in one product (kernels/lowrank_linear.py); a 1x1 convolution is one on its pixels."""
 
     def __init__(self, layer: BranchedLinear | BranchedConv, rows: SlabRows) -> None:
         super().__init__()
@@ -122,11 +128,13 @@ class KernelBranched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, ..., cols] to [N, ..., rows], or [N, cols, h, w] to [N, rows, h, w]."""
-        if x.dim() == 4:
-            out = functional.conv2d(x, self.weight, self.bias).contiguous(memory_format=torch.channels_last)
-        else:
-            out = functional.linear(x, self.weight, self.bias)
-        return self.rows.add_branch(self.name, out, x)
+        rows = self.rows
+        branch = rows.branches[self.name]
+        # diffusers hands proj_out pixels in the other layout, which costs a copy here.
+        tokens = (as_tokens(x) if x.dim() == 4 else _three(x)).contiguous()
+        weight = self.weight.flatten(1)
+        out = rows.ops.lowrank_linear(tokens, weight, self.bias, *branch, rows.branch_indices(), rows.ones, None)
+        return as_pixels(out, x) if x.dim() == 4 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def use_kernels(network: nn.Module, rows: SlabRows, *, few_filters: int = 8) -> int:

@@ -85,7 +85,8 @@ def test_every_network_can_be_captured(
     assert gpu.waits == []
     # A product in fp32 would take twice the time or more, and nobody would see it in the picture.
     assert set(gpu.products) == {torch.float16}
-    assert set(gpu.launched) == (set(LAUNCHERS) if kernels is KernelUse.ON else set())
+    expected = set(LAUNCHERS) if kernels is KernelUse.ON else set()
+    assert set(gpu.launched) == expected - (set() if "dense" in roles else {"lowrank_linear"})
 
 
 @pytest.mark.parametrize("parts", ["sd1"], indirect=True)

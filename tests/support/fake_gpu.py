@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hueshift.engines.cuda_lane import HostLane, Work
-from hueshift.kernels import factored_conv, factored_linear, lowrank_residual
+from hueshift.kernels import factored_conv, factored_linear, lowrank_linear, lowrank_residual
 from hueshift.kernels.launch import Launch
 
 GPU = torch.device("cuda:0")
@@ -36,6 +36,7 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "factored_linear": factored_linear.factored_linear,
     "scale_and_expand": factored_conv.scale_and_expand,
     "lowrank_residual": lowrank_residual.lowrank_residual,
+    "lowrank_linear": lowrank_linear.lowrank_linear,
 }
 
 
