@@ -118,7 +118,7 @@ class KernelFactoredConv(nn.Module):
 
 
 class KernelBranched(nn.Module):
-    """A plain layer and its branch in one product (kernels/lowrank_linear.py); a 1x1 convolution is one on its pixels."""
+    """A plain layer and its branch in one product (kernels/lowrank_linear.py); a 1x1 convolution as one on pixels."""
 
     def __init__(self, layer: BranchedLinear | BranchedConv, rows: SlabRows) -> None:
         super().__init__()
