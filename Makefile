@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes of the test suite; each takes up to 3 GB.
+JOBS ?= 2
 
 .PHONY: demo test test-cluster lint proto setup bench bench-gpu methods gallery clean
 
@@ -18,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -P examples/demo.py --out out/demo
 
+# Two processes, because half of the suite waits for servers and databases. A file's tests stay together, for its fixtures.
 test: setup
-	$(BIN)/pytest -m "not cluster"
+	$(BIN)/pytest -m "not cluster" --numprocesses $(JOBS) --dist loadfile
 
 # Ray over several nodes on this machine: minutes of starting and killing processes.
 test-cluster: setup
