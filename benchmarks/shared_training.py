@@ -4,15 +4,22 @@
 
 The model has Stable Diffusion's shapes and random weights; a step is a whole one of `hueshift.training`: pictures
 drawn, words encoded and learned, UNet, loss, backward, AdamW. Jobs per hour leave out what comes before and after the
-steps.
+steps. Steps are not waited for one by one, as in a worker: a block of them is timed from one standstill to the next.
+
+Rows come in two ways of running, each against baselines of its own kind: launched one by one, and with the middle of
+the step as a CUDA graph (training.compile). Within a way: one job factored against one that makes W in every step,
+then 1, 2, 4 and 8 jobs in shared steps against one at a time.
 """
 
+import copy
 import gc
+import importlib.util
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
 from types import SimpleNamespace
@@ -25,26 +32,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hueshift.engines.base_model import BaseModel, read_layout
-from hueshift.engines.interface import Plan
+from hueshift.engines.cuda_lane import CudaLane, GraphLane
 from hueshift.engines.noise_schedule import NoiseSchedule
-from hueshift.engines.rows import RowLayout, read_norms
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.kernels.bench import floor_ms
+from hueshift.training.arrivals import MOST_UNDERWAY
 from hueshift.training.defaults import complete_spec
+from hueshift.training.devices import prepare_device
 from hueshift.training.latents import PictureLatents, PictureSet
 from hueshift.training.loop import TrainingTask, train_step
-from hueshift.training.methods.learnable import Learnable, Rows, Values
+from hueshift.training.methods.learnable import Learnable
 from hueshift.training.methods.make import make_learnable
-from hueshift.training.methods.svdiff import SpectralShifts
-from hueshift.training.precision import has_fast_bfloat16, mixed_precision
+from hueshift.training.precision import has_fast_bfloat16
+from hueshift.training.sharing.captured import CapturedSteps
 from hueshift.training.sharing.shared_training import SharedTraining
+from hueshift.training.sharing.together import Share, SharedStep
 from hueshift.training.spec import Method, SubjectKind, TrainingSpec
 from hueshift.training.state import TrainingState
-from hueshift.training.stepping import StepAlone, Stepper
+from hueshift.training.stepping import StepAlone, Stepper, StepWork, Turn
 from hueshift.training.unet import TrainingUNet, make_unet
 from hueshift.training.words import Captions
 
+BASELINE = Path(__file__).with_name("rematerialised_unet.py")
 TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "emoji-128" / "tokenizer"
 CAPTIONS = (
     "a photo of a sks dog",
@@ -55,8 +65,10 @@ CAPTIONS = (
 COMPANIES = (1, 2, 4, 8)
 # SVDiff's own batch, and the default here.
 BATCHES = (1, 4)
-WARM_STEPS, STEPS = 3, 12
-COMPARED = 5
+# Of each shape a graph is captured at the second step.
+WARM_STEPS = 4
+BLOCKS, STEPS = 7, 8
+COMPARED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +96,27 @@ class World:
 
 @dataclass(slots=True)
 class Run:
-    """Seconds of every step that counts, and the losses of all."""
+    """Seconds of a step in every block that counts, the losses of all steps, and the most memory held."""
 
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
 
     def milliseconds(self) -> tuple[float, float, float]:
-        """Median, 20th and 80th percentile."""
+        """Median, 20th and 80th percentile of the blocks."""
         fifths = quantiles(self.seconds, n=10, method="inclusive")
         return fifths[4] * 1e3, fifths[1] * 1e3, fifths[7] * 1e3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Way:
+    """How steps run and are timed: `lane` for graphs, None to launch one by one."""
+
+    name: str
+    lane: GraphLane | None = None
+    blocks: int = BLOCKS
+    steps: int = STEPS
+    clock: Callable[[], float] = time.perf_counter
 
 
 def make_world(shape: Shape, device: torch.device) -> World:
@@ -160,35 +184,21 @@ def make_spec(batch: int, seed: int) -> TrainingSpec:
     )
 
 
-class RematerialisedShifts(SpectralShifts):
-    """SVDiff as it is usually written: W = U diag(relu(sigma + delta)) V^T in every step, through autograd.
+class CapturedAlone:
+    """A job with the UNet to itself, its steps as graphs (a `Stepper`)."""
 
-    The products run in the job's precision, like all others.
-    """
+    def __init__(self, unet: TrainingUNet, text: TextStage, lane: GraphLane) -> None:
+        self._step = SharedStep(unet, text, captured=CapturedSteps(lane))
 
-    plan = Plan.DENSE
+    def step(self, unet: TrainingUNet, work: StepWork, state: TrainingState, turn: Turn) -> Tensor:
+        """See Stepper."""
+        [loss] = self._step([Share(work, state, turn.count, turn.first, turn.last)])
+        if isinstance(loss, Exception):
+            raise loss
+        return loss
 
-    def __init__(self, world: World, spec: TrainingSpec) -> None:
-        layout, unet = world.base.layout, world.base.unet
-        norms = read_norms(layout, lambda name: unet.get_parameter(f"{name}.weight"))
-        super().__init__(RowLayout(layout, (), 1), world.factors, norms, spec)
-        self._world, self._precision = world, spec.precision
-
-    def rows(self, values: Values) -> Rows:
-        """Every weight of the UNet."""
-        world, row = self._world, super().rows(values).spectral
-        if row is None:
-            raise TypeError("spectral shifts have a spectral row")
-        layout, weights = world.base.layout, dict[str, Tensor]()
-        row = row[0].to(world.device)
-        for name, begin, end in layout.spans():
-            part = row[begin:end]
-            if name in layout.matrix_offsets:
-                shape = world.base.unet.get_parameter(f"{name}.weight").shape
-                with mixed_precision(world.device, self._precision):
-                    part = ((world.factors.u[name] * part) @ world.factors.vh[name]).view(shape)
-            weights[name] = part
-        return Rows(weights=weights)
+    def leave(self) -> None:
+        """Nobody waits."""
 
 
 def make_job(
@@ -197,67 +207,78 @@ def make_job(
     unet: TrainingUNet,
     learnable: Learnable,
     stepper: Stepper,
-    sharing: SharedTraining | None,
+    *,
+    shared: bool = False,
 ) -> tuple[TrainingTask, TrainingState]:
     """One job before its first step, on pictures that are noise."""
-    base = world.base if sharing is None else sharing.own_words(world.base)
+    # Tokenizers do not stand two callers at once.
+    base = replace(world.base, tokenizer=copy.deepcopy(world.base.tokenizer)) if shared else world.base
     captions = Captions(base, TextStage(base), spec)
     side = base.sample_size
     mean = torch.randn(len(CAPTIONS), 4, side, side, generator=torch.Generator().manual_seed(spec.seed))
     latents = PictureLatents(mean, torch.full_like(mean, 0.1))
-    indices = range(len(CAPTIONS))
-    pictures = PictureSet(latents, CAPTIONS, tuple(0 for _ in indices), torch.tensor([*indices]))
+    pictures = PictureSet(latents, CAPTIONS, (0,) * len(CAPTIONS), torch.arange(len(CAPTIONS)))
     task = TrainingTask(spec, base.schedule, unet, learnable, captions, pictures, (), world.device, stepper)
     generator = torch.Generator().manual_seed(spec.seed)
     values = learnable.initial(generator) | captions.initial()
     rates = {name: learnable.learning_rate(name) if name in ("sigma", "norm") else 1e-3 for name in values}
-    return task, TrainingState(values, rates, generator, spec)
+    return task, TrainingState(values, rates, generator, spec, world.device)
 
 
-def settle(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def take_steps(job: tuple[TrainingTask, TrainingState], way: Way, together: Callable[[], object]) -> Run:
+    """Take the first steps, then blocks of steps; all jobs meet, and the device stands still, before each block."""
+    run, (task, state) = Run(), job
 
+    def take(steps: int) -> None:
+        for _ in range(steps):
+            train_step(task, state, lambda _: None)
+            # As a worker does it: behind by no more than a few steps.
+            run.losses.extend(state.arrived(MOST_UNDERWAY))
+        task.stepper.leave()
+        run.losses.extend(state.arrived())
+        if task.device.type == "cuda":
+            torch.cuda.synchronize()
 
-def take_steps(job: tuple[TrainingTask, TrainingState], steps: int, together: Callable[[], object]) -> Run:
-    """Take the first steps, meet the others, take those that count."""
-    run = Run()
-    for number in range(WARM_STEPS + steps):
-        if number == WARM_STEPS:
-            job[0].stepper.leave()
-            together()
-        begun = time.perf_counter()
-        # Its loss is read in the step, so the device is done with all but the update.
-        run.losses.append(train_step(*job, lambda _: None))
-        if number >= WARM_STEPS:
-            run.seconds.append(time.perf_counter() - begun)
-    job[0].stepper.leave()
-    settle(job[0].device)
+    take(WARM_STEPS)
+    for _ in range(way.blocks):
+        together()
+        begun = way.clock()
+        take(way.steps)
+        run.seconds.append((way.clock() - begun) / way.steps)
     return run
 
 
-def run_alone(world: World, spec: TrainingSpec, learnable: Learnable, steps: int) -> tuple[Run, float]:
+def run_alone(world: World, spec: TrainingSpec, unet: TrainingUNet, way: Way) -> tuple[Run, float]:
     """One job by itself; also return the FLOPs of one of its steps, forward and backward."""
-    unet = make_unet(world.base, world.factors, learnable, spec)
-    job = make_job(world, spec, unet, learnable, StepAlone(), None)
-    run = take_steps(job, steps, lambda: None)
+    learnable = make_learnable(spec, world.base, world.factors)
+    stepper = StepAlone() if way.lane is None else CapturedAlone(unet, TextStage(world.base), way.lane)
+    job = make_job(world, spec, unet, learnable, stepper)
+    run = take_steps(job, way, lambda: None)
+    run.peak_bytes = peak_bytes(world.device)
+    # A replay hides its products.
+    eager = make_job(world, spec, unet, learnable, StepAlone())
     with FlopCounterMode(display=False) as counter:
-        train_step(*job, lambda _: None)
+        train_step(*eager, lambda _: None)
     return run, float(counter.get_total_flops())
 
 
-def run_shared(world: World, specs: Sequence[TrainingSpec], steps: int) -> list[Run]:
+def run_shared(world: World, specs: Sequence[TrainingSpec], way: Way) -> list[Run]:
     """All jobs in threads, with their steps taken together."""
-    sharing = SharedTraining(world.base, world.factors, patience=60.0)
+    sharing = SharedTraining(world.base, world.factors, patience=60.0, lane=way.lane)
     jobs = []
-    for spec in specs:
-        learnable = make_learnable(spec, world.base, world.factors)
+    for spec, learnable in [(spec, make_learnable(spec, world.base, world.factors)) for spec in specs]:
         unet, stepper = sharing.join(spec, learnable)
-        jobs.append(make_job(world, spec, unet, learnable, stepper, sharing))
+        jobs.append(make_job(world, spec, unet, learnable, stepper, shared=True))
     barrier = threading.Barrier(len(jobs))
     with ThreadPoolExecutor(len(jobs)) as pool:
-        return [f.result() for f in [pool.submit(take_steps, job, steps, barrier.wait) for job in jobs]]
+        runs = [f.result() for f in [pool.submit(take_steps, job, way, barrier.wait) for job in jobs]]
+    runs[0].peak_bytes = peak_bytes(world.device)
+    return runs
+
+
+def ways(device: torch.device) -> list[Way]:
+    """The ways of running on a device."""
+    return [Way(""), *([Way("-graph", CudaLane(device))] if device.type == "cuda" else [])]
 
 
 def rows(
@@ -267,43 +288,69 @@ def rows(
     *,
     companies: Sequence[int] = COMPANIES,
     batches: Sequence[int] = BATCHES,
-    steps: int = STEPS,
+    chosen: Sequence[Way] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Measure one model: for each batch a job that rematerialises, then each number of jobs that share."""
+    """Measure one model: for each batch and way a job that rematerialises, then each number of jobs that share."""
+    prepare_device(device)
     world = make_world(shape, device)
     for batch in batches:
-        suffix = "" if batch == 1 else f"-batch{batch}"
-        spec = make_spec(batch, 0)
-        alone, flops = run_alone(world, spec, make_learnable(spec, world.base, world.factors), steps)
-        free(device)
-        again, _ = run_alone(world, spec, RematerialisedShifts(world, spec), steps)
-        free(device)
-        ms = {"alone": alone.milliseconds(), "again": again.milliseconds()}
+        for way in chosen or ways(device):
+            yield from way_rows(shape, world, about, companies, batch, way)
+
+
+def way_rows(
+    shape: Shape, world: World, about: Mapping[str, Any], companies: Sequence[int], batch: int, way: Way
+) -> Iterator[dict[str, Any]]:
+    """Measure one batch size in one way of running."""
+    suffix = way.name + ("" if batch == 1 else f"-batch{batch}")
+    spec = make_spec(batch, 0)
+    learnable = make_learnable(spec, world.base, world.factors)
+    alone, flops = run_alone(world, spec, make_unet(world.base, world.factors, learnable, spec), way)
+    free(world.device)
+    again, _ = run_alone(world, spec, rematerialising_unet(world, spec), way)
+    free(world.device)
+    one, remade = alone.milliseconds(), again.milliseconds()[0]
+    yield {
+        **_row(f"{shape.name}-svdiff-factored{suffix}", one, "W in every step", remade, batch, flops),
+        "error": check(alone.losses, again.losses, world.device),
+        "jobs_per_hour": jobs_per_hour(1, spec.steps, one[0]),
+        "baseline_jobs_per_hour": jobs_per_hour(1, spec.steps, remade),
+        "peak_bytes": alone.peak_bytes,
+        "baseline_peak_bytes": again.peak_bytes,
+        **about,
+    }
+    for count in companies:
+        runs = run_shared(world, [make_spec(batch, seed) for seed in range(count)], way)
+        free(world.device)
+        shared = runs[0].milliseconds()
+        case = f"{shape.name}-svdiff-{count}job{'s' if count > 1 else ''}{suffix}"
         yield {
-            **_row(
-                f"{shape.name}-svdiff-factored{suffix}", ms["alone"], "W in every step", ms["again"][0], batch, flops
-            ),
-            "error": check(alone.losses, again.losses, device),
-            "jobs_per_hour": jobs_per_hour(1, spec.steps, ms["alone"][0]),
-            "baseline_jobs_per_hour": jobs_per_hour(1, spec.steps, ms["again"][0]),
+            **_row(case, shared, "one at a time", count * one[0], count * batch, count * flops),
+            "error": check(runs[0].losses, alone.losses, world.device),
+            "jobs": count,
+            "jobs_per_hour": jobs_per_hour(count, spec.steps, shared[0]),
+            "baseline_jobs_per_hour": jobs_per_hour(1, spec.steps, one[0]),
+            "rematerialised_jobs_per_hour": jobs_per_hour(1, spec.steps, remade),
+            "peak_bytes": runs[0].peak_bytes,
             **about,
         }
-        for count in companies:
-            runs = run_shared(world, [make_spec(batch, seed) for seed in range(count)], steps)
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-            free(device)
-            shared, one = runs[0].milliseconds(), ms["alone"][0]
-            case = f"{shape.name}-svdiff-{count}job{'s' if count > 1 else ''}{suffix}"
-            yield {
-                **_row(case, shared, "one at a time", count * one, count * batch, count * flops),
-                "error": check(runs[0].losses, alone.losses, device),
-                "jobs": count,
-                "jobs_per_hour": jobs_per_hour(count, spec.steps, shared[0]),
-                "baseline_jobs_per_hour": jobs_per_hour(1, spec.steps, one),
-                "rematerialised_jobs_per_hour": jobs_per_hour(1, spec.steps, ms["again"][0]),
-                "peak_bytes": peak,
-                **about,
-            }
+
+
+def rematerialising_unet(world: World, spec: TrainingSpec) -> TrainingUNet:
+    """The baseline (rematerialised_unet.py); the folder is on no path."""
+    found = importlib.util.spec_from_file_location("rematerialised_unet", BASELINE)
+    if found is None or found.loader is None:
+        raise ImportError(str(BASELINE))
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    unet: TrainingUNet = module.RematerialisingUNet(world.base, world.factors, spec)
+    return unet
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most bytes held since the last `free`; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def jobs_per_hour(jobs: int, steps: int, ms: float) -> float:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ def prepare_device(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else every empty tensor is filled: a launch each, for numbers that nobody reads.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    choices: Any = torch.utils.deterministic
+    choices.fill_uninitialized_memory = False
 
 
 def release_memory(device: torch.device) -> None:

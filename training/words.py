@@ -116,7 +116,7 @@ class Captions:
         empty = self._repeated(self._text.empty)
 
         def assemble(encoded: Tensor | None) -> Tensor:
-            made = () if encoded is None else torch.cat(encoded.split(len(unique)), dim=-1)
+            made = () if encoded is None else torch.cat(torch.split(encoded, len(unique)), dim=-1)
             found: Mapping[str, Tensor] = {"": empty, **dict(zip(unique, made, strict=True))}
             return torch.stack([found[caption] for caption in captions])
 

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "wrong ways": lambda: take_wrong_ways(far),
-        **{name: lambda spec=spec: take_alone(far, spec) for name, spec in SINGLE.items()},
-        **{f"shared {name}": lambda specs=specs: take_together(far, specs) for name, specs in SHARED.items()},
+        **{name: partial(take_alone, far, spec) for name, spec in SINGLE.items()},
+        **{f"shared {name}": partial(take_together, far, specs) for name, specs in SHARED.items()},
     }
     for name, case in cases.items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:

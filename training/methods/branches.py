@@ -103,7 +103,7 @@ class Branches:
         start = {name: (a, b * self._scale) for name, (a, b) in self._changes(zeros).items()}
         self._start = Constant(self.layout.pack_lowrank(start))
         # Numbers from 1 on stand for the values; what is left at 0 is none of theirs.
-        numbers = iter(torch.arange(1, sum(sizes) + 1).split(sizes))
+        numbers = iter(torch.split(torch.arange(1, sum(sizes) + 1), sizes))
         marks = self.layout.pack_lowrank(
             {t.name: (next(numbers).view(-1, t.cols), next(numbers).view(t.rows, -1)) for t in targets}
         )

@@ -48,9 +48,12 @@ class _Memory:
 
     def __init__(self, first: Middle) -> None:
         self.inputs = Middle(
-            *(torch.empty_like(part) for part in (first.noisy, first.timesteps, first.target, first.weights)),
+            torch.empty_like(first.noisy),
+            torch.empty_like(first.timesteps),
+            torch.empty_like(first.target),
+            torch.empty_like(first.weights),
             _leaf(first.context),
-            Rows(*(None if row is None else _leaf(row) for row in (first.rows.spectral, first.rows.lowrank))),
+            Rows(_leaf_of(first.rows.spectral), _leaf_of(first.rows.lowrank)),
         )
         self.errors = torch.empty_like(first.weights)
         self.gradients = [torch.empty_like(leaf) for leaf in self.inputs.leaves]
@@ -58,10 +61,11 @@ class _Memory:
     @torch.no_grad()
     def fill(self, given: Middle) -> None:
         """Copy a batch in."""
-        for name in ("noisy", "timesteps", "target", "weights"):
-            getattr(self.inputs, name).copy_(getattr(given, name), non_blocking=True)
-        for leaf, part in zip(self.inputs.leaves, given.leaves, strict=True):
-            leaf.copy_(part, non_blocking=True)
+        inputs = self.inputs
+        kept = [inputs.noisy, inputs.timesteps, inputs.target, inputs.weights, *inputs.leaves]
+        parts = [given.noisy, given.timesteps, given.target, given.weights, *given.leaves]
+        for place, part in zip(kept, parts, strict=True):
+            place.copy_(part, non_blocking=True)
 
 
 class CapturedSteps:
@@ -116,6 +120,10 @@ def _compute(unet: TrainingUNet, memory: _Memory, precision: Precision) -> None:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor.detach(), requires_grad=True)
+
+
+def _leaf_of(row: Tensor | None) -> Tensor | None:
+    return None if row is None else _leaf(row)
 
 
 def _given(rows: Rows) -> list[Tensor]:

@@ -138,7 +138,7 @@ def _replay(
         target = aims(unet, works, noisy, timesteps, context.detach())
     middle = Middle(noisy, timesteps, target, scaled, context, rows)
     errors, gradients = captured.run(unet, middle, works[0].precision)
-    losses = (errors * weights).split([share.size for share in shares])
+    losses = torch.split(errors * weights, [share.size for share in shares])
     pairs = [(leaf, part.clone()) for leaf, part in zip(middle.leaves, gradients, strict=True) if leaf.requires_grad]
     _spread(shares, [leaf for leaf, _ in pairs], [part for _, part in pairs])
     return [loss.sum() for loss in losses]
@@ -160,7 +160,8 @@ def contexts_together(text: TextStage, works: Sequence[StepWork]) -> list[Tensor
     prompts = [prompt for wording in wordings if wording is not None for prompt in wording.prompts]
     learned = [words for wording in wordings if wording is not None for words in wording.learned]
     sizes = [0 if wording is None else len(wording.prompts) for wording in wordings]
-    parts = text.encode_rows(prompts, learned).split(sizes) if prompts else [None] * len(works)
+    encoded = torch.split(text.encode_rows(prompts, learned), sizes) if prompts else None
+    parts = encoded or (None,) * len(works)
     return [
         work.context() if wording is None else wording.assemble(part if size else None)
         for work, wording, part, size in zip(works, wordings, parts, sizes, strict=True)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from hueshift.engines.cuda_lane import HostLane
+
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 TINY_UNET = {
     "sample_size": 8,
@@ -34,18 +36,37 @@ def benchmark() -> Any:
     return module
 
 
+class Clock:
+    """Seconds that pass by being asked for: every block takes one."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """Half a second later."""
+        self.now += 0.5
+        return self.now
+
+
 def test_rows_are_whole_and_compare_what_does_the_same(benchmark: Any) -> None:
     shape = benchmark.Shape("tiny", TINY_UNET, (24, 1, 2, 16))
     about = {"hardware": "none", "versions": {}, "date": "2026-11-20", "commit": "abc"}
-    rows = list(benchmark.rows(shape, torch.device("cpu"), about, companies=(3,), batches=(1, 2), steps=2))
+    lane = HostLane()
+    ways = [benchmark.Way("", None, 2, 2, Clock()), benchmark.Way("-graph", lane, 2, 2, Clock())]
+    rows = list(benchmark.rows(shape, torch.device("cpu"), about, companies=(3,), batches=(1, 2), chosen=ways))
     names = ["tiny-svdiff-factored", "tiny-svdiff-3jobs"]
-    assert [row["case"] for row in rows] == [*names, *(f"{name}-batch2" for name in names)]
+    suffixes = ["", "-graph", "-batch2", "-graph-batch2"]
+    assert [row["case"] for row in rows] == [f"{name}{suffix}" for suffix in suffixes for name in names]
     for row in rows:
         json.dumps(row)
         assert row["p20"] <= row["ms"] <= row["p80"]
         assert row["floor_ms"] > 0
         assert row["jobs_per_hour"] > 0
         assert row["baseline_jobs_per_hour"] > 0
+        assert "peak_bytes" in row
+    # Alone a block of two steps takes half a second.
+    assert rows[0]["ms"] == rows[0]["baseline_ms"] == 250
+    assert rows[0]["ratio"] == 1
     # As many operations per job, whatever the company; a batch of two has about twice as many.
     per_job = {row["case"]: row["flops"] / row.get("jobs", 1) for row in rows}
     assert per_job[names[1]] == pytest.approx(per_job[names[0]])

@@ -153,7 +153,7 @@ def test_a_loss_that_raises_fails_its_job_alone(tiny: Tiny) -> None:
     shares = make_shares(jobs)
     own = alone(jobs[1], shares[1])[1]
 
-    def broken(*_: Any) -> Tensor:
+    def broken(*_: Any) -> Sequence[Tensor]:
         raise ValueError("no loss today")
 
     bad = Share(replace(shares[0].work, added=broken), jobs[0][1])
