@@ -35,10 +35,10 @@ def open_device() -> None:
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * _KINDS).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     guards[_MAIA], guards[_PRIVATE] = guards[_PRIVATE], None
-    torch._register_device_module("maia", SimpleNamespace())
+    torch._register_device_module("maia", SimpleNamespace())  # type: ignore[no-untyped-call]
 
 
-class LowProducts(TorchFunctionMode):
+class LowProducts(TorchFunctionMode):  # type: ignore[no-untyped-call]  # torch's base has an untyped hook
     """Does what autocast does on CUDA, where it is on for the device: torch's own leaves fake tensors on it alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,7 +62,7 @@ class Stops(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
         self.counts: dict[str, int] = {}
         self.low: set[str] = set()
