@@ -227,7 +227,8 @@ def main(
     models = {model: weights(model) for model in options.models}
     folder = options.out / "sweep" if options.sweep else options.out
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = options.stems or STEMS
+    # In this order: training steps come last, because they choose kernels for the whole process that repeat themselves.
+    wanted = [stem for stem in STEMS if not options.stems or stem in options.stems]
     if not options.sweep:
         run_engine_stems([stem for stem in wanted if stem in ENGINE_STEMS], run, folder)
     for stem in [stem for stem in wanted if stem not in ENGINE_STEMS]:

@@ -38,7 +38,7 @@ def open_device() -> None:
     torch._register_device_module("maia", SimpleNamespace())  # type: ignore[no-untyped-call]
 
 
-class LowProducts(TorchFunctionMode):  # type: ignore[no-untyped-call]  # torch's base has an untyped hook
+class LowProducts(TorchFunctionMode):  # torch's base has an untyped hook
     """Does what autocast does on CUDA, where it is on for the device: torch's own leaves fake tensors on it alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,0 +1,115 @@
+"""Training on a GPU: the CPU's losses, resumed bit for bit, alone as in company, eagerly as in a graph."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import Recorder, make_pictures, make_spec, make_tiny_base
+
+from hueshift.engines.base_model import BaseModel, load_base_model
+from hueshift.engines.cuda_lane import CudaLane
+from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.models.embedded import EMBEDDED_MODEL
+from hueshift.training.devices import prepare_device, release_memory
+from hueshift.training.run import TrainingResult, run_training
+from hueshift.training.sharing.shared_training import SharedTraining
+from hueshift.training.spec import Method, TrainingSpec
+
+pytestmark = pytest.mark.gpu
+
+Tiny = tuple[BaseModel, SpectralFactors]
+FP32: dict[str, Any] = {"precision": "fp32", "steps": 12, "checkpoint_interval": 4}
+LIMIT = 120.0
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    """The GPU, made ready as a worker does, or a reason to skip."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    found = torch.device("cuda", 0)
+    prepare_device(found)
+    yield found
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def far(device: torch.device) -> Tiny:
+    """The tiny base with everything on the GPU."""
+    tiny, factors = make_tiny_base(load_base_model(EMBEDDED_MODEL, device=str(device)))
+    tiny.unet.to(device)
+    return tiny, factors
+
+
+def run(
+    tiny: Tiny, spec: TrainingSpec, folder: Path, hooks: Recorder | None = None, sharing: SharedTraining | None = None
+) -> TrainingResult:
+    folder.mkdir(parents=True, exist_ok=True)
+    base, factors = tiny
+    return run_training(
+        spec,
+        make_pictures(len(spec.captions)),
+        base=base,
+        factors=factors,
+        clip=None,
+        workdir=folder,
+        hooks=hooks or Recorder(),
+        sharing=sharing,
+    )
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_gpu_has_the_losses_of_a_cpu(far: Tiny, tiny: Tiny, tmp_path: Path, method: Method) -> None:
+    spec = make_spec(method, **FP32)
+    there, here = run(far, spec, tmp_path / "gpu"), run(tiny, spec, tmp_path / "cpu")
+    # Later losses differ more: Adam makes full steps of gradients that are rounding alone.
+    assert there.losses[:3] == pytest.approx(here.losses[:3], rel=1e-3)
+    assert there.losses == pytest.approx(here.losses, rel=5e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [Method.SVDIFF, Method.LORA, Method.DREAMBOOTH])
+def test_a_stopped_job_goes_on_bit_for_bit(far: Tiny, tmp_path: Path, method: Method, precision: str) -> None:
+    spec = make_spec(method, **{**FP32, "precision": precision})
+    whole = run(far, spec, tmp_path / "whole")
+
+    def stop(name: str, step: int) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(far, spec, tmp_path / "stopped", Recorder(on_point=stop))
+    assert run(far, spec, tmp_path / "stopped").losses == whole.losses
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("method", [Method.SVDIFF, Method.LORA])
+def test_company_and_graphs_change_nothing_but_rounding(
+    far: Tiny, device: torch.device, tmp_path: Path, method: Method, graph: bool
+) -> None:
+    specs = [make_spec(method, **FP32, seed=seed) for seed in (8, 9, 10)]
+    sharing = SharedTraining(*far, patience=20.0, lane=CudaLane(device) if graph else None)
+    with ThreadPoolExecutor(len(specs)) as pool:
+        jobs = [
+            pool.submit(run, far, spec, tmp_path / f"shared {number}", None, sharing)
+            for number, spec in enumerate(specs)
+        ]
+        together = [job.result(LIMIT) for job in jobs]
+    assert sharing.rounds[3] > 0
+    for number, (spec, shared) in enumerate(zip(specs, together, strict=True)):
+        alone = run(far, spec, tmp_path / f"alone {number}")
+        assert shared.losses[:3] == pytest.approx(alone.losses[:3], rel=1e-4)
+        assert shared.losses == pytest.approx(alone.losses, rel=5e-2)
+
+
+def test_jobs_leave_no_memory_behind(far: Tiny, device: torch.device, tmp_path: Path) -> None:
+    def held(number: int) -> int:
+        run(far, make_spec(Method.DREAMBOOTH, **FP32, seed=number), tmp_path / str(number))
+        release_memory(device)
+        return torch.cuda.memory_allocated(device)
+
+    first = held(0)
+    assert [held(number) for number in (1, 2)] == [first, first]
