@@ -27,8 +27,8 @@ TARGETS = {
     "sampler_step": "Guidance and sampler update in one pass. Target: within 1.3 times of a device copy.",
     "lag_mask": "Attention masks of all cross-attention blocks, 8 samples.",
     "shared_training": "Whole steps of svdiff jobs, in bfloat16: one against making every weight in every step, then "
-    "several that share their steps against one at a time. Targets: twice as fast; 8 jobs, three times the jobs per "
-    "hour.",
+    "several that share their steps against one at a time; launched kernel by kernel, then (-graph) as one CUDA graph. "
+    "Targets: twice as fast; 8 jobs, three times the jobs per hour.",
     "export_large": "Writing the dense graph of a whole UNet beyond 2 GiB, one weight at a time; then onnx.checker and "
     "TensorRT's parser read it. No target.",
     "unet_step": "One captured call of the engine by plan, UNet batch and way of compiling, SD1.5 at 512 px. "
