@@ -5,8 +5,8 @@ was asked to pin; so the table is looked at every few seconds, and the slots fol
 """
 
 import asyncio
-from collections.abc import Callable, Sequence, Set
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence, Set
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -15,6 +15,7 @@ from hueshift.server.logs import tenant_hash
 from hueshift.server.rounds import keep_doing
 from hueshift.server.store.adapter_records import AdapterRecord
 
+T = TypeVar("T")
 Mix = tuple[tuple[str, float], ...]
 Pin = tuple[str, str, str]
 """Tenant, adapter id, and the content hash of the row that is pinned for it."""
@@ -48,14 +49,20 @@ class Pins:
     def __init__(self, table: PinTable, slots: Slots) -> None:
         self._table, self._slots = table, slots
         self._held: set[Pin] = set()
-        # Told once: a pin that finds no slot is tried again in every round.
+        # Told once: what fails is tried again in every round.
         self._told: set[Pin] = set()
         self._lock = asyncio.Lock()
         self._log = structlog.get_logger()
 
-    def note(self, tenant: str, adapter_id: str, content_hash: str) -> None:
-        """Know of a row that was pinned for an adapter without this."""
-        self._held.add((tenant, adapter_id, content_hash))
+    async def note(self, pin: Pin, record: Callable[[], Awaitable[T]]) -> T:
+        """Know of a row that was pinned without this, while `record` writes its pin to the table; return what it does.
+
+        Meanwhile nothing follows the table, which would take the row for one that nobody wants any more.
+        """
+        async with self._lock:
+            # First: a row whose pin cannot be written is let go in the next round.
+            self._held.add(pin)
+            return await record()
 
     async def follow(self) -> int:
         """Bring the slots to what the table says; return how many adapters are pinned now.
@@ -66,11 +73,13 @@ class Pins:
             records = await asyncio.to_thread(self._table.pinned)
             wanted = {(record.tenant, record.adapter_id, record.newest.content_hash) for record in records}
             before = set(self._held)
-            for pin in sorted(wanted - before):
+            # A row of two adapters goes with the one that is deleted; the pin of the other brings it back.
+            lost = {pin for pin in wanted & before if not self._slots.resident(pin[2])}
+            for pin in sorted((wanted - before) | lost):
                 await self._pin(pin)
             for pin in sorted(before - wanted):
                 await self._unpin(pin, {content_hash for _, _, content_hash in wanted})
-            self._told &= wanted
+            self._told &= wanted | self._held
             return len(self._held & wanted)
 
     async def keep(self, every: float = EVERY_SECONDS, failed: Callable[[str], object] = lambda task: None) -> None:
@@ -90,11 +99,14 @@ class Pins:
 
     async def _unpin(self, pin: Pin, wanted: Set[str]) -> None:
         tenant, _, content_hash = pin
-        self._held.discard(pin)
         # Two adapters of one file share a row, and a row that is gone must not be loaded to be unpinned.
-        if content_hash in wanted or not self._slots.resident(content_hash):
-            return
-        try:
-            await self._slots.warm(((content_hash, 1.0),), False)
-        except HueshiftError as error:
-            self._log.warning("unpin failed", tenant_hash=tenant_hash(tenant), reason=error.reason)
+        if content_hash not in wanted and self._slots.resident(content_hash):
+            try:
+                await self._slots.warm(((content_hash, 1.0),), False)
+            except HueshiftError as error:
+                # Still held: the next round tries again, or nobody could ever have its slot.
+                if pin not in self._told:
+                    self._told.add(pin)
+                    self._log.warning("unpin failed", tenant_hash=tenant_hash(tenant), reason=error.reason)
+                return
+        self._held.discard(pin)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -213,16 +214,20 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return deletion
 
     async def _warm(self, record: AdapterRecord, revision: RevisionRecord, pin: bool | None) -> pb.WarmAdapterResponse:
-        loaded = await self._scheduler.warm(((revision.content_hash, 1.0),), pin)
-        if pin is not None:
+        # Unpinning is left to `pins`, which knows whether another adapter has the same file pinned.
+        loaded = await self._scheduler.warm(((revision.content_hash, 1.0),), pin or None)
+        key = (record.tenant, record.adapter_id)
+        try:
             if pin:
-                self.pins.note(record.tenant, record.adapter_id, revision.content_hash)
-            try:
-                record = await asyncio.to_thread(self._store.set_pinned, record.tenant, record.adapter_id, pin)
-            except NotFound:
-                # Deleted while it was loading: the pin must not keep it.
-                self._scheduler.drop_adapter(adapter_name(record.tenant, record.adapter_id), [revision.content_hash])
-                raise
+                write = partial(asyncio.to_thread, self._store.set_pinned, *key, True)
+                record = await self.pins.note((*key, revision.content_hash), write)
+            elif pin is not None:
+                record = await asyncio.to_thread(self._store.set_pinned, *key, False)
+                await self.pins.follow()
+        except NotFound:
+            # Deleted while it was loading: the pin must not keep it.
+            self._scheduler.drop_adapter(adapter_name(*key), [revision.content_hash])
+            raise
         return pb.WarmAdapterResponse(adapter=self._message(record), loaded=loaded)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:

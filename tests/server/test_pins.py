@@ -81,6 +81,51 @@ async def test_slots_follow_the_table(tmp_path: Path) -> None:
     store.database.close()
 
 
+async def test_a_row_that_went_with_another_adapter_comes_back(tmp_path: Path) -> None:
+    store, residents = open_small_store(tmp_path), FakeResidents()
+    follower = Pins(store.adapters, residents)
+    content_hash = store.publish(adapter_id="a", seed=1).content_hash
+    assert store.publish(tenant="other", adapter_id="b", seed=1).content_hash == content_hash
+    store.adapters.set_pinned("acme", "a", True)
+    await follower.follow()
+    residents.drop_adapter("tenants/other/adapters/b", [content_hash])
+    assert (await follower.follow(), residents.pins) == (1, {content_hash})
+    store.database.close()
+
+
+async def test_a_pin_is_not_let_go_while_it_is_written(tmp_path: Path) -> None:
+    store, residents = open_small_store(tmp_path), FakeResidents()
+    follower = Pins(store.adapters, residents)
+    content_hash = store.publish(adapter_id="a", seed=1).content_hash
+    await residents.warm(((content_hash, 1.0),), True)
+    following: list[asyncio.Task[int]] = []
+
+    async def write() -> AdapterRecord:
+        following.append(asyncio.create_task(follower.follow()))
+        await asyncio.sleep(0.1)
+        return store.adapters.set_pinned("acme", "a", True)
+
+    assert (await follower.note(("acme", "a", content_hash), write)).pinned
+    assert (await following[0], residents.pins) == (1, {content_hash})
+    store.database.close()
+
+
+async def test_what_cannot_be_unpinned_is_tried_again_and_told_once(tmp_path: Path) -> None:
+    store, residents = open_small_store(tmp_path), FakeResidents()
+    follower = Pins(store.adapters, residents)
+    content_hash = store.publish(adapter_id="a", seed=1).content_hash
+    store.adapters.set_pinned("acme", "a", True)
+    await follower.follow()
+    store.adapters.set_pinned("acme", "a", False)
+    residents.refuse = True
+    with capture_logs() as logs:
+        assert [await follower.follow() for _ in range(2)] == [0, 0]
+    assert ([entry["event"] for entry in logs], residents.pins) == (["unpin failed"], {content_hash})
+    residents.refuse = False
+    assert (await follower.follow(), residents.pins) == (0, set())
+    store.database.close()
+
+
 async def test_a_pin_that_finds_no_slot_is_tried_again_and_told_once(tmp_path: Path) -> None:
     store, residents = open_small_store(tmp_path), FakeResidents(refuse=True)
     follower = Pins(store.adapters, residents)

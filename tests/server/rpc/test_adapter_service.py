@@ -120,6 +120,17 @@ def test_warming_loads_pins_and_unpins(running: Running) -> None:
     assert running.residents.pins == set()
 
 
+def test_a_row_of_two_adapters_stays_pinned_for_the_other_one(running: Running) -> None:
+    content_hash = running.import_file(adapter_id="fox").adapter.content_hash
+    assert running.import_file(adapter_id="owl", tenant="other").adapter.content_hash == content_hash
+    running.call("WarmAdapter", pb.WarmAdapterRequest(name="fox", pin=True))
+    running.call("WarmAdapter", pb.WarmAdapterRequest(name="owl", pin=True), tenant="other")
+    assert not running.call("WarmAdapter", pb.WarmAdapterRequest(name="fox", pin=False)).adapter.pinned
+    assert running.residents.pins == {content_hash}
+    running.call("WarmAdapter", pb.WarmAdapterRequest(name="owl", pin=False), tenant="other")
+    assert running.residents.pins == set()
+
+
 def test_a_pin_moves_to_the_next_revision(running: Running) -> None:
     first = running.import_file(adapter_id="fox").adapter.content_hash
     running.call("WarmAdapter", pb.WarmAdapterRequest(name="fox", pin=True))
