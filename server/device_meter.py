@@ -31,16 +31,21 @@ class DeviceMeter:
 
     @contextmanager
     def running(self, job_id: str, rows: int, seconds: float = 0.0) -> Iterator[None]:
-        """Count a job of `rows` UNet rows a step while the block runs; it had used `seconds` before."""
+        """Count a job of `rows` UNet rows a step while the block runs; it had used `seconds` before.
+
+        A job may be taken again while an attempt that lost its lease still ends here. The newer one is counted then.
+        """
+        share = _Share(rows, seconds)
         with self._lock:
             self._count()
-            self._shares[job_id] = _Share(rows, seconds)
+            self._shares[job_id] = share
         try:
             yield
         finally:
             with self._lock:
                 self._count()
-                del self._shares[job_id]
+                if self._shares.get(job_id) is share:
+                    del self._shares[job_id]
 
     def used(self, job_id: str) -> float | None:
         """Return the seconds of a job in all, those before included; None if it is not running here."""

@@ -220,7 +220,8 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
 
     def _cancel(self, tenant: str, job_id: str) -> JobRecord:
         job = self._jobs.cancel(tenant, job_id)
-        if job.state.ended:
+        # A failed job is returned as it is, and may be queued again before its folder were gone.
+        if job.state.ended and not self._jobs.can_retry(job):
             self._folders.end(job_id)
         return job
 

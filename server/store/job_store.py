@@ -30,6 +30,8 @@ CREATE_METHOD = "CreateFineTune"
 RETRY_METHOD = "RetryFineTune"
 # Enough to find the fault by; the log has the rest.
 _CAUSE_LENGTH = 600
+# A job may be retried time and again, and every heartbeat reads them all.
+_KEPT_FAILURES = 50
 
 
 class JobStore:
@@ -148,15 +150,15 @@ class JobStore:
         Raises NotFound, FailedPrecondition (JOB_NOT_RETRYABLE), ResourceExhausted (TENANT_QUOTA) as `create`, and
         AlreadyExists (IDEMPOTENCY_CONFLICT).
         """
+        request_hash = hash_request([job_id.encode()])
         with self._database.write() as connection:
-            known = recall(connection, tenant, RETRY_METHOD, idempotency_key, hash_request([job_id.encode()]))
+            known = recall(connection, tenant, RETRY_METHOD, idempotency_key, request_hash)
             if known is not None:
                 return own_job(connection, tenant, job_id), True
             lock(connection, f"jobs/{tenant}")
             job = own_job(connection, tenant, job_id, locked=True)
             check_retry(job, self._keep_failed, self._clock.time())
             self._check_quota(connection, tenant, tenant_limit)
-            request_hash = hash_request([job_id.encode()])
             remember(connection, tenant, RETRY_METHOD, idempotency_key, request_hash, {"job_id": job_id})
             return requeue(connection, job, self._clock.time()), False
 
@@ -374,7 +376,7 @@ class JobStore:
             "owner": job.lease_owner,
             "cause": cause[:_CAUSE_LENGTH],
         }
-        return {"failures": [*job.failures, entry]}
+        return {"failures": [*job.failures, entry][-_KEPT_FAILURES:]}
 
     def _put_back(
         self, connection: Connection, job: JobRecord, message: str, delay: float, **changes: Any

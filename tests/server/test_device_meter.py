@@ -33,6 +33,19 @@ def test_time_is_divided_by_rows_among_those_who_are_there() -> None:
         assert meter.used("a") == 17
 
 
+def test_a_job_taken_again_while_its_lost_attempt_still_ends_is_counted_once() -> None:
+    clock = FakeClock()
+    meter = DeviceMeter(clock)
+    with ExitStack() as newer:
+        with meter.running("a", 1):
+            clock.advance(10)
+            newer.enter_context(meter.running("a", 1, seconds=4.0))
+            clock.advance(5)
+        clock.advance(2)
+        assert meter.used("a") == 11
+    assert meter.used("a") is None
+
+
 def test_class_pictures_are_rows_too() -> None:
     spec = replace(small_spec(), batch_size=3, prior_weight=0.0)
     assert [step_rows(spec), step_rows(replace(spec, prior_weight=0.5))] == [3, 6]

@@ -343,6 +343,16 @@ async def test_a_failed_job_is_retried_and_counted(alice: Caller) -> None:
     assert states[-3:] == [pb.FINE_TUNE_STATE_FAILED, pb.FINE_TUNE_STATE_QUEUED, pb.FINE_TUNE_STATE_CANCELLED]
 
 
+async def test_cancelling_a_failed_job_leaves_it_as_it_is(alice: Caller) -> None:
+    job = await alice.queue()
+    alice.live.stores.jobs.fail(alice.claim().lease, "JOB_TIME_LIMIT", "too long")
+    answer = await alice.call("CancelFineTune", pb.CancelFineTuneRequest(name=job.name))
+    assert answer.fine_tune.state == pb.FINE_TUNE_STATE_FAILED
+    retried = await alice.call("RetryFineTune", pb.RetryFineTuneRequest(name=job.name))
+    assert retried.fine_tune.state == pb.FINE_TUNE_STATE_QUEUED
+    assert alice.live.stores.folders.holds_inputs(job.name.rpartition("/")[2], 1)
+
+
 async def test_a_failed_job_without_pictures_is_not_retried(alice: Caller) -> None:
     job = await alice.queue()
     alice.live.stores.jobs.fail(alice.claim().lease, "JOB_TIME_LIMIT", "too long")

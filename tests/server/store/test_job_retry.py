@@ -119,6 +119,16 @@ def test_after_its_time_a_failed_job_is_gone_for_good(table: Table) -> None:
     assert "training.keep_failed_seconds" in table.refused()
 
 
+def test_the_causes_of_a_job_retried_for_ever_stay_few(table: Table) -> None:
+    table.jobs = JobStore(table.database, table.clock, keep_failed_seconds=KEEP)
+    for number in range(60):
+        claimed = table.jobs.claim("worker", 30.0)
+        assert claimed is not None
+        failed = table.jobs.fail(claimed.lease, "JOB_MEMORY_LIMIT", f"failure {number}")
+        table.retry()
+    assert [failed.failures[0]["cause"], failed.failures[-1]["cause"]] == ["failure 10", "failure 59"]
+
+
 def test_quotas_are_those_of_a_new_job(table: Table) -> None:
     table.fail()
     table.add("ft-2")
