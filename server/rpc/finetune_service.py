@@ -11,6 +11,7 @@ import structlog
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.server.ingestion import PictureLimits
 from hueshift.server.job_folders import JobFolders
+from hueshift.server.job_news import JobNews
 from hueshift.server.logs import tenant_hash
 from hueshift.server.rpc.call import current_call
 from hueshift.server.rpc.finetune_messages import read_spec, read_states, to_event, to_message, to_plan
@@ -35,8 +36,6 @@ _LOG = structlog.get_logger()
 # Each decodes in a process of its own; more at once would only take the processor from serving.
 _INGESTIONS = 2
 _EVENTS_PER_READ = 100
-# Half of what a person notices in a progress bar, and one indexed row to read.
-_WATCH_SECONDS = 0.25
 
 
 class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
@@ -60,6 +59,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         on_retry: Callable[[], object] = lambda: None,
     ) -> None:
         self._jobs = jobs
+        self._news = JobNews(jobs.sequences)
         self._folders = folders
         self._limits = limits
         self._pictures = PictureLimits(max_bytes=limits.max_picture_bytes, max_pixels=limits.max_picture_pixels)
@@ -143,7 +143,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
             if job.state.ended and after >= job.sequence:
                 return
             if len(events) < _EVENTS_PER_READ:
-                await asyncio.sleep(_WATCH_SECONDS)
+                await self._news.wait(job_id, job.sequence)
 
     async def CancelFineTune(
         self, request: pb.CancelFineTuneRequest, context: "grpc.aio.ServicerContext[Any, Any]"

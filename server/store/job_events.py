@@ -4,7 +4,7 @@ Events are never deleted, so that a watcher can trust the numbers. They stay few
 1,000 progress events an attempt, only the newest samples keep their picture, and none of them for ever.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
@@ -43,6 +43,12 @@ def read_events(connection: Connection, job_id: str, after: int, limit: int) -> 
         .limit(limit)
     )
     return [JobEvent(r.sequence, r.time, EventKind(r.kind), r.payload, r.data) for r in rows]
+
+
+def read_sequences(connection: Connection, job_ids: Collection[str]) -> dict[str, int]:
+    """Return the number of the last event of each job of those ids; of one that is not there, none."""
+    rows = connection.execute(select(jobs.c.job_id, jobs.c.sequence).where(jobs.c.job_id.in_(job_ids)))
+    return {row.job_id: row.sequence for row in rows}
 
 
 def forget_samples(connection: Connection, before: float) -> int:

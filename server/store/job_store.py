@@ -6,7 +6,7 @@ that ends the job. Every change of state writes its event in the same transactio
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_
@@ -16,7 +16,7 @@ from hueshift.adapters.errors import Cancelled, Reason
 from hueshift.server.clock import Clock
 from hueshift.server.store.database import Database, lock
 from hueshift.server.store.idempotency import hash_request, recall, remember
-from hueshift.server.store.job_events import append_event, read_events
+from hueshift.server.store.job_events import append_event, read_events, read_sequences
 from hueshift.server.store.job_moves import change_job, held_job, move_job, own_job
 from hueshift.server.store.job_order import next_job
 from hueshift.server.store.job_quotas import OPEN_STATES, JobQuotas, charge, check_queue, check_seconds
@@ -130,6 +130,11 @@ class JobStore:
         """Return at most `limit` events numbered above `after`. The caller has checked whose job it is."""
         with self._database.read() as connection:
             return read_events(connection, job_id, after, limit)
+
+    def sequences(self, job_ids: Collection[str]) -> dict[str, int]:
+        """Return the number of the last event of each job. The caller has checked whose jobs they are."""
+        with self._database.read() as connection:
+            return read_sequences(connection, job_ids)
 
     def cancel(self, tenant: str, job_id: str) -> JobRecord:
         """Cancel a queued job at once, ask a running one to stop, return an ended one as it is. Raises NotFound."""
@@ -329,12 +334,8 @@ class JobStore:
 
     def dead_letters(self, limit: int = 100) -> list[JobRecord]:
         """Return the newest jobs, of all tenants, that were given up after their last attempt."""
-        query = (
-            select(jobs)
-            .where(jobs.c.state == JobState.FAILED.value, jobs.c.error_reason == Reason.ATTEMPTS_EXHAUSTED.value)
-            .order_by(jobs.c.ended.desc(), jobs.c.job_id)
-            .limit(limit)
-        )
+        given_up = (jobs.c.state == JobState.FAILED.value, jobs.c.error_reason == Reason.ATTEMPTS_EXHAUSTED.value)
+        query = select(jobs).where(*given_up).order_by(jobs.c.ended.desc(), jobs.c.job_id).limit(limit)
         with self._database.read() as connection:
             return [JobRecord.from_row(row) for row in connection.execute(query)]
 
