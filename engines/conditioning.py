@@ -18,13 +18,12 @@ from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.added_embedding import AddedStage, added_width, make_time_ids
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossStage
-from hueshift.engines.cuda_lane import GraphLane, lane_of
+from hueshift.engines.cuda_lane import GraphLane, lane_of, make_beside
 from hueshift.engines.encoder_weights import EncoderWeights, TowerWeights
 from hueshift.engines.residency_tiers import ResidencyObserver
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import Bypasses, TextStage, TokenizedPrompt, Vectors
 from hueshift.engines.text_side import TextSide, Word
-from hueshift.engines.uploads import make_beside
 
 # Rows that the text encoder takes at a time: SD1.5's at 77 tokens need 0.1 GB each in fp32 while they run.
 _ENCODER_ROWS = 32

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.interface import BASE_SLOT
+from hueshift.engines.transfer import pinned_for
 
 NO_BRANCH = -1
 """Branch index of a row that has none; the kernels leave such rows alone (kernels/adapter_index.py)."""
@@ -60,8 +61,9 @@ class CallViews:
         self.cross[:rows].copy_(cross, non_blocking=True)
         if self.added is not None and added is not None:
             self.added[:rows].copy_(added, non_blocking=True)
-        self.slots[:rows].copy_(slots, non_blocking=True)
-        self.branches[:rows].copy_(branches, non_blocking=True)
+        device = self.slots.device
+        self.slots[:rows].copy_(pinned_for(slots, device), non_blocking=True)
+        self.branches[:rows].copy_(pinned_for(branches, device), non_blocking=True)
         if rows < self.slots.shape[0]:
             self.slots[rows:].fill_(BASE_SLOT)
             self.branches[rows:].fill_(NO_BRANCH)

@@ -26,7 +26,7 @@ from hueshift.engines.merged_slots import MergedSlots
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.engines.uploads import upload
+from hueshift.engines.transfer import to_device
 
 # Steps that may be queued ahead of the device: one hides the host's work, more would only delay who joins or cancels.
 _AHEAD = 1
@@ -206,13 +206,13 @@ class CudaEngine:
         self._throttle()
         self._await_rows(adapter_index)
         with torch.no_grad(), self.lane.running():
-            placed = Guides(*(upload(part, device) for part in (guides.lag, guides.lag_source, guides.reference)))
+            placed = Guides(*(to_device(part, device) for part in (guides.lag, guides.lag_source, guides.reference)))
             network: AdaptedUNet = self.networks.full
             out, mask = network.forward_guided(
                 latents.to(device, dtype),
-                upload(timesteps, device),
+                to_device(timesteps, device),
                 cross.to(device, dtype),
-                upload(adapter_index, device),
+                to_device(adapter_index, device),
                 placed,
                 self._slabs.spectral,
                 self._slabs.lowrank,

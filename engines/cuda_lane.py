@@ -7,12 +7,13 @@ CPU, so that everything but the timing can be tested, and profiled for its Pytho
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Work = Callable[[], None]
+Made = TypeVar("Made")
 
 
 class Mark(Protocol):
@@ -231,6 +232,20 @@ class HostLane:
 def lane_of(device: torch.device) -> GraphLane:
     """A new lane of a device: a stream of a GPU, or the host at once."""
     return CudaLane(device) if device.type == "cuda" else HostLane()
+
+
+def make_beside(lane: GraphLane, make: Callable[[], Made], tensors: Callable[[Made], tuple[Tensor, ...]]) -> Made:
+    """Run `make` on a lane of its own and return what it made, finished, so that any stream may read it.
+
+    The caller's thread sleeps until then; steps that are queued elsewhere go on meanwhile. `tensors` names those of the
+    result that the default stream will read, later and for as long as they are held.
+    """
+    with lane.apart():
+        made = make()
+        lane.lend(tensors(made))
+        done = lane.mark()
+    done.wait()
+    return made
 
 
 class _HostMark:

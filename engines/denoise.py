@@ -12,7 +12,7 @@ from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.fused_update import fits, fused_update
 from hueshift.engines.interface import BASE_SLOT, Guides, Plan, UNetEngine
 from hueshift.engines.samplers import SamplerTable
-from hueshift.engines.uploads import upload
+from hueshift.engines.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +93,7 @@ def start_sample(
 ) -> Sample:
     """Draw the first latents of `shape` (C, h, w) from `seed`, on the CPU whatever the device, and place them."""
     generator = torch.Generator().manual_seed(seed)
-    latents = upload(torch.randn(shape, generator=generator) * table.init_scale, cross.device)
+    latents = to_device(torch.randn(shape, generator=generator) * table.init_scale, cross.device)
     prev = torch.zeros_like(latents)
     sample = Sample(latents, prev, cross, guidance, table, generator, slot, needs_factored)
     sample.lag, sample.reference, sample.regions = lag, reference, regions
@@ -136,13 +136,13 @@ def advance(engine: UNetEngine, samples: Sequence[Sample], plan: Plan | None = N
         x, prev = torch.stack([sample.latents for sample in samples]), torch.stack([sample.prev for sample in samples])
         noise = None
         if any(sample.table.noisy[sample.step] for sample in samples):
-            noise = upload(torch.stack([_noise(sample) for sample in samples]), device)
+            noise = to_device(torch.stack([_noise(sample) for sample in samples]), device)
         if fits(device) and len(parts) == count:
             scales = [sample.guidance for sample in samples if sample.guided]
             after, estimate = fused_update(x, prev, out, scales, table, noise)
         else:
             out = _guide(samples, parts, out)
-            a, b, c, d, e, f = upload(table, device).t().reshape(6, count, 1, 1, 1).unbind()
+            a, b, c, d, e, f = to_device(table, device).t().reshape(6, count, 1, 1, 1).unbind()
             after, estimate = a * x + b * out + c * prev, e * x + f * out
             if noise is not None:
                 after += d * noise
@@ -177,7 +177,7 @@ def _unet_output(
     rows = [*parts, *parts[:guided]]
     device = samples[0].latents.device
     latents = torch.stack([sample.latents for sample, _ in rows])
-    timesteps = upload(torch.stack([sample.table.timesteps[sample.step] for sample, _ in rows]), device)
+    timesteps = to_device(torch.stack([sample.table.timesteps[sample.step] for sample, _ in rows]), device)
     crosses = [part.cross.at(sample.step) for sample, part in parts]
     cross = torch.stack([rows[-1] for rows in crosses] + [rows[0] for rows in crosses[:guided]])
     added = _stack_added(parts, guided)
@@ -196,7 +196,7 @@ def _guide(samples: Sequence[Sample], parts: Sequence[tuple[Sample, Sample | Reg
     """Guidance and the blending of regions: from rows of the UNet to the output for each sample [n, C, h, w]."""
     count, guided = len(parts), sum(sample.guided for sample, _ in parts)
     if guided:
-        scale = upload(torch.tensor([sample.guidance for sample, _ in parts[:guided]]), out.device).view(-1, 1, 1, 1)
+        scale = to_device(torch.tensor([sample.guidance for sample, _ in parts[:guided]]), out.device).view(-1, 1, 1, 1)
         negative = out[count:]
         toward = negative + scale * (out[:guided] - negative)
         out = torch.cat([toward, out[guided:count]]) if guided < count else toward
@@ -226,8 +226,8 @@ def _make_guides(parts: Sequence[tuple[Sample, Sample | Region]], guided: int, t
     ]
     return Guides(
         lag=torch.stack([*confined, *[none] * guided]),
-        lag_source=upload(torch.tensor(own + own[:guided]), device),
-        reference=upload(torch.tensor(shared + [count + number for number in shared[:guided]]), device),
+        lag_source=to_device(torch.tensor(own + own[:guided]), device),
+        reference=to_device(torch.tensor(shared + [count + number for number in shared[:guided]]), device),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hueshift.engines.uploads import upload
+from hueshift.engines.transfer import to_device
 from hueshift.kernels.launch import triton
 from hueshift.kernels.sampler_step import NO_ROW, sampler_step
 
@@ -31,11 +31,11 @@ def fused_update(
     count, guided = x.shape[0], len(guidance)
     scales = torch.zeros(count)
     scales[:guided] = torch.tensor(guidance)
-    numbers = upload(torch.cat([coefficients.flatten(), scales]), x.device)
+    numbers = to_device(torch.cat([coefficients.flatten(), scales]), x.device)
     rows = torch.full((2, count), NO_ROW, dtype=torch.int32)
     rows[0] = torch.arange(count)
     rows[1, :guided] = torch.arange(count, count + guided)
-    rows = upload(rows, x.device)
+    rows = to_device(rows, x.device)
     table, scales = numbers[: count * 6].view(count, 6), numbers[count * 6 :]
     sampler_step(x, prev, out.contiguous(), rows[0], rows[1], scales, table, noise)
     return x, prev

@@ -5,11 +5,15 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Queue the copy of a tensor of the host and return at once; what is on `device` already is returned as it is.
+    """Queue the copy of a tensor of the host and return at once; what is on `device` already is returned as it is."""
+    return pinned_for(tensor, device).to(device, non_blocking=device.type == "cuda")
 
-    From ordinary memory CUDA copies while the host waits for all that the device has to do before. Pinned memory comes
-    from torch's cache, which keeps a block until the copy out of it is done.
+
+def pinned_for(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor itself, or a copy in page-locked memory where it is the host's and `device` a GPU.
+
+    From ordinary memory CUDA may copy only when the host has waited for all that the stream has to do before: with a
+    step queued ahead, that is the whole of that step. Page-locked memory comes from torch's cache, which keeps a block
+    until the copies out of it are done.
     """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.cuda_lane import GraphLane
-from hueshift.engines.uploads import make_beside
+from hueshift.engines.cuda_lane import GraphLane, make_beside
 
 Pixels = npt.NDArray[np.uint8]
 

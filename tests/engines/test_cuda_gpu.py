@@ -13,7 +13,7 @@ from hueshift.adapters.adapter import AdapterKind
 from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.cuda_attention import AttentionKind, AttentionTable
 from hueshift.engines.cuda_engine import CudaEngine
-from hueshift.engines.cuda_lane import CudaLane
+from hueshift.engines.cuda_lane import CudaLane, make_beside
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
 from hueshift.engines.cuda_setup import build_cuda
 from hueshift.engines.denoise import Sample, advance, start_sample
@@ -21,7 +21,6 @@ from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan
 from hueshift.engines.planner import Planner
 from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.engines.torch_engine import TorchEngine
-from hueshift.engines.uploads import make_beside
 
 pytestmark = pytest.mark.gpu
 

@@ -57,6 +57,8 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.products: Counter[torch.dtype] = Counter()
         self.launched: Counter[str] = Counter()
         self.capturing = False
+        # Kept, or another storage could come to lie at its address.
+        self._pinned: dict[int, Any] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,6 +69,8 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
             # Page-locked memory is known by this alone: there is no driver to ask.
             with unset_fake_temporarily():
                 pinned: Tensor = args[0].clone()
+            storage = pinned.untyped_storage()
+            self._pinned[storage._cdata] = storage
             return pinned
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -113,13 +117,23 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
             self.waits.append(name)
             if self.capturing:
                 raise CaptureError(f"{name} waits for the device inside of a capture")
-        blocking = name in ("_to_copy", "copy_") and not kwargs.get("non_blocking", len(args) > 2 and args[2])
-        if blocking and self._comes_in(tensors, kwargs) and not self.capturing:
+        # From ordinary memory CUDA may wait however the copy was asked for.
+        asked = kwargs.get("non_blocking", len(args) > 2 and args[2])
+        copied = name in ("_to_copy", "copy_")
+        if (
+            copied
+            and not (asked and self._is_pinned(tensors[-1]))
+            and self._comes_in(tensors, kwargs)
+            and not self.capturing
+        ):
             self.waits.append(f"{name} from the host")
         if self.capturing and on_host:
             raise CaptureError(f"{name} reads {[tuple(tensor.shape) for tensor in on_host]} of the host in a capture")
         if name.startswith(_PRODUCTS) and on_gpu:
             self.products[on_gpu[0].dtype] += 1
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return not isinstance(tensor, FakeTensor) and tensor.untyped_storage()._cdata in self._pinned
 
     def _comes_in(self, tensors: list[Tensor], kwargs: dict[str, Any]) -> bool:
         """True for a copy from the host to the device."""
