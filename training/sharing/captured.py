@@ -102,6 +102,10 @@ class CapturedSteps:
             memory = self._memory[key]
             memory.fill(given)
             self._graphs.run(key, lambda: _compute(unet, memory, precision))
+            # What no graph reads goes with its graph, or before it has one: sizes come and go with the jobs.
+            self._memory = {
+                other: kept for other, kept in self._memory.items() if other == key or other in self._graphs
+            }
         return memory.errors, memory.gradients
 
 
