@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from hueshift.adapters.errors import InvalidArgument
+from hueshift.engines.added_embedding import make_time_ids
 from hueshift.engines.vae import VaeStage
-from hueshift.training.pictures import Box, crop_boxes, mask_tensor, picture_tensor
+from hueshift.training.pictures import Box, crop_boxes, mask_tensor, picture_sizes, picture_tensor
 from hueshift.training.spec import TrainingSpec
 
 # Encoding needs about 70 times the memory of the latents; a few pictures at once keep 512-pixel jobs under a gigabyte.
@@ -40,7 +41,8 @@ class PictureSet:
 
     `turns` [m] int64 are the variants of one pass in which a picture comes as often as the job wants it. `halves` are
     latents [n, 4, h, w/2] of the middle halves, made for cut rows only. `masks` [n, 1, h, w] and `half_masks`
-    [n, 1, h, w/2] are there if a picture has a mask.
+    [n, 1, h, w/2] are there if a picture has a mask. `sizes` [n + 1, 6] fp32 are what SDXL is told of each variant
+    (training/pictures.py); the last row is that of pictures the base draws, so that index -1 finds it.
     """
 
     latents: PictureLatents
@@ -50,6 +52,11 @@ class PictureSet:
     halves: PictureLatents | None = None
     masks: Tensor | None = None
     half_masks: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def sizes_of(self, variants: Tensor) -> Tensor | None:
+        """Sizes [m, 6] of the variants [m] int64, -1 for rows that show none."""
+        return None if self.sizes is None else self.sizes[variants]
 
 
 def make_picture_set(
@@ -64,8 +71,10 @@ def make_picture_set(
     pixels = torch.stack(
         [picture_tensor(pictures[index].crop(crop) if crop else pictures[index], size) for index, crop in shown]
     )
+    sizes = [picture_sizes(pictures[index].size, crop, size) for index, crop in shown]
     if spec.mirror:
         pixels = torch.cat([pixels, pixels.flip(-1)])
+        sizes += [picture_sizes(pictures[index].size, crop, size, mirrored=True) for index, crop in shown]
         shown = shown * 2
     latents = _encode(vae, pixels)
     halves = None
@@ -89,6 +98,7 @@ def make_picture_set(
         halves,
         whole,
         half,
+        torch.tensor([*sizes, make_time_ids(size, size)], dtype=torch.float32),
     )
 
 

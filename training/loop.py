@@ -54,6 +54,7 @@ def draw_batch(task: TrainingTask, state: TrainingState) -> Batch:
 def make_work(task: TrainingTask, values: Mapping[str, Tensor], batch: Batch) -> StepWork:
     """What the UNet is given for a batch, differentiable with respect to `values`, and what its output is held to."""
     device, learnable, captions = task.device, task.learnable, task.captions
+    sizes = task.pictures.sizes_of(batch.pictures)
 
     def added(maps: Maps) -> list[Tensor]:
         found = (objective.loss(batch, maps) for objective in task.objectives)
@@ -69,8 +70,8 @@ def make_work(task: TrainingTask, values: Mapping[str, Tensor], batch: Batch) ->
         anchored=(batch.timesteps < task.spec.anchor_below).nonzero().flatten(),
         rows=lambda: learnable.rows(values).to(device),
         base_rows=lambda: learnable.base_rows().to(device),
-        context=lambda: captions.contexts(batch.captions, values).to(device),
-        wording=lambda: captions.wording(batch.captions, values),
+        context=lambda: captions.contexts(batch.captions, values, sizes).to(device),
+        wording=lambda: captions.wording(batch.captions, values, sizes),
         watched=frozenset(name for objective in task.objectives for name in objective.watched),
         halves=tuple(sorted(batch.halves)),
         added=added,

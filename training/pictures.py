@@ -42,6 +42,25 @@ def crop_boxes(size: tuple[int, int], count: int, generator: torch.Generator) ->
     return boxes
 
 
+def picture_sizes(size: tuple[int, int], crop: Box | None, target: int, *, mirrored: bool = False) -> tuple[int, ...]:
+    """What SDXL is told of a square crop of a picture of `size` (width, height), scaled to `target` pixels a side.
+
+    Six numbers in the order of engines.added_embedding.make_time_ids. The picture's size is its own, and the crop's
+    corner is counted in pixels of the picture scaled as the crop is: in SDXL's own training pictures were scaled first
+    and cropped then (Podell et al. 2023, section 2.2). `crop` None is the centre square; with `mirrored` the picture
+    was mirrored before it was cropped.
+    """
+    width, height = size
+    side = float(min(size))
+    left, upper = (width - side) / 2, (height - side) / 2
+    if crop is not None:
+        left, upper, side = crop[0], crop[1], crop[2] - crop[0]
+    if mirrored:
+        left = width - left - side
+    scale = target / side
+    return (height, width, round(upper * scale), round(left * scale), target, target)
+
+
 def _on_white(picture: Image.Image) -> Image.Image:
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         return picture.convert("RGB")

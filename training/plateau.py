@@ -30,7 +30,8 @@ def fixed_loss(task: TrainingTask, state: TrainingState) -> float:
     values = dict(state.result)
     count = min(_MAX_PICTURES, len(task.pictures.latents))
     clean = task.pictures.latents.mean[:count]
-    context = task.captions.contexts(task.pictures.captions[:count], values).to(task.device)
+    sizes = task.pictures.sizes_of(torch.arange(count))
+    context = task.captions.contexts(task.pictures.captions[:count], values, sizes).to(task.device)
     rows = task.learnable.rows(values).to(task.device)
     generator = torch.Generator().manual_seed(task.spec.seed)
     losses: list[torch.Tensor] = []

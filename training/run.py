@@ -177,7 +177,7 @@ class _Job:
             unet, self._stepper = sharing.join(spec, self._learnable)
         self._encoder = make_encoder_shifts(base, factors, spec)
         self._captions = Captions(base, text, spec, self._encoder)
-        self._sampler = Sampler(base, unet, vae, text.empty, self._stop_if_asked)
+        self._sampler = Sampler(base, unet, vae, self._captions.empty, self._stop_if_asked)
         self._state = self._make_state(self._learnable)
         self._task = TrainingTask(
             spec=spec,

@@ -15,6 +15,7 @@ from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.transfer import to_device
+from hueshift.training.conditions import make_reader
 from hueshift.training.methods.learnable import Learnable, Rows
 from hueshift.training.precision import holds_lowered
 from hueshift.training.spec import TrainingSpec
@@ -50,6 +51,7 @@ class TrainingUNet:
         self._unet = unet
         self._called = _Called(unet)
         self._width = width
+        self._reader = make_reader(unet.unet, width)
         self._maps: Maps = {}
         self._watched: tuple[frozenset[str], tuple[int, ...]] = (frozenset(), ())
         self._lowered = lowered
@@ -66,9 +68,12 @@ class TrainingUNet:
         """Run on sample [n, 4, h, w], timesteps [n] and context [n, tokens, width or layers * width].
 
         Rows are one for all, or one for each sample; changed weights are for all. Differentiable with respect to the
-        rows and the context.
+        rows and the context, which is packed conditions for SDXL (training/conditions.py).
         """
-        inputs = (sample, timesteps, context, rows.spectral, rows.lowrank)
+        added: Tensor | None = None
+        if self._reader is not None:
+            context, added = self._reader.split(context)
+        inputs = (sample, timesteps, context, rows.spectral, rows.lowrank, added)
         with self.lock, self._products(sample.device):
             if not rows.weights:
                 return self._unet.forward_rows(*inputs)

@@ -3,29 +3,23 @@
 import copy
 from collections.abc import Callable
 
-from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
+from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.base_model import BaseModel
 from hueshift.training.checks import subject_path
+from hueshift.training.conditions import check_base
 from hueshift.training.defaults import check_identifier
 from hueshift.training.spec import TrainingSpec
 
 
 def make_word_check(base: BaseModel) -> Callable[[TrainingSpec], None]:
-    """Return a function that raises InvalidArgument if a spec's identifiers or starting words cannot be learned.
-
-    It raises FailedPrecondition (MODEL_UNSUPPORTED) for any spec if the base model is SDXL.
-    """
+    """Return a function that raises InvalidArgument if a spec's identifiers or starting words cannot be learned, or if
+    they are to differ by layer in an SDXL model."""
     # A tokenizer of its own: Rust tokenizers refuse to be changed while another thread encodes.
     tokenizer = copy.deepcopy(base.tokenizer)
     special = frozenset(tokenizer.all_special_ids)
 
     def check(spec: TrainingSpec) -> None:
-        if base.xl is not None:
-            raise FailedPrecondition(
-                Reason.MODEL_UNSUPPORTED,
-                f"{base.name} is an SDXL model, which is served but not trained here; fine-tune elsewhere and import "
-                "the adapter, or serve a Stable Diffusion 1.x or 2.x model",
-            )
+        check_base(spec, base)
         for number, subject in enumerate(spec.subjects):
             path = subject_path(number)
             if spec.learn_identifier or subject.identifier_init:

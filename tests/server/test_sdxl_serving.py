@@ -135,13 +135,22 @@ async def test_model_says_its_architecture(caller: RpcStubs) -> None:
     assert (model.architecture, model.width, model.size_multiple) == ("stable-diffusion-xl", 16, 8)
 
 
-async def test_fine_tuning_is_refused(caller: RpcStubs) -> None:
-    spec = finetune_pb2.FineTuneSpec(
-        identifier="sks", pictures=[finetune_pb2.PictureSpec(size_bytes=10, caption="a sks")]
-    )
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+async def test_fine_tuning_is_taken_but_for_words_by_layer(caller: RpcStubs) -> None:
+    async def ask(**fields: Any) -> None:
+        pictures = [finetune_pb2.PictureSpec(size_bytes=10, caption="a sks")]
+        spec = finetune_pb2.FineTuneSpec(identifier="sks", pictures=pictures, validate_only=True, **fields)
         await caller.finetunes.CreateFineTune(
             iter([finetune_pb2.CreateFineTuneRequest(spec=spec)]), metadata=caller.metadata
         )
+
+    for method in finetune_pb2.FineTuneMethod.values():
+        if method != finetune_pb2.FINE_TUNE_METHOD_UNSPECIFIED:
+            await ask(method=method)
+    await ask(settings=finetune_pb2.FineTuneSettings(train_text_encoder=True))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ask(
+            method=finetune_pb2.FINE_TUNE_METHOD_TEXTUAL_INVERSION,
+            settings=finetune_pb2.FineTuneSettings(per_layer=True),
+        )
     told = refusal(caught.value)
-    assert (told.reason, told.code) == ("MODEL_UNSUPPORTED", grpc.StatusCode.FAILED_PRECONDITION)
+    assert (told.code, told.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["settings.per_layer"])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hueshift.engines.text import TextStage
 from hueshift.engines.transfer import to_device
+from hueshift.training.conditions import encode_packed
 from hueshift.training.methods.learnable import Rows
 from hueshift.training.objectives.denoising import denoising_loss
 from hueshift.training.precision import mixed_precision
@@ -160,7 +161,7 @@ def contexts_together(text: TextStage, works: Sequence[StepWork]) -> list[Tensor
     prompts = [prompt for wording in wordings if wording is not None for prompt in wording.prompts]
     learned = [words for wording in wordings if wording is not None for words in wording.learned]
     sizes = [0 if wording is None else len(wording.prompts) for wording in wordings]
-    encoded = torch.split(text.encode_rows(prompts, learned), sizes) if prompts else None
+    encoded = torch.split(encode_packed(text, prompts, learned), sizes) if prompts else None
     parts = encoded or (None,) * len(works)
     return [
         work.context() if wording is None else wording.assemble(part if size else None)
