@@ -6,7 +6,8 @@ from torch import Tensor
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Queue the copy of a tensor of the host and return at once; what is on `device` already is returned as it is."""
-    return pinned_for(tensor, device).to(device, non_blocking=device.type == "cuda")
+    # To the host a copy that nobody waits for would be read before it is there.
+    return pinned_for(tensor, device).to(device, non_blocking=device.type != "cpu")
 
 
 def pinned_for(tensor: Tensor, device: torch.device) -> Tensor:
