@@ -30,6 +30,11 @@ def newest() -> Select[Any]:
     return select(*_RECORD_COLUMNS).join_from(adapters, revisions, same)
 
 
+def pinned() -> Select[Any]:
+    """The same for the pinned ones of all tenants, oldest first."""
+    return newest().where(adapters.c.pinned.is_(True)).order_by(adapters.c.created, adapters.c.adapter_id)
+
+
 def read_adapter_row(row: Row[Any]) -> AdapterRecord:
     """Build the record from a row of `newest`."""
     return AdapterRecord(

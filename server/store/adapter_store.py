@@ -31,7 +31,7 @@ from hueshift.server.store.adapter_records import (
     check_display_name,
     check_labels,
 )
-from hueshift.server.store.adapter_rows import newest, published_by, read_adapter_row, read_revision, referenced
+from hueshift.server.store.adapter_rows import newest, pinned, published_by, read_adapter_row, read_revision, referenced
 from hueshift.server.store.blobs import BlobStore, BlobWriter, StagedBlob
 from hueshift.server.store.database import Database, lock
 from hueshift.server.store.tables import adapters, revisions
@@ -124,10 +124,9 @@ class AdapterStore:
         return AdapterPage(page, encode_token(page[-1].created, page[-1].adapter_id) if len(records) > size else "")
 
     def pinned(self) -> tuple[AdapterRecord, ...]:
-        """Return the pinned adapters of all tenants, oldest first, to be warmed at start."""
-        query = newest().where(adapters.c.pinned.is_(True)).order_by(adapters.c.created, adapters.c.adapter_id)
+        """Return the pinned adapters of all tenants, oldest first; servers look every few seconds."""
         with self._database.read() as connection:
-            return tuple(read_adapter_row(row) for row in connection.execute(query))
+            return tuple(read_adapter_row(row) for row in connection.execute(pinned()))
 
     def publish(
         self,

@@ -34,8 +34,8 @@ def _to_2(connection: Connection) -> None:
 
 
 def _to_3(connection: Connection) -> None:
-    """Find lost leases and old samples without reading every row."""
-    for index in (*tables.jobs.indexes, tables.samples_by_age):
+    """Find lost leases, old samples and pinned adapters without reading every row."""
+    for index in (*tables.jobs.indexes, tables.samples_by_age, tables.pinned_adapters):
         index.create(connection, checkfirst=True)
 
 

@@ -54,6 +54,15 @@ adapters = Table(
     Index("adapters_by_age", "tenant", "created", "adapter_id"),
 )
 
+# Read every two seconds by each server, among adapters of which few are pinned.
+pinned_adapters = Index(
+    "pinned_adapters",
+    adapters.c.created,
+    adapters.c.adapter_id,
+    sqlite_where=adapters.c.pinned.is_(True),
+    postgresql_where=adapters.c.pinned.is_(True),
+)
+
 revisions = Table(
     "revisions",
     metadata,

@@ -7,7 +7,9 @@ from fake_clock import FakeClock
 from postgres import fresh_database
 from small_jobs import small_spec
 from sqlalchemy import inspect, select, text, update
+from sqlalchemy.dialects import sqlite
 
+from hueshift.server.store.adapter_rows import pinned as pinned_query
 from hueshift.server.store.database import Database
 from hueshift.server.store.job_records import JobState, NewJob
 from hueshift.server.store.job_store import JobStore
@@ -24,7 +26,7 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
 
 def go_back_to_version_1(database: Database) -> None:
     with database.write() as connection:
-        for index in ("jobs_by_losses", "samples_by_age"):
+        for index in ("jobs_by_losses", "samples_by_age", "pinned_adapters"):
             connection.execute(text(f"DROP INDEX {index}"))
         for column in ("device_seconds", "charged", "failures"):
             connection.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
@@ -63,6 +65,7 @@ def test_what_is_asked_all_the_time_reads_an_index(tmp_path: Path) -> None:
         "SELECT sum(leases_lost) FROM jobs WHERE leases_lost > 0": "jobs_by_losses",
         "SELECT state, count(*) FROM jobs GROUP BY state": "jobs_to_claim",
         "SELECT 1 FROM job_events WHERE data IS NOT NULL AND time < 5": "samples_by_age",
+        str(pinned_query().compile(dialect=sqlite.dialect())): "pinned_adapters",
     }
     with database.read() as connection:
         for query, index in asked.items():
