@@ -12,6 +12,7 @@ from hueshift.server.rpc.handlers import Call
 from hueshift.server.rpc.status import grpc_code, is_retryable
 
 CALL = Call("hueshift.v1.ModelService/GetModel", False, False, (), cast(Any, None))
+WATCHING = Call("hueshift.v1.FineTuneService/WatchFineTune", False, True, (), cast(Any, None))
 HEALTH = Call("grpc.health.v1.Health/Check", False, False, (), cast(Any, None))
 
 
@@ -56,3 +57,26 @@ async def test_without_a_limit_all_pass() -> None:
     assert gate.inside == 50
     release.set()
     await asyncio.gather(*inside)
+
+
+async def test_a_stream_has_its_place_until_it_ends_however_that_is() -> None:
+    gate = Gate((), most=1)
+    gate.open()
+
+    async def stream(_request: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def broken(_request: Any) -> None:
+        raise ValueError("no answer today")
+
+    streaming = asyncio.create_task(gate.run(WATCHING, None, stream))
+    await asyncio.sleep(0)
+    with pytest.raises(ResourceExhausted):
+        await gate.run(CALL, None, stream)
+    streaming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await streaming
+    for _ in range(2):
+        with pytest.raises(ValueError, match="today"):
+            await gate.run(WATCHING, None, broken)
+    assert gate.inside == 0
