@@ -5,7 +5,6 @@ Adapters change what the graphs read (slabs, merged weights), never the graphs: 
 which `captures` and `compiles` prove.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -24,12 +23,10 @@ from hueshift.engines.cuda_options import CompileKind, CudaOptions, EngineObserv
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Guides, Plan, no_guides
 from hueshift.engines.merged_slots import MergedSlots
 from hueshift.engines.rows import RowLayout
+from hueshift.engines.run_ahead import RunAhead
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.transfer import to_device
-
-# Steps that may be queued ahead of the device: one hides the host's work, more would only delay who joins or cancels.
-_AHEAD = 1
 
 
 class CudaEngine:
@@ -75,7 +72,7 @@ class CudaEngine:
             device=lane.device,
             dtype=self.dtype,
         )
-        self._queued: deque[Mark] = deque()
+        self._ahead = RunAhead()
         self._copies = lane.beside()
         self._arriving: dict[int, Mark] = {}
         self.costs: CostTable | None = None
@@ -117,7 +114,7 @@ class CudaEngine:
     @property
     def working(self) -> bool:
         """True while calls are queued that the device has not done."""
-        return bool(self._queued) and not self._queued[-1].done()
+        return self._ahead.working
 
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Copy a row into a slot; see UNetEngine. The copy runs beside the steps: only its readers wait."""
@@ -180,7 +177,7 @@ class CudaEngine:
         views = self.buffers.at(shape)
         network = self._network(plan, adapter_index)
         branches = self._branches[adapter_index.cpu()]
-        self._throttle()
+        self._ahead.make_room()
         self._await_rows(adapter_index)
         with torch.no_grad(), self.lane.running():
             views.fill(latents, timesteps, cross, added, adapter_index, branches)
@@ -188,7 +185,7 @@ class CudaEngine:
             out = views.out[:count].clone() if latents.device == self.lane.device else views.out[:count].cpu()
         if network.held is not None and self._merged is not None:
             self._merged.used(network.held)
-        self._queued.append(self.lane.mark())
+        self._ahead.add(self.lane.mark())
         return out
 
     def denoise_guided(
@@ -203,7 +200,7 @@ class CudaEngine:
         """Run the full plan once, eagerly: what it does depends on the guides, and it is rare. See UNetEngine."""
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         device, dtype = self.lane.device, self.dtype
-        self._throttle()
+        self._ahead.make_room()
         self._await_rows(adapter_index)
         with torch.no_grad(), self.lane.running():
             placed = Guides(*(to_device(part, device) for part in (guides.lag, guides.lag_source, guides.reference)))
@@ -219,7 +216,7 @@ class CudaEngine:
                 None if added is None else added.to(device, dtype),
             )
             found = out.to(latents.device, torch.float32), mask.to(latents.device)
-        self._queued.append(self.lane.mark())
+        self._ahead.add(self.lane.mark())
         return found
 
     def warm(self) -> None:
@@ -263,10 +260,6 @@ class CudaEngine:
                 arrived = self._arriving.pop(slot, None)
                 if arrived is not None:
                     self.lane.after(arrived)
-
-    def _throttle(self) -> None:
-        while len(self._queued) > _AHEAD:
-            self._queued.popleft().wait()
 
     def _check_area(self, height: int, width: int) -> None:
         if height * width > self.buffers.area:

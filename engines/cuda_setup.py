@@ -70,17 +70,7 @@ def build_cuda(
         given = (base, factors, rows, norms)
         return CudaEngine(*given, slots=slots, max_batch=max_batch, lane=lane, options=options, observer=observer)
 
-    engine: CudaEngine | None = None
-    try:
-        engine = make(options)
-    except torch.cuda.OutOfMemoryError as error:
-        if not options.weight_slots:
-            raise
-        _log.warning("merged_plan_off", weight_slots=options.weight_slots, error=str(error).splitlines()[0])
-    if engine is None:
-        # Not above: while the error is being handled, its traceback holds all that the first one had allocated.
-        release_memory()
-        engine = make(replace(options, weight_slots=0))
+    engine = _make_with_room(make, options)
     # A live one has the costs of what the options ask for: those of merged weights are of no use to it, and no harm.
     identity = describe(engine) | ({"weight_slots": str(wanted.weight_slots)} if live else {})
     known = read_costs(cache_dir, identity)
@@ -99,6 +89,18 @@ def build_cuda(
     engine.costs = known.table
     engine.capacity = measure_capacity(engine, calls)
     return engine
+
+
+def _make_with_room(make: Callable[[CudaOptions], CudaEngine], options: CudaOptions) -> CudaEngine:
+    try:
+        return make(options)
+    except torch.cuda.OutOfMemoryError as error:
+        if not options.weight_slots:
+            raise
+        _log.warning("merged_plan_off", weight_slots=options.weight_slots, error=str(error).splitlines()[0])
+    # Not above: while the error is being handled, its traceback holds all that the first one had allocated.
+    release_memory()
+    return make(replace(options, weight_slots=0))
 
 
 def planner_of(engine: UNetEngine) -> Planner | None:

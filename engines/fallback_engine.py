@@ -2,13 +2,13 @@
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 from torch import Tensor
 
 from hueshift.engines.device_errors import NoEngineError, release_memory
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan, UNetEngine
+from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, MeasuredEngine, Plan, RunsAhead, UNetEngine
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.tensorrt_engine import TensorRtEngine
@@ -46,20 +46,40 @@ class FallbackEngine:
     @property
     def serving(self) -> UNetEngine:
         """The engine that serves now. Raises NoEngineError if neither can."""
-        engine = self._tensorrt or self._second
+        engine = self._present
         if engine is None:
             raise NoEngineError("TensorRT has failed, and torch's engine could not take over; start the server again")
         return engine
 
     @property
+    def _present(self) -> UNetEngine | None:
+        return self._tensorrt or self._second
+
+    @property
     def name(self) -> str:
         """Name of the engine that serves now, or of the one that failed if none does."""
-        return TensorRtEngine.name if self._tensorrt is None and self._second is None else self.serving.name
+        return TensorRtEngine.name if self._present is None else self._present.name
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Plans it can run."""
-        return self.serving.plans
+        """Plans it can run: while one engine takes over from the other, those of the first, as requests that come
+        meanwhile are checked in other threads and only have to wait."""
+        return TensorRtEngine.plans if self._present is None else self._present.plans
+
+    @property
+    def buckets(self) -> Sequence[int]:
+        """Rows that calls are filled up to, see MeasuredEngine; empty if the engine that serves does not say."""
+        return self._present.buckets if isinstance(self._present, MeasuredEngine) else ()
+
+    @property
+    def capacity(self) -> Mapping[tuple[int, int], int]:
+        """UNet rows of one call that fit, by latent size; empty as well."""
+        return self._present.capacity if isinstance(self._present, MeasuredEngine) else {}
+
+    @property
+    def working(self) -> bool:
+        """True while the device still has calls to do; see RunsAhead."""
+        return isinstance(self._present, RunsAhead) and self._present.working
 
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Copy a row into a slot; see UNetEngine."""

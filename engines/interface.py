@@ -5,6 +5,7 @@ engine already owns: the compiled graph takes the slabs as inputs, so nothing is
 samples stay as they are.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -148,6 +149,31 @@ class UNetEngine(Protocol):
 
     def warm(self) -> None:
         """Run every plan once, so that the first request pays for nothing."""
+        ...
+
+
+@runtime_checkable
+class MeasuredEngine(Protocol):
+    """An engine that fills its calls up and knows what fits in its device's memory."""
+
+    @property
+    def buckets(self) -> Sequence[int]:
+        """Rows that calls are filled up to; empty if calls take any number."""
+        ...
+
+    @property
+    def capacity(self) -> Mapping[tuple[int, int], int]:
+        """UNet rows of one call that fit, by latent size (h, w); empty if that was not measured."""
+        ...
+
+
+@runtime_checkable
+class RunsAhead(Protocol):
+    """An engine whose calls return before its device has done them."""
+
+    @property
+    def working(self) -> bool:
+        """True while the device still has calls to do."""
         ...
 
 

@@ -16,13 +16,14 @@ from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan
 from hueshift.engines.rows import RowLayout
+from hueshift.engines.run_ahead import RunAhead
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.tensorrt_lane import Lane
 from hueshift.engines.tensorrt_loader import Fallback, TensorRT, TensorRtError
 from hueshift.engines.tensorrt_plans import PlanRanges
 from hueshift.engines.tensorrt_refit import MergedWeights, PlanRefitter
-from hueshift.engines.tensorrt_runner import PlanRunner, Scratch
+from hueshift.engines.tensorrt_runner import PlanRunner, Scratch, buckets_up_to
 from hueshift.engines.torch_engine import example_added, example_inputs
 
 MERGED = "merged"
@@ -59,7 +60,14 @@ class TensorRtEngine:
         self.factors = factors
         self.norms = norms
         self.max_batch = ranges.max_batch
+        self.buckets = buckets_up_to(ranges.max_batch)
+        """UNet rows that calls are filled up to."""
+        _, usual, largest = ranges.sides
+        self.capacity = {(side, side): ranges.max_batch for side in (usual, largest)}
+        """UNet rows of one call that fit, by latent size: the plans' memory is that of the largest call, held from the
+        start."""
         self.lane = lane
+        self._ahead = RunAhead()
         self._base = base
         self._slabs = Slabs(rows, factors, norms, ranges.slots, lane.device)
         scratch = Scratch(max(trt.memory_size(engine) for engine in loaded.values()), lane.device)
@@ -83,6 +91,11 @@ class TensorRtEngine:
     def slots(self) -> int:
         """Slots in all, the base's own included."""
         return self._slabs.slots
+
+    @property
+    def working(self) -> bool:
+        """True while calls are queued that the device has not done."""
+        return self._ahead.working
 
     @property
     def can_merge(self) -> bool:
@@ -117,7 +130,9 @@ class TensorRtEngine:
         """
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
         role = MERGED if self._should_run_merged(adapter_index) else plan.value
+        self._ahead.make_room()
         out = self._runners[role].run(latents, timesteps, cross, adapter_index, added)
+        self._ahead.add(self.lane.mark())
         return out.to(latents.device)
 
     def merge(self, slot: int) -> None:

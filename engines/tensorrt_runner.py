@@ -17,6 +17,7 @@ from hueshift.engines.tensorrt_build import shape_at
 from hueshift.engines.tensorrt_lane import Lane
 from hueshift.engines.tensorrt_loader import Fallback, TensorRT, TensorRtError
 from hueshift.engines.tensorrt_plans import PlanRanges
+from hueshift.engines.transfer import pinned_for
 
 # Shapes in use at once: buckets of the batch times sizes of pictures. A context more costs a capture, not a result.
 _MOST_CONTEXTS = 16
@@ -118,7 +119,7 @@ class PlanRunner:
             shape = self._shape(bucket_of(rows, self._ranges.max_batch), height, width)
             for name, values in given.items():
                 if name in shape.views:
-                    shape.views[name][:rows].copy_(values, non_blocking=True)
+                    shape.views[name][:rows].copy_(pinned_for(values, self._lane.device), non_blocking=True)
             if "adapter_index" in shape.views:
                 shape.views["adapter_index"][rows:].zero_()
             if shape.replay is not None:
@@ -204,6 +205,11 @@ class PlanRunner:
             raise InvalidArgument.for_field(
                 "latents", f"{height}x{width} is outside this engine's profile, {low} to {high} a side"
             )
+
+
+def buckets_up_to(largest: int) -> tuple[int, ...]:
+    """Rows that calls of at most `largest` are filled up to."""
+    return tuple(sorted({bucket_of(rows, largest) for rows in range(1, largest + 1)}))
 
 
 def bucket_of(rows: int, largest: int) -> int:

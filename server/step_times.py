@@ -1,19 +1,8 @@
 """What the step loop costs beside the calls of the engine."""
 
-from typing import Protocol, runtime_checkable
-
+from hueshift.engines.interface import RunsAhead
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
-
-
-@runtime_checkable
-class RunsAhead(Protocol):
-    """An engine whose calls return before its device has done them."""
-
-    @property
-    def working(self) -> bool:
-        """True while the device still has calls to do."""
-        ...
 
 
 class StepTimes:

@@ -1,13 +1,12 @@
 """ModelService: the base model, its defaults and the server's limits, so that clients need no constants."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grpc
 
 from hueshift.adapters.errors import Reason
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import MergingEngine, Plan, UNetEngine
+from hueshift.engines.interface import MeasuredEngine, MergingEngine, Plan, UNetEngine
 from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS
 from hueshift.server.rpc.finetune_settings import write_settings
 from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, SAMPLERS
@@ -85,21 +84,6 @@ def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> m
         default_inversion_guidance_scale=INVERSION_GUIDANCE,
         capacity=describe_capacity(engine, base.latent_factor),
     )
-
-
-@runtime_checkable
-class MeasuredEngine(Protocol):
-    """An engine that fills its calls up and has measured what fits, as CudaEngine."""
-
-    @property
-    def buckets(self) -> Sequence[int]:
-        """Rows that calls are filled up to."""
-        ...
-
-    @property
-    def capacity(self) -> Mapping[tuple[int, int], int]:
-        """UNet rows of one call that fit, by latent size (h, w)."""
-        ...
 
 
 def describe_capacity(engine: UNetEngine, latent_factor: int) -> model_pb2.EngineCapacity:

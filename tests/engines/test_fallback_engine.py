@@ -22,11 +22,13 @@ from hueshift.engines.cuda_options import CudaOptions
 from hueshift.engines.cuda_setup import build_cuda, describe, planner_of
 from hueshift.engines.device_errors import Fault, NoEngineError, classify
 from hueshift.engines.fallback_engine import FallbackEngine
-from hueshift.engines.interface import EngineRow, Plan, UNetEngine
+from hueshift.engines.interface import EngineRow, Plan, RunsAhead, UNetEngine
 from hueshift.engines.tensorrt_engine import TensorRtEngine
 from hueshift.engines.tensorrt_loader import Fallback, TensorRtError
 from hueshift.server.metrics import Metrics
+from hueshift.server.rpc.model_service import describe_capacity
 from hueshift.server.step_runner import StepRunner
+from hueshift.v1 import model_pb2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = CudaOptions(warm_sizes=((8, 8),), max_area=64, weight_slots=1)
@@ -38,6 +40,7 @@ class Failing:
     name = "tensorrt"
     plans = (Plan.DENSE, Plan.FACTORED)
     slots, max_batch = 3, 2
+    buckets, capacity, working = (1, 2), {(8, 8): 2}, True
 
     def __init__(self, parts: TinyParts) -> None:
         self.rows, self.factors, self.norms = parts.rows, parts.factors, parts.norms
@@ -97,6 +100,31 @@ def test_the_second_engine_is_made_when_the_first_ones_memory_is_free(tiny: Tiny
     serving = engine.serving
     assert isinstance(serving, CudaEngine)
     assert (len(serving.graphs), serving.weight_slots, planner_of(engine)) == (0, 0, None)
+
+
+def test_requests_are_checked_while_one_engine_takes_over_from_the_other(tiny: TinyParts, tmp_path: Path) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def make() -> UNetEngine:
+        # As another thread sees it meanwhile.
+        seen.append((engine.name, engine.plans, engine.buckets, engine.capacity, engine.working))
+        return second_of(tiny, tmp_path)
+
+    engine, _ = engine_of(tiny, make)
+    engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
+    assert seen == [("tensorrt", (Plan.DENSE, Plan.FACTORED), (), {}, False)]
+
+
+def test_it_tells_what_the_engine_has_that_serves(tiny: TinyParts, tmp_path: Path) -> None:
+    engine, _ = engine_of(tiny, lambda: second_of(tiny, tmp_path))
+    assert isinstance(engine, RunsAhead)
+    assert engine.working
+    found = describe_capacity(engine, 8)
+    assert (found.max_rows, found.adapter_slots, list(found.buckets)) == (2, 2, [1, 2])
+    assert [(size.width, size.height, size.rows) for size in found.sizes] == [(64, 64, 2)]
+    engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
+    assert not engine.working
+    assert describe_capacity(engine, 8) == model_pb2.EngineCapacity(max_rows=2, adapter_slots=2, buckets=[1, 2])
 
 
 def test_what_was_measured_at_a_former_start_divides_batches_again(tiny: TinyParts, tmp_path: Path) -> None:

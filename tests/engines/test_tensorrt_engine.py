@@ -10,14 +10,14 @@ import pytest
 import torch
 from recording_tensorrt import make_parts
 from structlog.testing import capture_logs
-from tensorrt_world import World
+from tensorrt_world import InlineLane, World
 from tiny_unet import TinyParts
 
 from hueshift.adapters.adapter import AdapterKind
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.engines.build import EngineOptions, build_engine
 from hueshift.engines.fallback_engine import FallbackEngine
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
+from hueshift.engines.interface import BASE_SLOT, EngineRow, MeasuredEngine, Plan, RunsAhead
 from hueshift.engines.tensorrt_engine import TensorRtEngine
 from hueshift.engines.tensorrt_loader import Fallback, TensorRtError
 from hueshift.engines.tensorrt_setup import Model, build_tensorrt, load_engine, prepare_plans, ranges_of
@@ -126,6 +126,22 @@ def test_mixed_batch_equals_merged_weights(bench: Bench, plan: Plan) -> None:
             one = tuple(part[number : number + 1] for part in inputs)
             assert error(out[number : number + 1], parts.merged_output(row, *one)) < CLOSE
     assert bench.world.count("replay") == 1, "the second call is the captured one"
+
+
+def test_the_host_runs_one_call_ahead_and_the_engine_tells_what_it_has(bench: Bench) -> None:
+    engine = bench.engine()
+    lane, inputs = engine.lane, bench.parts.inputs(1)
+    assert isinstance(lane, InlineLane)
+    lane.passing = False
+    for _ in range(3):
+        engine.denoise(Plan.DENSE, *inputs, torch.tensor([0]))
+    assert [mark.waits for mark in lane.marks] == [1, 0, 0]
+    assert isinstance(engine, RunsAhead)
+    assert engine.working
+    lane.marks[-1].passed = True
+    assert not engine.working
+    assert isinstance(engine, MeasuredEngine)
+    assert (engine.buckets, engine.capacity) == ((1, 2, 4), {(8, 8): 4, (16, 16): 4})
 
 
 def test_sdxl_plans_take_the_added_embedding(tiny_xl: TinyParts, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_options import CudaOptions
-from hueshift.engines.interface import Plan
-from hueshift.server.step_times import RunsAhead
+from hueshift.engines.interface import Plan, RunsAhead
 
 LOOP, CALLS = "hueshift_step_loop_seconds_total", "hueshift_step_call_seconds_total"
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
+from recording_lane import ManualMark
 
 
 class ContractError(AssertionError):
@@ -125,6 +126,8 @@ class InlineLane:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.passing = True
+        self.marks: list[ManualMark] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -144,6 +147,10 @@ class InlineLane:
                 call()
 
         return replay
+
+    def mark(self) -> ManualMark:
+        self.marks.append(ManualMark(passed=self.passing))
+        return self.marks[-1]
 
     def wait(self) -> None:
         self.world.pending.clear()
