@@ -59,14 +59,18 @@ class SharedStep:
         """Return the loss of each share, a detached scalar, or the exception that it meets alone too.
 
         States whose step this ends are updated together. On the CPU one whose loss is no finite number is left out;
-        elsewhere it is not looked at, and its numbers stay its own.
+        elsewhere it is not looked at, and its numbers stay its own. An update that fails is a failure of all of them.
         """
         results: list[Tensor | Exception] = []
         for group in self._groups(shares):
             results += self._take(group)
-        update_together(
-            [share.state for share, loss in zip(shares, results, strict=True) if share.last and _is_sound(loss)]
-        )
+        ended = [n for n, share in enumerate(shares) if share.last and _is_sound(results[n])]
+        try:
+            update_together([shares[n].state for n in ended])
+        except Exception as error:
+            # Some of them may have moved. Raised, it would end one job, and the others would take the step once more.
+            failure = error.with_traceback(None)
+            results = [failure if n in ended else result for n, result in enumerate(results)]
         return results
 
     def _groups(self, shares: Sequence[Share]) -> list[list[Share]]:

@@ -162,6 +162,20 @@ def test_a_loss_that_raises_fails_its_job_alone(tiny: Tiny) -> None:
     assert_close(spread(jobs[1], results[1]), own)
 
 
+def test_an_update_that_fails_is_taken_by_nobody_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = make_jobs(tiny, [make_spec(**FP32)] * 3)
+
+    def full(_states: Sequence[TrainingState]) -> None:
+        raise torch.OutOfMemoryError("no room for moments")
+
+    monkeypatch.setattr("hueshift.training.sharing.together.update_together", full)
+    shares = make_shares(jobs)
+    going_on = Share(shares[2].work, jobs[2][1], count=2, last=False)
+    results = SharedStep(jobs[0][0].unet, text_of(tiny))([*shares[:2], going_on])
+    # One that only adds gradients has lost nothing.
+    assert [type(result) for result in results] == [torch.OutOfMemoryError, torch.OutOfMemoryError, Tensor]
+
+
 class Memory:
     """Lets the UNet run on so many rows at once and no more."""
 
