@@ -53,33 +53,39 @@ class FallbackEngine:
 
     @property
     def _present(self) -> UNetEngine | None:
+        # Other threads look too: whoever asks it something asks the one object that this returned.
         return self._tensorrt or self._second
 
     @property
     def name(self) -> str:
         """Name of the engine that serves now, or of the one that failed if none does."""
-        return TensorRtEngine.name if self._present is None else self._present.name
+        engine = self._present
+        return TensorRtEngine.name if engine is None else engine.name
 
     @property
     def plans(self) -> tuple[Plan, ...]:
         """Plans it can run: while one engine takes over from the other, those of the first, as requests that come
         meanwhile are checked in other threads and only have to wait."""
-        return TensorRtEngine.plans if self._present is None else self._present.plans
+        engine = self._present
+        return TensorRtEngine.plans if engine is None else engine.plans
 
     @property
     def buckets(self) -> Sequence[int]:
         """Rows that calls are filled up to, see MeasuredEngine; empty if the engine that serves does not say."""
-        return self._present.buckets if isinstance(self._present, MeasuredEngine) else ()
+        engine = self._present
+        return engine.buckets if isinstance(engine, MeasuredEngine) else ()
 
     @property
     def capacity(self) -> Mapping[tuple[int, int], int]:
         """UNet rows of one call that fit, by latent size; empty as well."""
-        return self._present.capacity if isinstance(self._present, MeasuredEngine) else {}
+        engine = self._present
+        return engine.capacity if isinstance(engine, MeasuredEngine) else {}
 
     @property
     def working(self) -> bool:
         """True while the device still has calls to do; see RunsAhead."""
-        return isinstance(self._present, RunsAhead) and self._present.working
+        engine: object = self._present
+        return isinstance(engine, RunsAhead) and engine.working
 
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Copy a row into a slot; see UNetEngine."""

@@ -118,12 +118,12 @@ def test_requests_are_checked_while_one_engine_takes_over_from_the_other(tiny: T
 def test_it_tells_what_the_engine_has_that_serves(tiny: TinyParts, tmp_path: Path) -> None:
     engine, _ = engine_of(tiny, lambda: second_of(tiny, tmp_path))
     assert isinstance(engine, RunsAhead)
-    assert engine.working
+    working = [engine.working]
     found = describe_capacity(engine, 8)
     assert (found.max_rows, found.adapter_slots, list(found.buckets)) == (2, 2, [1, 2])
     assert [(size.width, size.height, size.rows) for size in found.sizes] == [(64, 64, 2)]
     engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
-    assert not engine.working
+    assert [*working, engine.working] == [True, False]
     assert describe_capacity(engine, 8) == model_pb2.EngineCapacity(max_rows=2, adapter_slots=2, buckets=[1, 2])
 
 
