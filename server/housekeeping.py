@@ -19,6 +19,8 @@ ORPHAN_SECONDS = 3600.0
 IDEMPOTENCY_SECONDS = 7 * 24 * 3600.0
 # Quotas look at today; an operator may want to look a season back.
 USAGE_SECONDS = 90 * 24 * 3600.0
+# Up to a megabyte each; between two transactions other writers have their turn.
+SAMPLES_AT_ONCE = 200
 
 
 def clean(stores: Stores, clock: Clock, keep_samples: float = 0.0) -> tuple[int, int]:
@@ -30,8 +32,10 @@ def clean(stores: Stores, clock: Clock, keep_samples: float = 0.0) -> tuple[int,
     with stores.database.write() as connection:
         forgotten = forget(connection, clock.time() - IDEMPOTENCY_SECONDS)
         forget_usage(connection, clock.time() - USAGE_SECONDS)
-        if keep_samples:
-            forget_samples(connection, clock.time() - keep_samples)
+    more = keep_samples > 0
+    while more:
+        with stores.database.write() as connection:
+            more = forget_samples(connection, clock.time() - keep_samples, SAMPLES_AT_ONCE) == SAMPLES_AT_ONCE
     return freed, forgotten
 
 

@@ -7,7 +7,7 @@ Events are never deleted, so that a watcher can trust the numbers. They stay few
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, insert, select, tuple_, update
 
 from hueshift.server.store.job_records import EventKind, JobEvent, JobRecord
 from hueshift.server.store.tables import job_events, jobs
@@ -51,11 +51,15 @@ def read_sequences(connection: Connection, job_ids: Collection[str]) -> dict[str
     return {row.job_id: row.sequence for row in rows}
 
 
-def forget_samples(connection: Connection, before: float) -> int:
-    """Remove the pictures of samples drawn before a time, for jobs that ended before it. Returns how many."""
+def forget_samples(connection: Connection, before: float, most: int) -> int:
+    """Remove the pictures of samples drawn before a time, for jobs that ended before it; at most so many.
+
+    Returns how many.
+    """
     ended = select(jobs.c.job_id).where(jobs.c.job_id == job_events.c.job_id, jobs.c.ended < before)
-    old = (job_events.c.data.is_not(None), job_events.c.time < before, ended.exists())
-    return connection.execute(update(job_events).where(*old).values(data=None)).rowcount
+    key = (job_events.c.job_id, job_events.c.sequence)
+    old = select(*key).where(job_events.c.data.is_not(None), job_events.c.time < before, ended.exists()).limit(most)
+    return connection.execute(update(job_events).where(tuple_(*key).in_(old)).values(data=None)).rowcount
 
 
 def _drop_old_samples(connection: Connection, job_id: str) -> None:

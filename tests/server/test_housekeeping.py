@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from fake_clock import FakeClock
+from postgres import fresh_database
+from pydantic import SecretStr
 from small_jobs import small_spec
 
 from hueshift.adapters.errors import Reason, Unavailable
@@ -15,6 +17,7 @@ from hueshift.server import housekeeping
 from hueshift.server.clock import SystemClock
 from hueshift.server.housekeeping import IDEMPOTENCY_SECONDS, ORPHAN_SECONDS, clean, keep_clean
 from hueshift.server.settings import Settings, StoreSettings
+from hueshift.server.store.job_events import forget_samples
 from hueshift.server.store.job_records import EventKind, NewJob
 from hueshift.server.store.stores import Stores, open_stores
 from hueshift.server.store.tables import idempotency
@@ -74,6 +77,30 @@ async def test_a_failed_round_is_not_the_last(stores: Stores, monkeypatch: pytes
         await fourth.wait()
     task.cancel()
     assert failures == ["housekeeping"] * 2
+    stores.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_many_samples_go_a_few_in_each_transaction(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = fresh_database(request.getfixturevalue("postgres_server"), "samples") if kind == "postgres" else ""
+    clock = FakeClock()
+    stores = open_stores(Settings(store=StoreSettings(path=tmp_path, database_url=SecretStr(url))), clock)
+    for job_id in ("ft-1", "ft-2"):
+        stores.jobs.create(NewJob(job_id, "acme", small_spec(), "fox", "Fox", {}), tenant_limit=9)
+        claimed = stores.jobs.claim("worker", 1e9)
+        assert claimed is not None
+        for step in range(4):
+            stores.jobs.sample(claimed.lease, step, "a fox", b"png")
+        stores.jobs.fail(claimed.lease, "TRAINING_DIVERGED", "why")
+    clock.advance(101)
+    with stores.database.write() as connection:
+        assert forget_samples(connection, clock.time() - 100, 3) == 3
+    monkeypatch.setattr(housekeeping, "SAMPLES_AT_ONCE", 2)
+    clean(stores, clock, 100.0)
+    events = [event for job_id in ("ft-1", "ft-2") for event in stores.jobs.events(job_id)]
+    assert [event.data for event in events if event.kind is EventKind.SAMPLE] == [None] * 8
     stores.close()
 
 
