@@ -120,7 +120,7 @@ class TextStage:
                 begin += tower.width
         context = torch.cat(contexts, -1) if len(contexts) > 1 else contexts[0]
         if self._zero_empty and pooled is not None:
-            filled = torch.tensor([row.length > _MARKS for row in rows], device=context.device)
+            filled = to_device(torch.tensor([row.length > _MARKS for row in rows]), context.device)
             context, pooled = context * filled[:, None, None], pooled * filled[:, None]
         return context, pooled
 

@@ -157,13 +157,13 @@ def take_together(far: Far, specs: Sequence[TrainingSpec]) -> dict[str, Any]:
     with far.mode:
         text = TextStage(far.base)
     calls: list[int] = []
-    encode = text.encode_rows
+    encode = text.encode_pooled
 
-    def counted(rows: Any, learned: Any) -> Tensor:
+    def counted(rows: Any, learned: Any, weights: Any = ()) -> tuple[Tensor, Tensor | None]:
         calls.append(len(rows))
-        return encode(rows, learned)
+        return encode(rows, learned, weights)
 
-    text.encode_rows = counted  # type: ignore[method-assign, assignment]  # counts the passes of one instance
+    text.encode_pooled = counted  # type: ignore[method-assign, assignment]  # counts the passes of one instance
     step = SharedStep(jobs[0][0].unet, text)
     with far_away(far.mode) as stops:
         shares = [Share(loop.make_work(t, s.values, loop.draw_batch(t, s)), s) for t, s in jobs]
