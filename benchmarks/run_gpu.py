@@ -146,13 +146,28 @@ def measure(stem: str, case: Case, about: Mapping[str, Any], timer: Timer = time
 
 
 def measure_stem(stem: str, models: Mapping[str, list[Weight]], run: Run) -> Iterator[dict[str, Any]]:
-    """Measure one benchmark's cases, one after the other. A case that fails says why, and the next one is measured."""
+    """Measure one benchmark's cases, one after the other. What fails says why, and the next one is measured."""
     benchmark = load_benchmark(stem)
     if stem in STEP_STEMS:
-        for model in models.keys() & benchmark.SHAPES.keys():
-            yield from benchmark.rows(benchmark.SHAPES[model], run.device, run.about)
+        for model in [model for model in models if model in benchmark.SHAPES]:
+            yield from guarded(benchmark.rows(benchmark.SHAPES[model], run.device, run.about), f"{stem} {model}", run)
         return
-    for case in benchmark.cases(models, run.device, run.sweep):
+    yield from guarded(measure_cases(stem, benchmark.cases(models, run.device, run.sweep), run), stem, run)
+
+
+def guarded(rows: Iterator[dict[str, Any]], name: str, run: Run) -> Iterator[dict[str, Any]]:
+    """Yield rows up to the first failure, such as of memory for the tensors of a case, and note that."""
+    try:
+        yield from rows
+    # The next benchmark makes its own tensors.
+    except Exception:
+        traceback.print_exc()
+        run.failed.append(name)
+
+
+def measure_cases(stem: str, cases: Iterator[Case], run: Run) -> Iterator[dict[str, Any]]:
+    """Measure cases one after the other; one that fails is noted."""
+    for case in cases:
         try:
             row = measure(stem, case, run.about, run.timer)
         # Whatever a kernel does wrong: a shape that does not compile must not cost the other shapes their minute.

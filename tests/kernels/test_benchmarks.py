@@ -4,9 +4,10 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +190,28 @@ def test_a_wrong_result_is_not_timed_and_costs_no_other_case_its_turn(
     assert run_gpu.main(["lowrank_merge", "--out", str(tmp_path)], **options) == 1
     assert "1 failed: lowrank_merge sd15" in capsys.readouterr().err
     assert len((tmp_path / "lowrank_merge.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+@pytest.mark.parametrize("stem", ["lowrank_merge", "shared_training"])
+def test_a_benchmark_that_cannot_be_made_costs_no_other_its_turn(
+    run_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], stem: str
+) -> None:
+    pytest.importorskip("triton")
+
+    def refuse(_: int) -> object:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def fail(*_: object) -> Iterator[object]:
+        return map(refuse, [1])
+
+    right = list(load("lowrank_merge").cases({"sd15": SMALL}, torch.device("cpu"), False))[:1]
+    whole = SimpleNamespace(cases=lambda *_: iter(right))
+    broken = SimpleNamespace(cases=fail, rows=fail, SHAPES={"sd15": None})
+    monkeypatch.setattr(run_gpu, "load_benchmark", lambda name: broken if name == stem else whole)
+    options = {"device": torch.device("cpu"), "timer": run_once, "weights": lambda model: SMALL}
+    assert run_gpu.main([stem, "sampler_step", "--models", "sd15", "--out", str(tmp_path)], **options) == 1
+    assert f"1 failed: {stem}" in capsys.readouterr().err
+    assert (tmp_path / "sampler_step.jsonl").read_text(encoding="utf-8")
 
 
 def test_what_configurations_compile_to_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
