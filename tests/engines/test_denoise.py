@@ -172,9 +172,10 @@ def test_the_loop_itself_costs_less_than_a_millisecond(base_model: BaseModel) ->
             )
             for i in range(8)
         ]
-        begin = time.perf_counter()
+        # This thread's own time: others on the machine must not count.
+        begin = time.thread_time()
         for _ in range(20):
             advance(engine, samples)
-        best = min(best, (time.perf_counter() - begin) / 20)
+        best = min(best, (time.thread_time() - begin) / 20)
     print(f"overhead of a step of 8 guided samples: {best * 1e3:.3f} ms")
     assert best < 1e-3
