@@ -7,6 +7,7 @@ A process of its own (see far_device.py), started by tests/training/test_cuda_fa
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 sys.path.insert(0, str(Path(__file__).parent))
 from far_device import DEVICE, far_away, open_device, send_module
+from tiny_sdxl import save_tiny_sdxl
 from tiny_training import make_pair_spec, make_spec, make_task, make_tiny_base
 
 from hueshift.engines.base_model import BaseModel, load_base_model
-from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.svd_cache import SpectralFactors, decompose
 from hueshift.engines.text import TextStage
 from hueshift.training import loop
 from hueshift.training.loop import TrainingTask, train_step
@@ -36,6 +38,7 @@ from hueshift.training.unet import make_unet
 from hueshift.training.words import Captions
 
 Job = tuple[TrainingTask, TrainingState]
+Near = tuple[BaseModel, SpectralFactors]
 MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji-128"
 PLAIN: dict[str, Any] = {"precision": "fp32", "caption_dropout": 0.0, "anchor_below": 0}
 LOW: dict[str, Any] = {"precision": "bf16", "caption_dropout": 0.0, "anchor_below": 0}
@@ -66,6 +69,13 @@ SHARED: dict[str, Sequence[TrainingSpec]] = {
 }
 
 
+XL: dict[str, TrainingSpec] = {
+    "sdxl": make_spec(**{**LOW, "anchor_below": 900, "prior_weight": 0.5}),
+    "sdxl text encoder": make_spec(**PLAIN, train_text_encoder=True),
+}
+XL_SHARED = [make_spec(Method.LORA, **PLAIN, rank=2, batch_size=n) for n in (1, 2)]
+
+
 class _Sent:
     """A loss that never arrives."""
 
@@ -87,14 +97,15 @@ def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Far:
-    """The tiny base model, near and on the device."""
+    """A tiny base model, near and on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, near: Near) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.near: tuple[BaseModel, SpectralFactors] = make_tiny_base(load_base_model(MODEL))
-        base = self.near[0]
+        self.near = near
+        base = near[0]
         unet, encoder = send_module(self.mode, base.unet), send_module(self.mode, base.text_encoder)
-        self.base = replace(base, unet=unet, text_encoder=encoder)
+        xl = base.xl and replace(base.xl, text_encoder=send_module(self.mode, base.xl.text_encoder))
+        self.base = replace(base, unet=unet, text_encoder=encoder, xl=xl)
         with self.mode:
             sizes = [(layer.name, layer.rows, layer.rank, layer.cols) for layer in base.layout.encoder_matrices]
             encoders = SpectralFactors(
@@ -163,7 +174,7 @@ def take_together(far: Far, specs: Sequence[TrainingSpec]) -> dict[str, Any]:
         calls.append(len(rows))
         return encode(rows, learned, weights)
 
-    text.encode_pooled = counted  # type: ignore[method-assign, assignment]  # counts the passes of one instance
+    text.encode_pooled = counted  # type: ignore[method-assign]  # counts the passes of one instance
     step = SharedStep(jobs[0][0].unet, text)
     with far_away(far.mode) as stops:
         shares = [Share(loop.make_work(t, s.values, loop.draw_batch(t, s)), s) for t, s in jobs]
@@ -180,12 +191,17 @@ def main() -> None:
     """Run all, whatever some of them raise."""
     open_device()
     loop.draw_batch, loop.make_work = on_host(loop.draw_batch), on_host(loop.make_work)
-    far = Far()
+    far = Far(make_tiny_base(load_base_model(MODEL)))
     found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = load_base_model(save_tiny_sdxl(Path(folder) / "tiny-sdxl"))
+    far_xl = Far((base, decompose(base)))
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "wrong ways": lambda: take_wrong_ways(far),
         **{name: partial(take_alone, far, spec) for name, spec in SINGLE.items()},
         **{f"shared {name}": partial(take_together, far, specs) for name, specs in SHARED.items()},
+        **{name: partial(take_alone, far_xl, spec) for name, spec in XL.items()},
+        "shared sdxl": lambda: take_together(far_xl, XL_SHARED),
     }
     for name, case in cases.items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:

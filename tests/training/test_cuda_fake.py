@@ -14,8 +14,8 @@ import pytest
 from hueshift.training.spec import Method
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "far_training.py"
-ALONE = ["accumulated", "pissa", "layers", "words as they are", "text encoder"]
-SHARED = {"svdiff": 6, "lora": 4, "layers": None, "all on": None}
+ALONE = ["accumulated", "pissa", "layers", "words as they are", "text encoder", "sdxl", "sdxl text encoder"]
+SHARED = {"svdiff": 6, "lora": 4, "layers": None, "all on": None, "sdxl": 3}
 PRODUCTS = {"aten::addmm", "aten::convolution"}
 
 
