@@ -26,6 +26,8 @@ Progress = Callable[[str, int, int], None]
 _REPEATS = 7
 # Rows at which the two forms of a plan are compared: a batch as it is under load.
 _FORM_ROWS = 8
+# Largest difference of the two forms, over the largest output: fp16 alone makes 3e-3.
+_FORM_BOUND = 2e-2
 _log = structlog.get_logger()
 
 
@@ -120,17 +122,44 @@ def _full_ms(engine: CudaEngine) -> dict[tuple[Plan, int, tuple[int, int]], floa
 
 
 def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
+    """True if the form on the kernels is faster, and draws what torch's form draws."""
     rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
     shape = CallShape(rows, *engine.options.warm_sizes[0])
-    times = {}
+    times, outputs = {}, {}
     for kernels in (False, True):
         engine.networks.choose(plan, kernels=kernels)
         call = engine.warm_one(plan.value, shape)
         with torch.no_grad():
             times[kernels] = _median_ms(engine.lane, call)
         engine.graphs.forget(plan.value)
-    _log.info("layer_form", plan=plan.value, rows=rows, torch_ms=times[False], kernels_ms=times[True])
-    return times[True] < times[False]
+        outputs[kernels] = _example_output(engine, plan, rows)
+    error = float((outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max().clamp_min(1e-6))
+    # Written so that NaN is refused too.
+    right = error <= _FORM_BOUND
+    told = {"plan": plan.value, "rows": rows, "torch_ms": times[False], "kernels_ms": times[True], "error": error}
+    if right:
+        _log.info("layer_form", **told)
+    else:
+        _log.error("layer_form_wrong", bound=_FORM_BOUND, serves="torch", **told)
+    return right and times[True] < times[False]
+
+
+def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:
+    """What the network of a plan makes of example inputs, half of it with an adapter of random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    slot, layout = BASE_SLOT + 1, engine.rows
+    base = engine.row(BASE_SLOT)
+    if base.spectral is None:
+        raise RuntimeError("the base's row has its singular values")
+    # A tenth up or down, and branches of about a hundredth of a layer's output.
+    change = 1 + 0.1 * (2 * torch.rand(layout.spectral_size, generator=generator) - 1)
+    branch = 0.02 * torch.randn(layout.lowrank_size, generator=generator)
+    engine.load_row(slot, EngineRow(base.spectral.cpu() * change, branch))
+    index = torch.tensor([slot if number % 2 else BASE_SLOT for number in range(rows)])
+    latents, timesteps, cross, _ = example_inputs(engine.base, rows)
+    out = engine.denoise(plan, latents, timesteps, cross, index, example_added(engine.base, rows))
+    engine.load_row(slot, EngineRow())
+    return out.float().cpu()
 
 
 def _merge_ms(engine: CudaEngine) -> float:
