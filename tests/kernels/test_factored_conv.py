@@ -11,8 +11,8 @@ from torch.nn import functional
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.factored_conv import factored_conv, reference, scale_and_expand
-from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, candidates
-from hueshift.kernels.product import product_launch, shape_class
+from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, architecture, candidates
+from hueshift.kernels.product import product_launch, product_reference, shape_class
 
 Arguments = dict[str, Any]
 
@@ -154,3 +154,30 @@ def test_the_scaled_product_on_a_gpu(gpu: torch.device, check_on_gpu: Callable[.
         expected=[want],
         tolerance=2 * TOLERANCES[torch.float16],
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [4096, 256, 64, 131])
+def test_every_configuration_of_the_scaled_product_on_a_gpu(
+    gpu: torch.device, check_on_gpu: Callable[..., None], dtype: torch.dtype, tokens: int
+) -> None:
+    """Every class of tiles, through TMA and without it: 36 columns are too few for it."""
+    samples = 3
+    for width, rank in ((320, 320), (1280, 1280), (640, 36)):
+        for config in candidates(architecture(gpu), "factored_conv", shape_class(tokens, width)):
+            x = torch.randn(samples * tokens, rank, device=gpu).to(dtype)
+            u = (torch.randn(width, rank, device=gpu) / rank**0.5).to(dtype)
+            sigma, index = torch.rand(4, rank, device=gpu) + 0.5, torch.tensor([2, 0, 3], device=gpu)
+            y = torch.empty(samples * tokens, width, dtype=dtype, device=gpu)
+            want = product_reference(
+                x.double(), u.double(), tokens=tokens, sigma=sigma.double(), index=index, scale_input=True, bias=None
+            )
+            launch = product_launch(y, x, u, tokens=tokens, config=config, sigma=sigma, index=index, scale_input=True)
+            check_on_gpu(
+                reset=lambda to=y: to.fill_(float("nan")),
+                run=launch.run,
+                outputs=[y],
+                expected=[want],
+                tolerance=2 * TOLERANCES[dtype],
+            )
