@@ -15,8 +15,8 @@ from torch.nn import functional
 from hueshift.kernels.bench import Case, Weight, floor_ms
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.factored_conv import factored_conv, reference
-from hueshift.kernels.launch_table import LaunchConfig, architecture, candidates
-from hueshift.kernels.product import product_launch, shape_class
+from hueshift.kernels.launch_table import LaunchConfig, candidates_by_class
+from hueshift.kernels.product import CLASSES, product_launch, shape_class
 
 KERNEL = "factored_conv"
 DTYPE = torch.float16
@@ -120,9 +120,8 @@ def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: b
         if not sweep:
             yield make_case(model, layers, weights, None, "")
             continue
-        for chosen_class in ("whole_tiles", "narrow_tiles", "cut_tiles"):
-            for number, config in enumerate(candidates(architecture(device), KERNEL, chosen_class)):
-                yield make_case(f"{model}-{chosen_class}-{number}", layers, weights, config, chosen_class)
+        for name, chosen_class, config in candidates_by_class(device, KERNEL, CLASSES):
+            yield make_case(f"{model}-{name}", layers, weights, config, chosen_class)
         return
 
 

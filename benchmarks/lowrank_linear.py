@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from hueshift.kernels.bench import Case, Weight, floor_ms
 from hueshift.kernels.compare import TOLERANCES, relative_error
-from hueshift.kernels.launch_table import LaunchConfig, architecture, candidates
+from hueshift.kernels.launch_table import LaunchConfig, candidates_by_class
 from hueshift.kernels.lowrank_linear import fuses, linear_launch, lowrank_linear, reference
 from hueshift.kernels.product import shape_class
 
@@ -93,10 +93,9 @@ def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: b
             if not sweep:
                 yield make_case(name, layers, weights, rank, lowrank_linear, None)
                 continue
-            for chosen_class in ("whole_tiles", "narrow_tiles"):
-                for number, config in enumerate(candidates(architecture(device), KERNEL, chosen_class)):
-                    one = partial(one_with, config, chosen_class)
-                    yield make_case(f"{name}-{chosen_class}-{number}", layers, weights, rank, one, config)
+            for number, chosen_class, config in candidates_by_class(device, KERNEL, ("whole_tiles", "narrow_tiles")):
+                one = partial(one_with, config, chosen_class)
+                yield make_case(f"{name}-{number}", layers, weights, rank, one, config)
         if sweep:
             return
 

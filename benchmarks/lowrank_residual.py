@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hueshift.kernels.bench import Case, Weight, floor_ms
 from hueshift.kernels.compare import TOLERANCES, relative_error
-from hueshift.kernels.launch_table import LaunchConfig, architecture, candidates
+from hueshift.kernels.launch_table import LaunchConfig, candidates_by_class
 from hueshift.kernels.lowrank_residual import FEW_TOKENS, launches, lowrank_residual
 
 KERNEL = "lowrank_residual"
@@ -104,12 +104,11 @@ def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: b
             if not sweep:
                 yield make_case(name, layers, weights, rank, layers.run, STEP_MS.get(model))
                 continue
-            for shape_class in ("many_tokens", "few_tokens"):
-                for number, config in enumerate(candidates(architecture(device), KERNEL, shape_class)):
-                    run = partial(layers.run_with, config, shape_class)
-                    case = make_case(f"{name}-{shape_class}-{number}", layers, weights, rank, run, STEP_MS.get(model))
-                    case.details["config"] = asdict(config)
-                    yield case
+            for number, shape_class, config in candidates_by_class(device, KERNEL, ("many_tokens", "few_tokens")):
+                run = partial(layers.run_with, config, shape_class)
+                case = make_case(f"{name}-{number}", layers, weights, rank, run, STEP_MS.get(model))
+                case.details["config"] = asdict(config)
+                yield case
         if sweep:
             return
 

@@ -5,6 +5,7 @@ Nothing is tuned at run time. Each list's first entry is the current choice and 
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,6 +69,18 @@ def candidates(arch: str, kernel: str, shape_class: str = "any") -> tuple[Launch
         )
         for entry in entries
     )
+
+
+def candidates_by_class(
+    device: torch.device, kernel: str, shape_classes: Sequence[str]
+) -> Iterator[tuple[str, str, LaunchConfig]]:
+    """Yield all candidates of a device as (name, shape class, configuration), named such as `cut_tiles-0`.
+
+    Raises KernelArgumentError as `candidates`.
+    """
+    for shape_class in shape_classes:
+        for number, config in enumerate(candidates(architecture(device), kernel, shape_class)):
+            yield f"{shape_class}-{number}", shape_class, config
 
 
 def choose(device: torch.device, kernel: str, shape_class: str = "any") -> LaunchConfig:

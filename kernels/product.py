@@ -15,6 +15,8 @@ from hueshift.kernels.tiles import blocks
 
 # Columns of output up to which tiles of 256 would mostly compute padding.
 NARROW = 384
+CLASSES = ("whole_tiles", "narrow_tiles", "cut_tiles")
+"""What shape_class returns."""
 
 
 def product_launch(
