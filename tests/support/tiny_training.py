@@ -21,6 +21,8 @@ from hueshift.training.loop import TrainingTask
 from hueshift.training.methods.encoder_shifts import make_encoder_shifts
 from hueshift.training.methods.make import make_learnable
 from hueshift.training.objectives.make import make_objectives
+from hueshift.training.run import TrainingResult, run_training
+from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.spec import Method, Subject, SubjectKind, TrainingSpec
 from hueshift.training.state import TrainingState
 from hueshift.training.unet import TrainingUNet
@@ -160,3 +162,25 @@ class Recorder:
         """Keep it, and do what the test wants there."""
         self.points.append(name)
         self.on_point(name, self.steps[-1] if self.steps else 0)
+
+
+def run_job(
+    tiny: tuple[BaseModel, SpectralFactors],
+    spec: TrainingSpec,
+    folder: Path,
+    hooks: Recorder | None = None,
+    sharing: SharedTraining | None = None,
+) -> TrainingResult:
+    """A whole job on a tiny base, in a folder that is made; without scores."""
+    base, factors = tiny
+    folder.mkdir(parents=True, exist_ok=True)
+    return run_training(
+        spec,
+        make_pictures(len(spec.captions)),
+        base=base,
+        factors=factors,
+        clip=None,
+        workdir=folder,
+        hooks=hooks or Recorder(),
+        sharing=sharing,
+    )

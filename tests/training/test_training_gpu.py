@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import Recorder, make_pictures, make_spec, make_tiny_base
+from tiny_training import Recorder, make_spec, make_tiny_base, run_job
 
 from hueshift.engines.base_model import BaseModel, load_base_model
 from hueshift.engines.cuda_lane import CudaLane
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.models.embedded import EMBEDDED_MODEL
 from hueshift.training.devices import prepare_device, release_memory
-from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.sharing.shared_training import SharedTraining
-from hueshift.training.spec import Method, TrainingSpec
+from hueshift.training.spec import Method
 
 pytestmark = pytest.mark.gpu
 
@@ -44,27 +43,10 @@ def far(device: torch.device) -> Tiny:
     return tiny, factors
 
 
-def run(
-    tiny: Tiny, spec: TrainingSpec, folder: Path, hooks: Recorder | None = None, sharing: SharedTraining | None = None
-) -> TrainingResult:
-    folder.mkdir(parents=True, exist_ok=True)
-    base, factors = tiny
-    return run_training(
-        spec,
-        make_pictures(len(spec.captions)),
-        base=base,
-        factors=factors,
-        clip=None,
-        workdir=folder,
-        hooks=hooks or Recorder(),
-        sharing=sharing,
-    )
-
-
 @pytest.mark.parametrize("method", Method)
 def test_a_gpu_has_the_losses_of_a_cpu(far: Tiny, tiny: Tiny, tmp_path: Path, method: Method) -> None:
     spec = make_spec(method, **FP32)
-    there, here = run(far, spec, tmp_path / "gpu"), run(tiny, spec, tmp_path / "cpu")
+    there, here = run_job(far, spec, tmp_path / "gpu"), run_job(tiny, spec, tmp_path / "cpu")
     # Later losses differ more: Adam makes full steps of gradients that are rounding alone.
     assert there.losses[:3] == pytest.approx(here.losses[:3], rel=1e-3)
     assert there.losses == pytest.approx(here.losses, rel=5e-2)
@@ -74,15 +56,15 @@ def test_a_gpu_has_the_losses_of_a_cpu(far: Tiny, tiny: Tiny, tmp_path: Path, me
 @pytest.mark.parametrize("method", [Method.SVDIFF, Method.LORA, Method.DREAMBOOTH])
 def test_a_stopped_job_goes_on_bit_for_bit(far: Tiny, tmp_path: Path, method: Method, precision: str) -> None:
     spec = make_spec(method, **{**FP32, "precision": precision})
-    whole = run(far, spec, tmp_path / "whole")
+    whole = run_job(far, spec, tmp_path / "whole")
 
     def stop(name: str, step: int) -> None:
         if step == 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(far, spec, tmp_path / "stopped", Recorder(on_point=stop))
-    assert run(far, spec, tmp_path / "stopped").losses == whole.losses
+        run_job(far, spec, tmp_path / "stopped", Recorder(on_point=stop))
+    assert run_job(far, spec, tmp_path / "stopped").losses == whole.losses
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
@@ -94,20 +76,20 @@ def test_company_and_graphs_change_nothing_but_rounding(
     sharing = SharedTraining(*far, patience=20.0, lane=CudaLane(device) if graph else None)
     with ThreadPoolExecutor(len(specs)) as pool:
         jobs = [
-            pool.submit(run, far, spec, tmp_path / f"shared {number}", None, sharing)
+            pool.submit(run_job, far, spec, tmp_path / f"shared {number}", None, sharing)
             for number, spec in enumerate(specs)
         ]
         together = [job.result(LIMIT) for job in jobs]
     assert sharing.rounds[3] > 0
     for number, (spec, shared) in enumerate(zip(specs, together, strict=True)):
-        alone = run(far, spec, tmp_path / f"alone {number}")
+        alone = run_job(far, spec, tmp_path / f"alone {number}")
         assert shared.losses[:3] == pytest.approx(alone.losses[:3], rel=1e-4)
         assert shared.losses == pytest.approx(alone.losses, rel=5e-2)
 
 
 def test_jobs_leave_no_memory_behind(far: Tiny, device: torch.device, tmp_path: Path) -> None:
     def held(number: int) -> int:
-        run(far, make_spec(Method.DREAMBOOTH, **FP32, seed=number), tmp_path / str(number))
+        run_job(far, make_spec(Method.DREAMBOOTH, **FP32, seed=number), tmp_path / str(number))
         release_memory(device)
         return torch.cuda.memory_allocated(device)
 

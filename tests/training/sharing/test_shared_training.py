@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import Recorder, make_pictures, make_spec
+from tiny_training import Recorder, make_spec, run_job
 from torch import Tensor
 
 from hueshift.adapters.errors import Cancelled, HueshiftError, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.training.methods.make import make_learnable
-from hueshift.training.run import TrainingResult, run_training
+from hueshift.training.run import TrainingResult
 from hueshift.training.sharing.family import family_of
 from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.spec import Method, TrainingSpec
@@ -26,23 +26,6 @@ Tiny = tuple[BaseModel, SpectralFactors]
 FP32: dict[str, Any] = {"precision": "fp32", "steps": 20, "checkpoint_interval": 8}
 PATIENCE = 20.0
 LIMIT = 120.0
-
-
-def run(
-    tiny: Tiny, spec: TrainingSpec, folder: Path, hooks: Recorder | None = None, sharing: SharedTraining | None = None
-) -> TrainingResult:
-    base, factors = tiny
-    folder.mkdir(parents=True, exist_ok=True)
-    return run_training(
-        spec,
-        make_pictures(len(spec.captions)),
-        base=base,
-        factors=factors,
-        clip=None,
-        workdir=folder,
-        hooks=hooks or Recorder(),
-        sharing=sharing,
-    )
 
 
 def run_together(
@@ -55,7 +38,7 @@ def run_together(
     """Run every job in a thread of its own; return results and what was raised."""
     with ThreadPoolExecutor(len(jobs)) as pool:
         futures: dict[str, Future[TrainingResult]] = {
-            name: pool.submit(run, tiny, spec, folder / name, (hooks or {}).get(name), sharing)
+            name: pool.submit(run_job, tiny, spec, folder / name, (hooks or {}).get(name), sharing)
             for name, spec in jobs.items()
         }
         ended = {name: future.exception(LIMIT) for name, future in futures.items()}
@@ -91,7 +74,7 @@ def test_jobs_learn_the_same_together_as_alone(tiny: Tiny, tmp_path: Path) -> No
     # 40 of one and 20 of the other, less those taken alone before, after, and while the other draws its pictures.
     assert sharing.rounds[2] >= 8
     for name, spec in jobs.items():
-        assert_same(together[name], run(tiny, spec, tmp_path / f"{name}-alone"))
+        assert_same(together[name], run_job(tiny, spec, tmp_path / f"{name}-alone"))
 
 
 class _Killed(BaseException):
@@ -118,14 +101,14 @@ def test_what_happens_to_a_neighbour_changes_nothing(tiny: Tiny, tmp_path: Path)
     diverged = ended["diverging"]
     assert isinstance(diverged, HueshiftError)
     assert diverged.reason is Reason.TRAINING_DIVERGED
-    assert_same(ended["well"], run(tiny, jobs["well"], tmp_path / "own"))
+    assert_same(ended["well"], run_job(tiny, jobs["well"], tmp_path / "own"))
     # Both go on from their checkpoints, now with each other: from the one made when asked to stop, and from step 0.
     again = {name: Recorder() for name in ("cancelled", "killed")}
     left = {name: jobs[name] for name in again}
     resumed = run_together(tiny, left, tmp_path, SharedTraining(*tiny, patience=PATIENCE), again)
     assert (again["cancelled"].steps[0], again["killed"].steps[0]) == (5, 1)
     for name, spec in left.items():
-        assert_same(resumed[name], run(tiny, spec, tmp_path / f"{name}-own"))
+        assert_same(resumed[name], run_job(tiny, spec, tmp_path / f"{name}-own"))
 
 
 @pytest.mark.parametrize("method", [Method.SVDIFF, Method.CUSTOM_DIFFUSION])
@@ -134,7 +117,7 @@ def test_without_company_and_in_methods_that_do_not_share_the_bits_stay(
 ) -> None:
     spec = make_spec(method, steps=3)
     sharing = SharedTraining(*tiny)
-    shared, own = run(tiny, spec, tmp_path / "a", sharing=sharing), run(tiny, spec, tmp_path / "b")
+    shared, own = run_job(tiny, spec, tmp_path / "a", sharing=sharing), run_job(tiny, spec, tmp_path / "b")
     assert shared.losses == own.losses
     assert torch.equal(learned(shared), learned(own))
     assert sharing.rounds == ({1: 3} if family_of(spec) else {})
