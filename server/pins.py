@@ -87,26 +87,28 @@ class Pins:
         await keep_doing("pins", every, self.follow, failed)
 
     async def _pin(self, pin: Pin) -> None:
-        tenant, _, content_hash = pin
+        content_hash = pin[2]
         try:
             await self._slots.warm(((content_hash, 1.0),), True)
         except HueshiftError as error:
-            if pin not in self._told:
-                self._told.add(pin)
-                self._log.warning("pin failed", tenant_hash=tenant_hash(tenant), reason=error.reason)
+            self._tell("pin failed", pin, error)
             return
         self._held.add(pin)
 
     async def _unpin(self, pin: Pin, wanted: Set[str]) -> None:
-        tenant, _, content_hash = pin
+        content_hash = pin[2]
         # Two adapters of one file share a row, and a row that is gone must not be loaded to be unpinned.
         if content_hash not in wanted and self._slots.resident(content_hash):
             try:
                 await self._slots.warm(((content_hash, 1.0),), False)
             except HueshiftError as error:
                 # Still held: the next round tries again, or nobody could ever have its slot.
-                if pin not in self._told:
-                    self._told.add(pin)
-                    self._log.warning("unpin failed", tenant_hash=tenant_hash(tenant), reason=error.reason)
+                self._tell("unpin failed", pin, error)
                 return
         self._held.discard(pin)
+
+    def _tell(self, what: str, pin: Pin, error: HueshiftError) -> None:
+        """Log a failure, once for each pin."""
+        if pin not in self._told:
+            self._told.add(pin)
+            self._log.warning(what, tenant_hash=tenant_hash(pin[0]), reason=error.reason)
