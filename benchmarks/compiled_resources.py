@@ -4,9 +4,9 @@
 
 One line a kernel, configuration and variant of its arguments, at the shapes of SD1.5 and SDXL. `programs` are asked for
 and resident on one multiprocessor: where fewer are resident than asked for, a persistent launch has a second, emptier
-wave. `waves` are of a launch that is not persistent, on an H200. `ld`, `st` and `cp` count instructions by bytes a
-thread: cp are asynchronous copies into shared memory, TMA reads whole tiles. These are facts about compiled code, and
-no measurements.
+wave. `waves` are of a launch that is not persistent, on an H200. `races` (kernels/matrix_hazards.py) must be 0. `ld`,
+`st` and `cp` count instructions by bytes a thread: cp are asynchronous copies into shared memory, TMA reads whole
+tiles. These are facts about compiled code, and no measurements.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hueshift.kernels import (
+    factored_conv,
     lag_mask,
     lowrank_linear,
     lowrank_merge,
@@ -31,6 +32,7 @@ from hueshift.kernels.cross_compile import Compiled, compile_launch
 from hueshift.kernels.launch import Launch, triton
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, LaunchConfig, candidates, load
 from hueshift.kernels.lowrank_merge import MergeLayer
+from hueshift.kernels.matrix_hazards import overwritten_operands, unguarded_copies
 from hueshift.kernels.product import product_launch, shape_class
 from hueshift.kernels.spectral_plan import SpectralLayer
 from hueshift.kernels.spectral_plan import build_tables as spectral_tables
@@ -106,26 +108,28 @@ def linear_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
         )
 
 
-def product_variants(scale_input: bool) -> Variants:
-    """Return the variants of the factored plan's product: a picture's tokens, and a text's 77."""
+def factored_linear_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
+    """The first product for a picture's tokens, and a text's 77."""
+    for tokens, width in ((4096, 320), (1024, 640), (64, 1280), (77, 1280)):
+        if shape_class(tokens, width) == chosen:
+            x, weight = empty(2 * tokens, width), empty(width, width)
+            scale: dict[str, Any] = {"sigma": torch.zeros(3, width), "index": torch.zeros(2, dtype=torch.int32)}
+            yield f"{tokens} tokens", product_launch(x, x, weight, tokens=tokens, config=config, **scale)
 
-    def variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
-        for tokens, width in ((4096, 320), (1024, 640), (64, 1280), (77, 1280)):
-            if shape_class(tokens, width) == chosen:
-                launch = product_launch(
-                    empty(2 * tokens, width),
-                    empty(2 * tokens, width),
-                    empty(width, width),
-                    tokens=tokens,
-                    config=config,
-                    sigma=torch.zeros(3, width),
-                    index=torch.zeros(2, dtype=torch.int32),
-                    scale_input=scale_input,
-                    bias=empty(width) if scale_input else None,
-                )
-                yield f"{tokens} tokens", launch
 
-    return variants
+def factored_conv_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
+    """The scale and the second product at SD1.5's sizes of pictures."""
+    for tokens, width in ((4096, 320), (1024, 640), (256, 1280)):
+        if factored_conv.expand_class(tokens, width) != chosen:
+            continue
+        pixels, u, own = empty(2, tokens, width), empty(1, width, width), empty(2, width, width)
+        source, target = (u, own) if config["SCALED_WEIGHTS"] else (pixels, pixels)
+        index = torch.zeros(2, dtype=torch.int32)
+        yield f"{tokens} tokens, scale", factored_conv.scale_launch(target, source, torch.zeros(3, width), index)
+        if not config["SECOND_CUBLAS"]:
+            weight, y = own if config["SCALED_WEIGHTS"] else u[0], empty(2 * tokens, width)
+            launch = product_launch(y, pixels.flatten(0, 1), weight, tokens=tokens, config=config, bias=empty(width))
+            yield f"{tokens} tokens", launch
 
 
 def sampler_variants(config: LaunchConfig, _: str) -> Iterator[Variant]:
@@ -150,8 +154,8 @@ VARIANTS: dict[str, Variants] = {
     "lowrank_merge": merge_variants,
     "lowrank_residual": residual_variants,
     "lowrank_linear": linear_variants,
-    "factored_linear": product_variants(scale_input=False),
-    "factored_conv": product_variants(scale_input=True),
+    "factored_linear": factored_linear_variants,
+    "factored_conv": factored_conv_variants,
     "sampler_step": sampler_variants,
     "lag_mask": mask_variants,
 }
@@ -189,6 +193,7 @@ def row(arch: str, name: str, variant: str, launch: Launch, config: LaunchConfig
         "waves": None if persistent or "few_tokens" in name else round(programs / (H200_MULTIPROCESSORS * resident), 2),
         "tensor_core": found.tensor_core,
         "tma": found.tma_copies,
+        "races": len(overwritten_operands(found.ptx)) + len(unguarded_copies(found.ptx)),
         **{kind: widths(found, kind) for kind in ("ld", "st", "cp")},
     }
 

@@ -14,9 +14,8 @@ from torch.nn import functional
 
 from hueshift.kernels.bench import Case, Weight, floor_ms
 from hueshift.kernels.compare import TOLERANCES, relative_error
-from hueshift.kernels.factored_conv import factored_conv, reference
+from hueshift.kernels.factored_conv import CLASSES, expand, expand_class, factored_conv, reference
 from hueshift.kernels.launch_table import LaunchConfig, candidates_by_class
-from hueshift.kernels.product import CLASSES, product_launch, shape_class
 
 KERNEL = "factored_conv"
 DTYPE = torch.float16
@@ -69,23 +68,12 @@ class Layers:
         u = call["u"]
         tokens = (weight.input[0] // weight.stride) * (weight.input[1] // weight.stride)
         # A 1x1 convolution is factored_linear's.
-        if config is None or weight.shape[2:] == (1, 1) or shape_class(tokens, u.shape[0]) != chosen_class:
+        if config is None or weight.shape[2:] == (1, 1) or expand_class(tokens, u.shape[0]) != chosen_class:
             return factored_conv(index=index, stride=weight.stride, padding=weight.padding, **call)
         shrunk = functional.conv2d(call["x"], call["vh"], None, weight.stride, weight.padding)
         samples, rank, height, width = shrunk.shape
-        rows = shrunk.permute(0, 2, 3, 1).reshape(samples * tokens, rank)
-        y = torch.empty(samples * tokens, u.shape[0], dtype=DTYPE, device=u.device)
-        product_launch(
-            y,
-            rows,
-            u,
-            tokens=tokens,
-            config=config,
-            sigma=call["sigma"],
-            index=index,
-            scale_input=True,
-            bias=call["bias"],
-        ).run()
+        pixels = shrunk.permute(0, 2, 3, 1).reshape(samples, tokens, rank)
+        y = expand(pixels, u, call["sigma"], index, call["bias"], config)
         return y.view(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)
 
     def run_torch(self) -> None:

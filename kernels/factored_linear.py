@@ -88,5 +88,5 @@ def reference(x: Tensor, u: Tensor, vh: Tensor, sigma: Tensor, index: Tensor, bi
     """Do the same with torch: each product summed in float32 (float64 for float64), rounded once to the dtype of x."""
     samples, tokens, _ = x.shape
     rows = x.reshape(samples * tokens, x.shape[2])
-    scaled = product_reference(rows, vh, tokens=tokens, sigma=sigma, index=index, scale_input=False, bias=None)
+    scaled = product_reference(rows, vh, tokens=tokens, sigma=sigma, index=index)
     return functional.linear(scaled, u, bias).view(samples, tokens, u.shape[0])

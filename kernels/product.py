@@ -1,6 +1,9 @@
-"""The one matrix product behind the factored plan: y = f(x) W^T with per-sample scales and a bias fused in.
+"""The one matrix product behind the factored plan: y = x W^T with per-sample scales, or weights, and a bias fused in.
 
-factored_linear uses it with the scales on the output of the first product, factored_conv on the input of the second.
+factored_linear uses it with scales on the output of its first product, factored_conv with each sample's own scaled U.
+No operand is changed inside the loop: on Hopper that puts it into registers, which costs half as much time again
+(spectral_reassemble: 6.3 ms instead of 4.2 on one H200, 2026-11-20), and Triton 3.6 overwrites them too early
+(matrix_hazards.py).
 """
 
 from typing import Any
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hueshift.kernels.checks import ALIGNMENT
+from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.launch import Launch, block_descriptor, jit, multiprocessors, tl
 from hueshift.kernels.launch_table import LaunchConfig
 from hueshift.kernels.tiles import blocks
@@ -28,19 +32,23 @@ def product_launch(
     config: LaunchConfig,
     sigma: Tensor | None = None,
     index: Tensor | None = None,
-    scale_input: bool = False,
     bias: Tensor | None = None,
 ) -> Launch:
     """Return the launch of y = x W^T (* sigma[index]) + bias.
 
-    y [rows, M], x [rows, K], weight [M, K], bias [M], all contiguous and of one 16-bit dtype; rows come in samples of
-    `tokens`. sigma [slots, M] (or [slots, K] with `scale_input`, which multiplies x before the product) is fp32 with
-    any slot stride, index [rows / tokens] int32 or int64. Multiplications by sigma are in fp32. A sample whose index
-    lies outside 0..slots-1 gets NaN: wrong output must be seen, and no memory outside the slab is read.
+    y [rows, M], x [rows, K], weight [M, K] or [samples, M, K] for weights of each sample's own, bias [M], all
+    contiguous and of one 16-bit dtype; rows come in samples of `tokens`. sigma [slots, M] is fp32 with any slot stride,
+    index [samples] int32 or int64; the multiplication is in fp32. A sample whose index lies outside 0..slots-1 gets
+    NaN: wrong output must be seen, and no memory outside the slab is read. Raises KernelArgumentError where weights of
+    samples' own meet tiles that do not end with a sample.
     """
     rows, depth = x.shape
-    width = weight.shape[0]
+    width = weight.shape[-2]
+    own_weights = weight.dim() == 3
+    weight = weight.flatten(0, -2)
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    if own_weights and tokens % block_m:
+        raise KernelArgumentError(f"samples of {tokens} tokens (needed for their own weights: multiples of {block_m})")
     tma = config["TMA"] and tma_fits(x) and tma_fits(weight)
     scaled = sigma is not None and index is not None
     count = blocks(rows, block_m) * blocks(width, block_n)
@@ -62,8 +70,8 @@ def product_launch(
     constants: dict[str, Any] = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "FLATTEN")}
     constants |= {
         "TMA": tma,
-        "SCALE_INPUT": scaled and scale_input,
-        "SCALE_OUTPUT": scaled and not scale_input,
+        "SCALED": scaled,
+        "OWN_WEIGHTS": own_weights,
         "BIAS": bias is not None,
         # A tile inside one sample needs one row of sigma, not one for each of its rows.
         "ONE_SAMPLE": tokens % block_m == 0,
@@ -90,13 +98,20 @@ def tma_fits(matrix: Tensor) -> bool:
 
 
 def product_reference(
-    x: Tensor, weight: Tensor, *, tokens: int, sigma: Tensor, index: Tensor, scale_input: bool, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    tokens: int,
+    sigma: Tensor | None = None,
+    index: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return what the launch computes, in the dtype of x, with sums in float32, or float64 for float64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale = sigma.to(wide)[index.long()].repeat_interleave(tokens, 0)
-    value = x.to(wide)
-    value = (value * scale) @ weight.to(wide).t() if scale_input else (value @ weight.to(wide).t()) * scale
+    samples = x.view(x.shape[0] // max(tokens, 1), tokens, x.shape[1])
+    value = (samples.to(wide) @ weight.to(wide).transpose(-2, -1)).flatten(0, 1)
+    if sigma is not None and index is not None:
+        value = value * sigma.to(wide)[index.long()].repeat_interleave(tokens, 0)
     return (value if bias is None else value + bias.to(wide)).to(x.dtype)
 
 
@@ -139,7 +154,7 @@ def _product_kernel(y_ptr: tl.tensor, x_source: tl.tensor, w_source: tl.tensor, 
                     sigma_ptr: tl.tensor, index_ptr: tl.tensor, rows: tl.tensor, width: tl.tensor, depth: tl.tensor,
                     tokens: tl.tensor, slots: tl.tensor, slot_stride: tl.tensor, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr,
-                    SCALE_INPUT: tl.constexpr, SCALE_OUTPUT: tl.constexpr, BIAS: tl.constexpr,
+                    SCALED: tl.constexpr, OWN_WEIGHTS: tl.constexpr, BIAS: tl.constexpr,
                     ONE_SAMPLE: tl.constexpr) -> None:  # fmt: skip
     # Persistent; columns run fastest, so that programs that run together share rows of x in L2 (the weight fits whole).
     across = tl.cdiv(width, BLOCK_N)
@@ -147,20 +162,21 @@ def _product_kernel(y_ptr: tl.tensor, x_source: tl.tensor, w_source: tl.tensor, 
     for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLATTEN):
         row = tile // across * BLOCK_M
         col = tile % across * BLOCK_N
-        if SCALE_INPUT or SCALE_OUTPUT:
+        # The first row of the weight: a sample's own lies behind those of the samples before it.
+        first = col
+        weight_rows = width
+        if OWN_WEIGHTS:
+            first += row // tokens * width
+            weight_rows *= rows // tokens
+        if SCALED:
             # Before the loop: inside it, one read behind another would take stages from the pipeline of x and w.
             slot = _slot(index_ptr, row, rows, tokens, BLOCK_M, ONE_SAMPLE)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, depth, BLOCK_K):
             x = load_block(x_source, row, k, rows, depth, BLOCK_M, BLOCK_K, TMA)
-            if SCALE_INPUT:
-                scale = _sigma(sigma_ptr, slot, k, depth, slots, slot_stride, BLOCK_K)
-                # Beyond `depth` x is 0 and sigma NaN; their product must stay out of the sum.
-                inside = (k + tl.arange(0, BLOCK_K) < depth)[None, :]
-                x = tl.where(inside, x.to(tl.float32) * scale, 0.0).to(x.dtype)
-            w = load_block(w_source, col, k, width, depth, BLOCK_N, BLOCK_K, TMA)
+            w = load_block(w_source, first, k, weight_rows, depth, BLOCK_N, BLOCK_K, TMA)
             total = tl.dot(x, w.T, total)
-        if SCALE_OUTPUT:
+        if SCALED:
             total = total * _sigma(sigma_ptr, slot, col, width, slots, slot_stride, BLOCK_N)
         m = row + tl.arange(0, BLOCK_M)
         n = col + tl.arange(0, BLOCK_N)

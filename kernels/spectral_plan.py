@@ -58,8 +58,8 @@ class SpectralLayer:
 class Schedule:
     """The work of one launch, for layers whose columns are a multiple of `vector`.
 
-    tiles [T, 8] int32: first packed row of A and of B, blocks in depth, layer, tile row, tile column, offset in a
-    row, rank. Program p of P takes tiles p, p + P, ...; counts [P] int32 are the blocks in depth of all its tiles.
+    tiles [T, 6] int32: first packed row of A and of B, blocks in depth, layer, tile row, tile column. Program
+    p of P takes tiles p, p + P, ...; counts [P] int32 are the blocks in depth of all its tiles.
     """
 
     tiles: Tensor
@@ -74,7 +74,7 @@ class GpuTables:
     groups: one for each vector width, at most two in practice: of SD1.5's and SDXL's layers only conv_in, with 36
     columns, does not divide by 8.
     layers [L, 4] int64: addresses of base and out, rows, columns in vectors.
-    scaled_blocks [B, 4] int32: packed row to read, packed row to write, offset in a row, values left; or None.
+    scaled_blocks [B, 4] int32: packed row to read, packed row to write, offset in a row, values left.
     """
 
     packed: Tensor
@@ -83,7 +83,7 @@ class GpuTables:
     sigma: Tensor
     groups: tuple[Schedule, ...]
     layers: Tensor
-    scaled_blocks: Tensor | None
+    scaled_blocks: Tensor
     config: LaunchConfig
 
 
@@ -168,7 +168,7 @@ def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchC
     for layer in layers:
         u_rows = packed_rows(layer.u.shape[0], layer.rank, block_m, block_k)
         v_rows = packed_rows(layer.vh.shape[1], layer.rank, block_n, block_k)
-        sizes.append((u_rows, v_rows, min(u_rows, v_rows) if config["PRESCALED"] else 0))
+        sizes.append((u_rows, v_rows, min(u_rows, v_rows)))
     packed = torch.zeros(sum(map(sum, sizes)), block_k, dtype=first.dtype, device=first.device)
     sigma = torch.zeros(row_size, dtype=torch.float32, device=first.device)
     position = 0
@@ -179,10 +179,10 @@ def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchC
         u_start, v_start, spare = position, position + u_rows, position + u_rows + v_rows
         pack(layer.u, packed[u_start:v_start], block_m, block_k)
         pack(columns_in_memory_order(layer.vh, layer.out).t(), packed[v_start:spare], block_n, block_k)
-        if scratch and u_rows <= v_rows:
+        if u_rows <= v_rows:
             scaled += _scaled_blocks(layer, u_start, spare, u_rows, block_m, block_k)
             u_start = spare
-        elif scratch:
+        else:
             scaled += _scaled_blocks(layer, v_start, spare, v_rows, block_n, block_k)
             v_start = spare
         starts.append((u_start, v_start))
@@ -198,7 +198,7 @@ def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchC
             for vector in sorted(set(vectors), reverse=True)
         ),
         layers=_layer_table(layers, vectors).to(first.device),
-        scaled_blocks=torch.tensor(scaled, dtype=torch.int32, device=first.device) if scaled else None,
+        scaled_blocks=torch.tensor(scaled, dtype=torch.int32, device=first.device),
         config=config,
     )
 
@@ -230,8 +230,7 @@ def _schedule(
             deep = blocks(layers[tile.matrix].rank, block_k)
             u_start, v_start = starts[tile.matrix]
             a_row, b_row = u_start + tile.row * deep * block_m, v_start + tile.col * deep * block_n
-            layer = layers[tile.matrix]
-            records.append((a_row, b_row, deep, tile.matrix, tile.row, tile.col, layer.offset, layer.rank))
+            records.append((a_row, b_row, deep, tile.matrix, tile.row, tile.col))
     tiles = torch.tensor(records, dtype=torch.int32)
     programs = min(len(records), multiprocessors(device) * config.programs_per_sm)
     counts = torch.stack([tiles[start::programs, 2].sum() for start in range(programs)]).to(torch.int32)

@@ -26,8 +26,9 @@ def spectral_reassemble(plan: SpectralPlan, rows: Tensor, weights: Tensor, *, ef
     rows[:, offset : offset + rank], and delta = sum_i weights[i] rows[i]: a sum or an interpolation of adapters costs
     no pass of its own. With `effective` the single row holds relu(sigma + delta) itself. R = 0 restores the base.
 
-    One launch for each vector width of the columns (SD1.5 and SDXL: one, and a small one for conv_in), and one before
-    them where the table asks for a pre-scaled factor; nothing is allocated and nothing read back, so it can
+    One launch scales the smaller factor of every layer; then there is one for each vector width of the columns (SD1.5
+    and SDXL: one, and a small one for conv_in). Scaling inside their loop cost 2 ms instead of 0.23 (SD1.5, H200), and
+    puts an operand into registers (matrix_hazards.py). Nothing is allocated and nothing read back, so it can
     be captured in a CUDA graph and replayed after `rows` or `weights` changed in place. Launches of one plan must
     follow each other on one stream. CPU plans take the reference. Raises KernelArgumentError on arguments that do not
     fit, KernelUnavailableError without Triton.
@@ -76,22 +77,17 @@ def reference(layers: tuple[SpectralLayer, ...], rows: Tensor, weights: Tensor, 
 def launches(tables: GpuTables, rows: Tensor, weights: Tensor, *, effective: bool) -> list[Launch]:
     """Return the launches that one reassembly takes, in order."""
     config = tables.config
-    shift: dict[str, Any] = {
+    scale: dict[str, Any] = {
+        "packed_ptr": tables.packed,
+        "blocks_ptr": tables.scaled_blocks,
         "sigma_ptr": tables.sigma,
         "rows_ptr": rows,
         "weights_ptr": weights,
         "row_stride": rows.stride(0),
     }
-    shape = {"BLOCK_K": config["BLOCK_K"], "ROWS": rows.shape[0], "EFFECTIVE": effective}
-    found: list[Launch] = []
-    if tables.scaled_blocks is not None:
-        grid = (tables.scaled_blocks.shape[0],)
-        arguments = {"packed_ptr": tables.packed, "blocks_ptr": tables.scaled_blocks, **shift}
-        found.append(Launch(_scale_kernel, grid, arguments, {**shape, "BLOCK_ROWS": SCALE_ROWS}, 4, 1))
-        # The products see scaled factors only: one compiled kernel for every number of adapters.
-        shape |= {"ROWS": 0, "EFFECTIVE": False}
-    names = ("BLOCK_M", "BLOCK_N", "TMA", "PRESCALED")
-    constants = {**shape, **{name: config[name] for name in names}}
+    shape = {"BLOCK_K": config["BLOCK_K"], "ROWS": rows.shape[0], "EFFECTIVE": effective, "BLOCK_ROWS": SCALE_ROWS}
+    found = [Launch(_scale_kernel, (tables.scaled_blocks.shape[0],), scale, shape, 4, 1)]
+    constants = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA")}
     for group in tables.groups:
         arguments = {
             "a_source": tables.a_source,
@@ -99,7 +95,6 @@ def launches(tables: GpuTables, rows: Tensor, weights: Tensor, *, effective: boo
             "tiles_ptr": group.tiles,
             "counts_ptr": group.counts,
             "layers_ptr": tables.layers,
-            **shift,
         }
         grid = (group.counts.shape[0],)
         variant = {**constants, "VECTOR": group.vector}
@@ -177,41 +172,29 @@ def _place(record: tl.tensor, layers_ptr: tl.tensor, BLOCK_M: tl.constexpr, BLOC
 
 @jit
 def _reassemble_kernel(a_source: tl.tensor, b_source: tl.tensor, tiles_ptr: tl.tensor, counts_ptr: tl.tensor,
-                       layers_ptr: tl.tensor, sigma_ptr: tl.tensor, rows_ptr: tl.tensor, weights_ptr: tl.tensor,
-                       row_stride: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                       ROWS: tl.constexpr, EFFECTIVE: tl.constexpr, TMA: tl.constexpr, PRESCALED: tl.constexpr,
-                       VECTOR: tl.constexpr) -> None:  # fmt: skip
+                       layers_ptr: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                       TMA: tl.constexpr, VECTOR: tl.constexpr) -> None:  # fmt: skip
     # One loop over all blocks of all tiles of this program, longest sums first: the blocks of the next tile are on
     # their way while a tile is finished, so the tensor cores wait for memory once a launch and not once a tile.
     QUARTER: tl.constexpr = BLOCK_N // 4
     element = a_source.dtype if TMA else a_source.dtype.element_ty
     pointer = tl.pointer_type(element)
-    record = tiles_ptr + (tl.program_id(0) - tl.num_programs(0)) * 8
+    record = tiles_ptr + (tl.program_id(0) - tl.num_programs(0)) * 6
     a_row = 0
     b_row = 0
     block = 0
     deep = 0
-    if not PRESCALED:
-        first = 0
-        rank = 0
     change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(tl.load(counts_ptr + tl.program_id(0))):
         # Addresses follow from `block`: a counter that no load needs would be computed in a later stage than the one
         # that reads it next, and the compiler would leave the loop without a pipeline.
         block = tl.where(block >= deep - 1, 0, block + 1)
         if block == 0:
-            record += tl.num_programs(0) * 8
+            record += tl.num_programs(0) * 6
             a_row = tl.load(record)
             b_row = tl.load(record + 1)
             deep = tl.load(record + 2)
-            if not PRESCALED:
-                first = tl.load(record + 6)
-                rank = tl.load(record + 7)
         a = _block(a_source, a_row + block * BLOCK_M, BLOCK_M, BLOCK_K, TMA)
-        if not PRESCALED:
-            k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            shift = _shift(sigma_ptr, rows_ptr, weights_ptr, row_stride, first + k, k < rank, ROWS, EFFECTIVE)
-            a = (a.to(tl.float32) * shift[None, :]).to(element)
         b = _block(b_source, b_row + block * BLOCK_N, BLOCK_N, BLOCK_K, TMA)
         change = tl.dot(a, b.T, change)
         if block == deep - 1:

@@ -16,6 +16,7 @@ from hueshift.kernels.compare import relative_error
 from hueshift.kernels.cross_compile import Compiled, compile_launch
 from hueshift.kernels.launch import Launch
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS
+from hueshift.kernels.matrix_hazards import overwritten_operands, unguarded_copies
 
 
 class Interpret(Protocol):
@@ -80,12 +81,14 @@ def cross_compile(pytestconfig: pytest.Config) -> Iterator[CrossCompile]:
 
 
 def check_compiled(launch: Launch, arch: str, *, spills_allowed: bool = False) -> Compiled:
-    """Compile a launch for `arch` and fail where it could not be launched there, or spills."""
+    """Compile a launch for `arch` and fail where it could not be launched there, spills, or has a race."""
     result = compile_launch(launch, arch)
     name, limit = launch.kernel.__name__, SHARED_MEMORY_LIMITS[arch]
     assert result.shared_bytes <= limit, f"{name}: {result.shared_bytes} bytes of shared memory > {limit}"
     assert spills_allowed or not result.stack_bytes, f"{name}: {result.stack_bytes} bytes spilled"
     assert result.programs(arch) >= 1, f"{name}: {result.registers} registers and {result.warps} warps do not fit"
+    assert not overwritten_operands(result.ptx), f"{name}: a product's operand is overwritten before it is done"
+    assert not unguarded_copies(result.ptx), f"{name}: memory may be refilled while another warp group multiplies it"
     return result
 
 

@@ -86,12 +86,12 @@ KERNELS = [
 ]
 # Small tiles for the interpreter, whose time goes by their number and by their size.
 CONSTANTS: dict[str, dict[str, Any]] = {
-    "spectral_reassemble": {"PRESCALED": True, "VECTOR": 8, "TMA": True},
+    "spectral_reassemble": {"VECTOR": 8, "TMA": True},
     "lowrank_merge": {"BLOCK_R": 16, "VECTOR": 8},
     "lowrank_residual": {"BLOCK_T": 32, "BLOCK_I": 32, "BLOCK_O": 32, "FUSED": True},
     "lowrank_linear": {"TMA": True},
     "factored_linear": {"TMA": True, "FLATTEN": False, "SECOND_CUBLAS": False},
-    "factored_conv": {"TMA": True, "FLATTEN": False},
+    "factored_conv": {"TMA": True, "FLATTEN": False, "SCALED_WEIGHTS": False, "SECOND_CUBLAS": False},
     "sampler_step": {"BLOCK": 4096},
     "lag_mask": {"BLOCK_T": 32, "BLOCK_D": 16},
 }

@@ -1,6 +1,7 @@
 """factored_conv: reference against float64 and the dense convolution, compiled kernels, wrong arguments, GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,17 @@ from torch.nn import functional
 
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.factored_conv import factored_conv, reference, scale_and_expand
+from hueshift.kernels.factored_conv import (
+    expand,
+    expand_class,
+    expand_reference,
+    factored_conv,
+    reference,
+    scale_and_expand,
+    scale_launch,
+)
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, architecture, candidates
-from hueshift.kernels.product import product_launch, product_reference, shape_class
+from hueshift.kernels.product import product_launch
 
 Arguments = dict[str, Any]
 
@@ -75,22 +84,66 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
     assert factored_conv(**make(0, 4, 8, 4, 3, torch.float32), padding=1).shape == (0, 8, 4, 5)
 
 
+def test_the_scale_goes_where_fewer_bytes_are() -> None:
+    # SD1.5 at 512 pixels, from its largest pictures to its smallest; then a size whose rows 128 does not divide.
+    sizes = ((4096, 320), (1024, 640), (256, 1280), (64, 1280), (960, 320))
+    found = [expand_class(tokens, out) for tokens, out in sizes]
+    assert found == ["narrow_tiles", "whole_tiles", "scaled_pixels", "scaled_pixels", "scaled_pixels"]
+
+
+def interpreted(size: list[int], dtype: str, shared: bool) -> dict[str, float]:
+    """Scale what one or every sample has; return the error, and whether a wrong index gave NaN there alone."""
+    torch.manual_seed(1)
+    samples, rows, width = size
+    kind = getattr(torch, dtype)
+    source = torch.randn(1 if shared else samples, rows, width).to(kind)
+    slab = torch.rand(5, width + 3)
+    sigma, index = slab[:, 2 : 2 + width], torch.arange(samples) % 5
+    target = torch.full((samples, rows, width), float("nan"), dtype=kind)
+    scale_launch(target, source, sigma, index).run()
+    want = source.double() * sigma.double()[index][:, None]
+    error = relative_error(target, want) if target.numel() else 0.0
+    index[-1:] = 5
+    scale_launch(target, source, sigma, index).run()
+    wrong = target.isnan()
+    return {"error": error, "nan": float(bool(wrong[-1:].all()) and not bool(wrong[:-1].any()))}
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "shared"),
+    [
+        ([1, 1, 1], "float16", True),
+        ([3, 65, 72], "float16", True),
+        ([3, 64, 64], "float16", False),
+        ([2, 7, 131], "float32", False),
+        ([0, 8, 8], "float16", False),
+    ],
+)
+def test_kernel_interpreted(
+    interpret: Callable[..., dict[str, float]], size: list[int], dtype: str, shared: bool
+) -> None:
+    found = interpret(__file__, "interpreted", size=size, dtype=dtype, shared=shared)
+    assert found["error"] <= TOLERANCES[getattr(torch, dtype)]
+    assert found["nan"] == 1.0
+
+
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
 def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
-    for tokens, out in ((256, 640), (256, 320), (64, 640), (99, 640)):
-        for config in candidates(arch, "factored_conv", shape_class(tokens, out)):
-            shrunk, u = torch.zeros(2 * tokens, 320, dtype=torch.float16), torch.zeros(out, 320, dtype=torch.float16)
-            launch = product_launch(
-                torch.zeros(2 * tokens, out, dtype=torch.float16),
-                shrunk,
-                u,
-                tokens=tokens,
-                config=config,
-                sigma=torch.zeros(3, 320),
-                index=torch.zeros(2, dtype=torch.int32),
-                scale_input=True,
-                bias=torch.zeros(out, dtype=torch.float16),
-            )
+    for tokens, out in ((1024, 640), (256, 320), (64, 640), (99, 640)):
+        shrunk, u = torch.zeros(2, tokens, 320, dtype=torch.float16), torch.zeros(1, out, 320, dtype=torch.float16)
+        sigma, index = torch.zeros(3, 320), torch.zeros(2, dtype=torch.int32)
+        own = torch.zeros(2, out, 320, dtype=torch.float16)
+        for config in candidates(arch, "factored_conv", expand_class(tokens, out)):
+            weights = config["SCALED_WEIGHTS"]
+            scaled = scale_launch(own, u, sigma, index) if weights else scale_launch(shrunk, shrunk, sigma, index)
+            # Eight elements of 16 bits at a time.
+            assert set(cross_compile(scaled, arch).accesses("st")) == {16}
+            if config["SECOND_CUBLAS"]:
+                assert not weights
+                continue
+            y, bias = torch.zeros(2 * tokens, out, dtype=torch.float16), torch.zeros(out, dtype=torch.float16)
+            weight = own if weights else u[0]
+            launch = product_launch(y, shrunk.flatten(0, 1), weight, tokens=tokens, config=config, bias=bias)
             found = cross_compile(launch, arch)
             assert found.tensor_core == ("wgmma" if arch == "sm_90" else "mma")
             assert found.tma_copies == (2 * config.num_stages if config["TMA"] else 0)
@@ -156,27 +209,29 @@ def test_the_scaled_product_on_a_gpu(gpu: torch.device, check_on_gpu: Callable[.
     )
 
 
+def run_expand(y: Tensor, *arguments: Any) -> None:
+    """Write the product into a tensor of the test's."""
+    y.copy_(expand(*arguments))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [4096, 256, 64, 131])
-def test_every_configuration_of_the_scaled_product_on_a_gpu(
+@pytest.mark.parametrize("tokens", [4096, 1024, 256, 64, 131])
+def test_every_configuration_on_a_gpu(
     gpu: torch.device, check_on_gpu: Callable[..., None], dtype: torch.dtype, tokens: int
 ) -> None:
-    """Every class of tiles, through TMA and without it: 36 columns are too few for it."""
-    samples = 3
-    for width, rank in ((320, 320), (1280, 1280), (640, 36)):
-        for config in candidates(architecture(gpu), "factored_conv", shape_class(tokens, width)):
-            x = torch.randn(samples * tokens, rank, device=gpu).to(dtype)
-            u = (torch.randn(width, rank, device=gpu) / rank**0.5).to(dtype)
-            sigma, index = torch.rand(4, rank, device=gpu) + 0.5, torch.tensor([2, 0, 3], device=gpu)
-            y = torch.empty(samples * tokens, width, dtype=dtype, device=gpu)
-            want = product_reference(
-                x.double(), u.double(), tokens=tokens, sigma=sigma.double(), index=index, scale_input=True, bias=None
-            )
-            launch = product_launch(y, x, u, tokens=tokens, config=config, sigma=sigma, index=index, scale_input=True)
+    """Every class, through TMA and without it: 36 columns are too few for it."""
+    for out, rank in ((320, 320), (1280, 1280), (640, 36)):
+        pixels = torch.randn(3, tokens, rank, device=gpu).to(dtype)
+        u = (torch.randn(out, rank, device=gpu) / rank**0.5).to(dtype)
+        sigma, index = torch.rand(4, rank, device=gpu) + 0.5, torch.tensor([2, 0, 3], device=gpu)
+        bias = torch.randn(out, device=gpu).to(dtype)
+        want = expand_reference(pixels.double(), u.double(), sigma.double(), index, bias.double())
+        y = torch.empty(3, tokens, out, dtype=dtype, device=gpu)
+        for config in candidates(architecture(gpu), "factored_conv", expand_class(tokens, out)):
             check_on_gpu(
                 reset=lambda to=y: to.fill_(float("nan")),
-                run=launch.run,
+                run=partial(run_expand, y, pixels, u, sigma, index, bias, config),
                 outputs=[y],
                 expected=[want],
                 tolerance=2 * TOLERANCES[dtype],

@@ -72,22 +72,20 @@ def test_samples_do_not_see_each_other() -> None:
         assert relative_error(mixed[n : n + 1], factored_linear(**alone)) < 1e-6
 
 
-def interpreted(size: list[int], dtype: str, scale_input: bool, constants: dict[str, Any]) -> dict[str, float]:
+def interpreted(size: list[int], dtype: str, own_weights: bool, constants: dict[str, Any]) -> dict[str, float]:
     """Run one product with scale and bias; return its error, and whether a wrong index gave NaN there alone."""
     torch.manual_seed(1)
     samples, tokens, in_features, out_features, _ = size
     kind = getattr(torch, dtype)
-    # A weight [out, in] stands for U or V^T; its scale is on the input or on the output.
-    scaled = in_features if scale_input else out_features
-    arguments = make(samples, tokens, in_features, out_features, scaled, kind)
+    arguments = make(samples, tokens, in_features, out_features, out_features, kind)
     x = arguments["x"].view(samples * tokens, in_features)
-    weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(kind)
+    shape = (samples, out_features, in_features) if own_weights else (out_features, in_features)
+    weight = (torch.randn(shape) * in_features**-0.5).to(kind)
     y = torch.full((samples * tokens, out_features), float("nan"), dtype=kind)
     config = LaunchConfig(
         {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "TMA": True, "FLATTEN": False, **constants}, 4, 2, 1, ""
     )
-    common: Arguments = {"sigma": arguments["sigma"], "index": arguments["index"], "bias": arguments["bias"]}
-    common |= {"scale_input": scale_input, "tokens": tokens}
+    common: Arguments = {name: arguments[name] for name in ("sigma", "index", "bias")} | {"tokens": tokens}
     product_launch(y, x, weight, config=config, **common).run()
     wide = {name: value.double() if name in ("sigma", "bias") else value for name, value in common.items()}
     error = relative_error(y, product_reference(x.double(), weight.double(), **wide)) if y.numel() else 0.0
@@ -97,28 +95,38 @@ def interpreted(size: list[int], dtype: str, scale_input: bool, constants: dict[
     return {"error": error, "nan": float(bool(wrong[-1:].all()) and not bool(wrong[:-1].any()))}
 
 
-@pytest.mark.parametrize("scale_input", [False, True])
 @pytest.mark.parametrize(
-    ("size", "dtype", "constants"),
+    ("size", "dtype", "own_weights", "constants"),
     [
-        ([1, 1, 1, 1, 1], "float16", {}),
-        ([3, 7, 31, 13, 0], "float32", {}),
-        ([2, 64, 64, 96, 0], "float16", {"BLOCK_N": 64}),
-        ([3, 33, 72, 40, 0], "float16", {"BLOCK_M": 64}),
-        ([2, 64, 64, 64, 0], "float16", {"TMA": False}),
-        ([0, 4, 8, 8, 0], "float16", {}),
+        ([1, 1, 1, 1, 1], "float16", False, {}),
+        ([3, 7, 31, 13, 0], "float32", False, {}),
+        ([2, 64, 64, 96, 0], "float16", False, {"BLOCK_N": 64}),
+        ([3, 33, 72, 40, 0], "float16", False, {"BLOCK_M": 64}),
+        ([2, 64, 64, 64, 0], "float16", False, {"TMA": False}),
+        ([0, 4, 8, 8, 0], "float16", False, {}),
+        ([3, 64, 72, 40, 0], "float16", True, {}),
+        ([2, 32, 31, 33, 0], "float32", True, {}),
+        ([3, 64, 36, 96, 0], "float16", True, {"TMA": False, "BLOCK_N": 64}),
+        ([0, 32, 8, 8, 0], "float16", True, {}),
     ],
 )
 def test_kernel_interpreted(
     interpret: Callable[..., dict[str, float]],
     size: list[int],
     dtype: str,
-    scale_input: bool,
+    own_weights: bool,
     constants: dict[str, Any],
 ) -> None:
-    found = interpret(__file__, "interpreted", size=size, dtype=dtype, scale_input=scale_input, constants=constants)
+    found = interpret(__file__, "interpreted", size=size, dtype=dtype, own_weights=own_weights, constants=constants)
     assert found["error"] <= 2 * TOLERANCES[getattr(torch, dtype)]
     assert found["nan"] == 1.0
+
+
+def test_own_weights_need_tiles_that_end_with_a_sample() -> None:
+    config = candidates("sm_90", "factored_conv", "whole_tiles")[0]
+    x, weight = torch.zeros(2 * 96, 16, dtype=torch.float16), torch.zeros(2, 16, 16, dtype=torch.float16)
+    with pytest.raises(KernelArgumentError, match="samples of 96 tokens"):
+        product_launch(x, x, weight, tokens=96, config=config)
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
@@ -200,8 +208,6 @@ def test_every_configuration_on_a_gpu(
             want = product_reference(
                 x.double(),
                 arguments["vh"].double(),
-                scale_input=False,
-                bias=None,
                 **{**common, "sigma": arguments["sigma"].double()},
             )
             check_on_gpu(

@@ -161,12 +161,12 @@ def interpreted(dtype: str, adapters: int, effective: bool, zero: bool, constant
 @pytest.mark.parametrize(
     ("adapters", "effective", "zero", "constants"),
     [
-        (1, False, False, {"TMA": True, "PRESCALED": True}),
-        (2, False, False, {"TMA": True, "PRESCALED": False, "BLOCK_N": 64}),
-        (1, True, False, {"TMA": False, "PRESCALED": False, "BLOCK_N": 64}),
-        (3, False, False, {"TMA": False, "PRESCALED": True, "BLOCK_M": 64, "VECTOR": 8, "BLOCK_K": 64}),
-        (1, False, True, {"TMA": True, "PRESCALED": True}),
-        (0, False, True, {"TMA": False, "PRESCALED": False}),
+        (1, False, False, {"TMA": True}),
+        (2, False, False, {"TMA": True, "BLOCK_N": 64}),
+        (1, True, False, {"TMA": False, "BLOCK_N": 64}),
+        (3, False, False, {"TMA": False, "BLOCK_M": 64, "VECTOR": 8, "BLOCK_K": 64}),
+        (1, False, True, {"TMA": True}),
+        (0, False, True, {"TMA": False}),
     ],
 )
 def test_kernels_interpreted(
@@ -191,7 +191,7 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
             for adapters, effective in ((1, False), (3, False), (1, True)) if thorough else ((1, False),):
                 rows, weights = torch.zeros(adapters, size), torch.zeros(adapters)
                 wanted = launches(tables, rows, weights, effective=effective)
-                assert len(wanted) == 1 + config["PRESCALED"]
+                assert len(wanted) == 2
                 found = [cross_compile(launch, arch) for launch in wanted][-1]
                 assert found.tensor_core == ("wgmma" if arch == "sm_90" else "mma")
                 # Every stage is in use, across tiles too.
