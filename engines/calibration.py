@@ -4,12 +4,14 @@ The figures go to disk (engines/cost_store.py), so only the first start on a GPU
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 
 import structlog
 import torch
 from torch import Tensor
 
+from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.cost_model import CostTable
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
@@ -31,17 +33,50 @@ _FORM_BOUND = 2e-2
 _log = structlog.get_logger()
 
 
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Both forms of a plan on the same `rows` rows: the largest difference of the kernels from torch, over the largest
+    output, and milliseconds of a captured call of each, where they were timed.
+    """
+
+    plan: Plan
+    rows: int
+    error: float
+    torch_ms: float | None = None
+    kernels_ms: float | None = None
+
+    @property
+    def right(self) -> bool:
+        """True if rounding explains the difference. Written so that NaN does not pass."""
+        return self.error <= _FORM_BOUND
+
+    def told(self) -> dict[str, str | int | float | None]:
+        """The same for the log."""
+        return {
+            "plan": self.plan.value,
+            "rows": self.rows,
+            "error": self.error,
+            "torch_ms": self.torch_ms,
+            "kernels_ms": self.kernels_ms,
+        }
+
+
 def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[Plan, bool]:
     """Let each plan run in its faster form, by `known` or by measuring both; return which use the kernels.
 
-    With `engine.kernels` on or off there is nothing to choose.
+    With `engine.kernels` on or off there is nothing to choose. Where it is on, the kernels are still compared with
+    torch's form of each plan that is not `known`: raises FailedPrecondition (ENGINE_PARITY) if they are wrong.
     """
-    if engine.options.kernels is not KernelUse.AUTO:
-        used = engine.options.kernels is KernelUse.ON
-        return {Plan.DENSE: used, Plan.FACTORED: used}
     found: dict[Plan, bool] = {}
     for plan in (Plan.DENSE, Plan.FACTORED):
-        found[plan] = known[plan] if known is not None and plan in known else _kernels_win(engine, plan)
+        if engine.options.kernels is KernelUse.OFF:
+            found[plan] = False
+        elif engine.options.kernels is KernelUse.ON:
+            if known is None or plan not in known:
+                _refuse_wrong(_try_forms(engine, plan, timed=False))
+            found[plan] = True
+        else:
+            found[plan] = known[plan] if known is not None and plan in known else _kernels_win(engine, plan)
         engine.networks.choose(plan, kernels=found[plan])
     return found
 
@@ -123,25 +158,47 @@ def _full_ms(engine: CudaEngine) -> dict[tuple[Plan, int, tuple[int, int]], floa
 
 def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
     """True if the form on the kernels is faster, and draws what torch's form draws."""
+    trial = _try_forms(engine, plan, timed=True)
+    if trial.right:
+        _log.info("layer_form", **trial.told())
+    else:
+        _log.error("layer_form_wrong", bound=_FORM_BOUND, serves="torch", **trial.told())
+    return trial.right and (trial.kernels_ms or inf) < (trial.torch_ms or 0)
+
+
+def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
+    """Run both forms of a plan; it is left on the kernels, without graphs."""
     rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
     shape = CallShape(rows, *engine.options.warm_sizes[0])
-    times, outputs = {}, {}
+    times: dict[bool, float] = {}
+    outputs: dict[bool, Tensor] = {}
     for kernels in (False, True):
         engine.networks.choose(plan, kernels=kernels)
-        call = engine.warm_one(plan.value, shape)
-        with torch.no_grad():
-            times[kernels] = _median_ms(engine.lane, call)
-        engine.graphs.forget(plan.value)
+        if timed:
+            call = engine.warm_one(plan.value, shape)
+            with torch.no_grad():
+                times[kernels] = _median_ms(engine.lane, call)
         outputs[kernels] = _example_output(engine, plan, rows)
-    error = float((outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max().clamp_min(1e-6))
-    # Written so that NaN is refused too.
-    right = error <= _FORM_BOUND
-    told = {"plan": plan.value, "rows": rows, "torch_ms": times[False], "kernels_ms": times[True], "error": error}
-    if right:
-        _log.info("layer_form", **told)
-    else:
-        _log.error("layer_form_wrong", bound=_FORM_BOUND, serves="torch", **told)
-    return right and times[True] < times[False]
+        # The next form is called by the same key, and would be served by this one's graph.
+        engine.graphs.forget(plan.value)
+    error = (outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max().clamp_min(1e-6)
+    return _Trial(plan, rows, float(error), times.get(False), times.get(True))
+
+
+def _refuse_wrong(trial: _Trial) -> None:
+    """Raise FailedPrecondition (ENGINE_PARITY) on a form that was forced and is wrong."""
+    if trial.right:
+        _log.info("layer_form", **trial.told())
+        return
+    _log.error("layer_form_wrong", bound=_FORM_BOUND, **trial.told())
+    raise FailedPrecondition(
+        Reason.ENGINE_PARITY,
+        f"engine.kernels is on, but on this GPU the {trial.plan} plan on the kernels differs from torch by "
+        f"{trial.error:.3g} of its largest output ({trial.rows} rows; allowed is {_FORM_BOUND:.3g}), so its "
+        "pictures would be wrong; set engine.kernels to auto, which keeps the kernels off where they are wrong, or to "
+        "off",
+        metadata={"plan": trial.plan.value, "error": f"{trial.error:.3g}"},
+    )
 
 
 def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:

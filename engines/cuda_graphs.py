@@ -73,11 +73,12 @@ class GraphStore:
         return replay
 
     def forget(self, role: str) -> None:
-        """Drop every graph of a role."""
+        """Drop every graph of a role, and what is known of its calls: it stands for another network from now on."""
         self._lane.mark().wait()
-        for graphs in (self._warmed, self._others):
-            for key in [key for key in graphs if key.role == role]:
-                del graphs[key]
+        for known in (self._warmed, self._others, self._calls):
+            for key in [key for key in known if key.role == role]:
+                del known[key]
+        self._refused = {key for key in self._refused if key.role != role}
 
     def __len__(self) -> int:
         """Graphs held."""

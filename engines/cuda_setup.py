@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.calibration import choose_forms, measure_capacity, measure_costs, warm_all
+from hueshift.engines.cost_code import measured_code
 from hueshift.engines.cost_store import Calibration, read_costs, write_costs
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import GraphLane
-from hueshift.engines.cuda_options import CudaOptions, EngineObserver
+from hueshift.engines.cuda_options import CudaOptions, EngineObserver, KernelUse
 from hueshift.engines.device_errors import release_memory
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.planner import Planner
@@ -58,8 +59,8 @@ def build_cuda(
     when it is called again; it knows its costs if an engine like it was measured here before; and it merges nothing,
     because packing the factors takes as long as all the rest.
 
-    Where memory is too short for merged weights it goes on without. Raises FailedPrecondition (ENGINE_UNAVAILABLE) if
-    an attention backend is missing.
+    Where memory is too short for merged weights it goes on without. Raises FailedPrecondition: ENGINE_UNAVAILABLE if
+    an attention backend is missing, ENGINE_PARITY if the kernels are forced and draw something else than torch.
     """
 
     wanted = options
@@ -76,8 +77,9 @@ def build_cuda(
     known = read_costs(cache_dir, identity)
     if live:
         if known is not None:
-            choose_forms(engine, known.kernels)
             engine.costs = known.table
+        if known is not None or options.kernels is KernelUse.ON:
+            choose_forms(engine, known.kernels if known is not None else None)
         return engine
     kernels = choose_forms(engine, known.kernels if known is not None else None)
     calls = warm_all(engine, progress)
@@ -120,6 +122,7 @@ def describe(engine: CudaEngine) -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "host",
         "base": engine.base.base_hash,
         "hueshift": version("hueshift"),
+        "code": measured_code(),
         "torch": torch.__version__,
         "triton": "absent" if triton is None else str(triton.__version__),
         "cuda": str(torch.version.cuda),

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from hueshift.adapters.adapter import AdapterKind
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument
-from hueshift.engines import calibration
 from hueshift.engines.cost_model import CostTable
 from hueshift.engines.cost_store import Calibration, costs_file, read_costs, write_costs
 from hueshift.engines.cuda_attention import AttentionKind, AttentionTable, parse_attention
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import HostLane
-from hueshift.engines.cuda_layers import KernelFactoredLinear
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
 from hueshift.engines.cuda_setup import build_cuda, planner_of
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, MergingEngine, Plan
@@ -308,22 +306,3 @@ def test_eager_calls_need_no_capture(tiny: TinyParts) -> None:
     engine.warm()
     engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
     assert lane.captures == 0
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_kernels_that_are_fast_and_wrong_are_not_chosen(
-    tiny: TinyParts, monkeypatch: pytest.MonkeyPatch, broken: bool
-) -> None:
-    engine = make_engine(tiny, HostLane(), kernels=KernelUse.AUTO)
-    # The kernels' form is measured second; each is faster than the one before.
-    times = iter(range(100, 0, -1))
-    monkeypatch.setattr(calibration, "_median_ms", lambda lane, work: (work(), float(next(times)))[1])
-    if broken:
-        right = KernelFactoredLinear.forward
-        monkeypatch.setattr(KernelFactoredLinear, "forward", lambda layer, x: right(layer, x) * 1.5)
-    chosen = calibration.choose_forms(engine, None)
-    assert chosen == {Plan.DENSE: True, Plan.FACTORED: not broken}
-    assert bool(engine.networks.of(Plan.FACTORED).unet.kernel_layers) is not broken
-    # What was tried is gone.
-    assert engine.row(1).spectral is not None
-    assert torch.equal(torch.as_tensor(engine.row(1).spectral), torch.as_tensor(engine.row(BASE_SLOT).spectral))

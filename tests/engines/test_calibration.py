@@ -1,0 +1,98 @@
+"""Which form of the layers an engine serves with: measured, compared with torch, and refused where it is wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from host_cuda import built_engine, cuda_engine
+from structlog.testing import capture_logs
+from tiny_unet import TinyParts
+
+from hueshift.adapters.errors import FailedPrecondition, Reason
+from hueshift.engines import calibration
+from hueshift.engines.cuda_engine import CudaEngine
+from hueshift.engines.cuda_lane import HostLane
+from hueshift.engines.cuda_layers import KernelFactoredLinear
+from hueshift.engines.cuda_options import KernelUse
+from hueshift.engines.interface import BASE_SLOT, Plan
+from hueshift.engines.torch_engine import TorchEngine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that draw something else."""
+    right = KernelFactoredLinear.forward
+    monkeypatch.setattr(KernelFactoredLinear, "forward", lambda layer, x: right(layer, x) * 1.5)
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are faster: they are measured second, and each time is shorter than the one before."""
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(calibration, "_median_ms", lambda lane, work: (work(), float(next(times)))[1])
+
+
+def assert_draws_as_torch(parts: TinyParts, engine: CudaEngine, plan: Plan, rows: int) -> None:
+    """Compare a call of a bucket that was tried with torch's own engine."""
+    given = (parts.base, parts.factors, parts.rows, parts.norms)
+    expected = TorchEngine(*given, slots=5, max_batch=4, device=torch.device("cpu"))
+    row = parts.row((parts.random_adapter(1), 1.0))
+    for one in (engine, expected):
+        one.load_row(1, row)
+    inputs, index = parts.inputs(rows), torch.full((rows,), 1)
+    found = engine.denoise(plan, *inputs, index)
+    assert torch.allclose(found, expected.denoise(plan, *inputs, index), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("faster")
+def test_kernels_that_are_faster_are_chosen(tiny: TinyParts) -> None:
+    engine = cuda_engine(tiny, HostLane())
+    assert calibration.choose_forms(engine, None) == {Plan.DENSE: True, Plan.FACTORED: True}
+    assert engine.networks.of(Plan.FACTORED).unet.kernel_layers > 0
+    # What was tried is gone.
+    assert torch.equal(torch.as_tensor(engine.row(1).spectral), torch.as_tensor(engine.row(BASE_SLOT).spectral))
+
+
+@pytest.mark.usefixtures("faster", "broken")
+def test_kernels_that_are_fast_and_wrong_are_not_chosen(tiny: TinyParts) -> None:
+    engine = cuda_engine(tiny, HostLane())
+    assert calibration.choose_forms(engine, None) == {Plan.DENSE: True, Plan.FACTORED: False}
+    assert engine.networks.of(Plan.FACTORED).unet.kernel_layers == 0
+    # Nor is any graph left that was captured of them while they were tried.
+    assert len(engine.graphs) == 0
+    for _ in range(3):
+        assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("live", [False, True])
+def test_a_start_with_forced_kernels_that_are_wrong_ends(tiny: TinyParts, tmp_path: Path, live: bool) -> None:
+    for _ in range(2):
+        # Nothing was kept that would let the next start go on.
+        with capture_logs() as logs, pytest.raises(FailedPrecondition) as caught:
+            built_engine(tiny, HostLane(), tmp_path, live=live, kernels=KernelUse.ON, weight_slots=0)
+        assert caught.value.reason is Reason.ENGINE_PARITY
+        for said in ("engine.kernels", "factored plan", "allowed is 0.02", "auto", "off"):
+            assert said in caught.value.message
+        assert caught.value.metadata["plan"] == "factored"
+        assert [log["plan"] for log in logs if log["event"] == "layer_form_wrong"] == ["factored"]
+
+
+def test_forced_kernels_that_are_right_serve_and_are_compared_once(tiny: TinyParts, tmp_path: Path) -> None:
+    def plans_compared() -> list[str]:
+        with capture_logs() as logs:
+            engine = built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.ON, weight_slots=0)
+        assert engine.networks.of(Plan.FACTORED).unet.kernel_layers > 0
+        assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+        return [log["plan"] for log in logs if log["event"] == "layer_form"]
+
+    assert plans_compared() == ["dense", "factored"]
+    assert plans_compared() == []
+
+
+@pytest.mark.usefixtures("broken")
+def test_kernels_that_are_off_are_not_asked(tiny: TinyParts) -> None:
+    engine = cuda_engine(tiny, HostLane(), kernels=KernelUse.OFF, weight_slots=0)
+    assert calibration.choose_forms(engine, None) == {Plan.DENSE: False, Plan.FACTORED: False}
