@@ -202,7 +202,9 @@ def _factored(name: str, rows: CallRows, layer: nn.Module, factors: SpectralFact
     if isinstance(layer, nn.LayerNorm):
         return RowLayerNorm(name, rows, layer)
     weight: Tensor = layer.weight  # type: ignore[assignment]  # the layout lists linear and conv layers besides norms
-    u, vh = factors.u[name].to(weight), factors.vh[name].to(weight)
+    u, vh = factors.u[name], factors.vh[name]
+    if not factors.laid_out:
+        u, vh = u.to(weight), vh.to(weight)
     if isinstance(layer, nn.Linear):
         return FactoredLinear(name, rows, layer, u, vh)
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":

@@ -36,12 +36,16 @@ class SpectralFactors:
 
     `encoder` gives those of the text encoders, loading them at its first call; they lie on the encoders' device. None
     where nobody keeps them.
+
+    With `laid_out` u and vh are as the layers of a UNet hold them, which then makes no copies: on its device, in the
+    dtype of its products, vh of a convolution [rank, c_in, kh, kw] in channels_last (training/held_factors.py).
     """
 
     u: dict[str, Tensor]
     sigma: dict[str, Tensor]
     vh: dict[str, Tensor]
     encoder: "Callable[[], SpectralFactors] | None" = field(default=None, repr=False, compare=False)
+    laid_out: bool = False
 
 
 def load_factors(base: BaseModel, cache_dir: Path, progress: Progress | None = None) -> SpectralFactors:

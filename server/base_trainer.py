@@ -16,6 +16,7 @@ from hueshift.server.settings import Settings
 from hueshift.server.worker import Trained
 from hueshift.training.cost import SpeedBook, open_speeds
 from hueshift.training.devices import prepare_device
+from hueshift.training.held_factors import HeldFactors
 from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.scores import ClipScorer
 from hueshift.training.sharing.shared_training import SharedTraining
@@ -28,7 +29,7 @@ class BaseTrainer:
     """Runs `hueshift.training.run.run_training` on one base model.
 
     Class pictures are shared by all jobs, below `cache`; `speeds` remembers what steps take. With `sharing` jobs that
-    run in several threads take their steps together.
+    run in several threads take their steps together; without it `held` has the factors on the device for all of them.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class BaseTrainer:
         cache: Path,
         speeds: SpeedBook,
         sharing: SharedTraining | None = None,
+        held: HeldFactors | None = None,
     ) -> None:
         self._base, self._factors, self._clip = base, factors, clip
-        self._cache, self._speeds, self._sharing = cache, speeds, sharing
+        self._cache, self._speeds, self._sharing, self._held = cache, speeds, sharing, held
 
     @classmethod
     def load(cls, settings: Settings, device: str = "cpu") -> Self:
@@ -52,6 +54,8 @@ class BaseTrainer:
         cache = settings.store.cache_path.expanduser()
         factors, training = load_factors(base, cache), settings.training
         captures = training.compile == "graph" and device != "cpu"
+        # On the CPU layers hold the factors as they are, but for convolutions.
+        held = None if device == "cpu" else HeldFactors(base, factors)
         sharing = None
         # A job alone has its graph as a company of one.
         if training.jobs_per_worker > 1 or captures:
@@ -61,8 +65,9 @@ class BaseTrainer:
                 max_rows=training.shared_rows,
                 patience=training.shared_wait_seconds,
                 lane=CudaLane(torch.device(device)) if captures else None,
+                held=held,
             )
-        return cls(base, factors, clip, cache, open_speeds(cache), sharing)
+        return cls(base, factors, clip, cache, open_speeds(cache), sharing, held)
 
     def train(
         self,
@@ -84,6 +89,7 @@ class BaseTrainer:
             masks=masks,
             class_folder=self._cache / _CLASS_FOLDER,
             sharing=self._sharing,
+            held=self._held,
         )
         self._speeds.record(self._base.base_hash, spec, result.steps_taken, result.step_seconds)
         return Trained(result.adapter, _numbers(result), step=len(result.losses))

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 
 def prepare_device(device: torch.device) -> None:
     """Let CUDA choose kernels that give the same bits every time, and train on `device` in this thread.

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,10 +25,11 @@ from hueshift.engines.vae import VaeStage
 from hueshift.training.arrivals import MOST_UNDERWAY
 from hueshift.training.checkpoint import fingerprint_job, read_checkpoint, write_checkpoint
 from hueshift.training.class_pictures import class_latents, class_prompt, prune_cache
-from hueshift.training.devices import release_memory
+from hueshift.training.devices import OUT_OF_MEMORY, release_memory
 from hueshift.training.divergence import check_finite
 from hueshift.training.editing import InversionErrors, measure_inversion
 from hueshift.training.evaluation.measures import diversity_of, paired_cosine
+from hueshift.training.held_factors import HeldFactors
 from hueshift.training.latents import make_picture_set
 from hueshift.training.loop import TrainingTask, train_step
 from hueshift.training.methods.encoder_shifts import make_encoder_shifts
@@ -112,12 +113,15 @@ def run_training(
     masks: Mapping[int, Image.Image] = MappingProxyType({}),
     class_folder: Path | None = None,
     sharing: SharedTraining | None = None,
+    held: HeldFactors | None = None,
 ) -> TrainingResult:
     """Train one adapter on `pictures`, one for each caption of the spec, with `masks` for some of them by index.
 
     Class pictures are shared by all jobs that get the same `class_folder`; without one they stay in `workdir`. With
     `sharing`, steps are taken together with the jobs that run in other threads with the same one, where the method
-    allows it; then the result is the same within rounding only.
+    allows it; then the result is the same within rounding only. `held` keeps the factors on the device for the jobs
+    after this one; `sharing` has its own. A job that finds no memory has what is kept and not used given back, and goes
+    on from its checkpoint, once.
 
     Else the result depends on spec, pictures, masks and base alone, bit for bit on one machine with one number of
     threads, however often the run was stopped and called again with the same `workdir`. `base` is never changed. Raises
@@ -131,13 +135,36 @@ def run_training(
     device = next(base.unet.parameters()).device
     # A job before this one may have ended with an exception, which held its memory.
     release_memory(device)
-    job = _Job(spec, pictures, masks, base, factors, workdir, class_folder or workdir / CLASS_FOLDER, hooks, sharing)
+    release = sharing.release if sharing is not None else held.release if held is not None else lambda: False
+
+    def run() -> TrainingResult:
+        job = _Job(
+            spec, pictures, masks, base, factors, workdir, class_folder or workdir / CLASS_FOLDER, hooks, sharing, held
+        )
+        try:
+            job.train()
+        finally:
+            job.leave()
+        return job.finish(clip)
+
+    return _with_room(run, release, device)
+
+
+def _with_room(run: Callable[[], TrainingResult], release: Callable[[], bool], device: torch.device) -> TrainingResult:
+    """Run a job, once more if it finds no memory and `release` has some; what it held goes back after it."""
     try:
-        job.train()
-    finally:
-        job.leave()
-    result = job.finish(clip)
-    del job
+        result = run()
+    except OUT_OF_MEMORY as error:
+        # While its own UNet lives: factors that it works with are in use.
+        if not release():
+            raise
+        _log.warning("training.again_with_more_memory", error=type(error).__name__)
+    else:
+        release_memory(device)
+        return result
+    # Here the frames of the first try are gone, and all that they held.
+    release_memory(device)
+    result = run()
     release_memory(device)
     return result
 
@@ -156,6 +183,7 @@ class _Job:
         class_folder: Path,
         hooks: TrainingHooks,
         sharing: SharedTraining | None,
+        held: HeldFactors | None,
     ) -> None:
         if sharing is not None:
             base = sharing.own_words(base)
@@ -172,7 +200,7 @@ class _Job:
         unet: TrainingUNet
         self._stepper: Stepper
         if sharing is None:
-            unet, self._stepper = make_unet(base, factors, self._learnable, spec), StepAlone()
+            unet, self._stepper = make_unet(base, factors, self._learnable, spec, held), StepAlone()
         else:
             unet, self._stepper = sharing.join(spec, self._learnable)
         self._encoder = make_encoder_shifts(base, factors, spec)

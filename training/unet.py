@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from hueshift.engines.adapted_layers import RowGroupNorm, RowLayerNorm
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.interface import Plan
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.transfer import to_device
 from hueshift.training.conditions import make_reader
+from hueshift.training.held_factors import DeviceCopy, HeldFactors
 from hueshift.training.methods.learnable import Learnable, Rows
 from hueshift.training.precision import holds_lowered
 from hueshift.training.spec import TrainingSpec
@@ -34,7 +36,7 @@ class TrainingUNet:
     holds it for as long.
 
     With `lowered` the weights of linear and convolution layers are held in bfloat16, and all calls have their products
-    in it; the base keeps its own.
+    in it; the base keeps its own. `held` are factors that its layers are aliases of: they live as long as this.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class TrainingUNet:
         *,
         checkpointing: bool = False,
         lowered: bool = False,
+        held: DeviceCopy | None = None,
     ) -> None:
         self.plan = unet.plan
+        self.held = held
         self.lock = threading.RLock()
         self._unet = unet
         self._called = _Called(unet)
@@ -139,16 +143,28 @@ class TrainingUNet:
         return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def make_unet(base: BaseModel, factors: SpectralFactors, learnable: Learnable, spec: TrainingSpec) -> TrainingUNet:
-    """The UNet that jobs of this kind train with, on the base's weights."""
-    adapted = AdaptedUNet(base, factors, learnable.layout, learnable.plan)
+def make_unet(
+    base: BaseModel,
+    factors: SpectralFactors,
+    learnable: Learnable,
+    spec: TrainingSpec,
+    held: HeldFactors | None = None,
+) -> TrainingUNet:
+    """The UNet that jobs of this kind train with, on the base's weights and, with `held`, on its factors."""
+    weight = next(base.unet.parameters())
+    lowered = holds_lowered(weight.device, spec.precision)
+    copy = None
+    if held is not None and learnable.plan is not Plan.DENSE:
+        copy = held.take(torch.bfloat16 if lowered else weight.dtype)
+    adapted = AdaptedUNet(base, factors if copy is None else copy.factors, learnable.layout, learnable.plan)
     layout = base.layout
     return TrainingUNet(
         adapted,
         layout.cross_attentions,
         layout.token_width,
         checkpointing=spec.gradient_checkpointing,
-        lowered=holds_lowered(next(base.unet.parameters()).device, spec.precision),
+        lowered=lowered,
+        held=copy,
     )
 
 

@@ -58,7 +58,7 @@ class Stops(TorchDispatchMode):
     """Notes copies for which the host would wait for the device, and counts what is queued on it by name.
 
     Whoever looks at a number of the device gets an exception from its fake tensors. `low` are names of operations with
-    results in bfloat16.
+    results in bfloat16, `crossed` the bytes that came from the host.
     """
 
     def __init__(self) -> None:
@@ -66,6 +66,7 @@ class Stops(TorchDispatchMode):
         self.found: list[str] = []
         self.counts: dict[str, int] = {}
         self.low: set[str] = set()
+        self.crossed = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at one operation."""
@@ -78,6 +79,8 @@ class Stops(TorchDispatchMode):
             waits = not named.get("non_blocking", False) and not (len(args) > 2 and args[2])
             if waits or ends[-1] == "cpu":
                 self.found.append(f"{name} {ends}")
+        if name == "aten::_to_copy" and isinstance(out, Tensor) and ends == ["cpu", DEVICE.type]:
+            self.crossed += args[0].nbytes
         if DEVICE.type in ends:
             self.counts[name] = self.counts.get(name, 0) + 1
             if isinstance(out, Tensor) and out.dtype is torch.bfloat16:

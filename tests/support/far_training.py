@@ -27,10 +27,12 @@ from hueshift.engines.base_model import BaseModel, load_base_model
 from hueshift.engines.svd_cache import SpectralFactors, decompose
 from hueshift.engines.text import TextStage
 from hueshift.training import loop
+from hueshift.training.held_factors import HeldFactors
 from hueshift.training.loop import TrainingTask, train_step
 from hueshift.training.methods.encoder_shifts import make_encoder_shifts
 from hueshift.training.methods.make import make_learnable
 from hueshift.training.objectives.prior import ClassPictures, PriorPreservation
+from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.sharing.together import Share, SharedStep
 from hueshift.training.spec import Method, TrainingSpec
 from hueshift.training.state import TrainingState
@@ -187,6 +189,44 @@ def take_together(far: Far, specs: Sequence[TrainingSpec]) -> dict[str, Any]:
     return {"stops": stops.found, "astray": astray, "passes": calls, "moved": True, "low": sorted(stops.low)}
 
 
+def take_held(far: Far) -> dict[str, Any]:
+    """Bytes that cross over for the UNets of some jobs, one after another and together, and what is given back."""
+    base, factors = far.base, far.factors
+    held = HeldFactors(base, factors)
+    with far.mode:
+        sharing = SharedTraining(base, factors, held=held)
+
+    def crossed(make: Callable[[], object]) -> tuple[int, object]:
+        with far_away(far.mode) as stops:
+            made = make()
+        return stops.crossed, made
+
+    def unet(hold: bool, **given: Any) -> tuple[int, object]:
+        spec = make_spec(**given)
+        learnable = make_learnable(spec, base, factors)
+        return crossed(lambda: make_unet(base, factors, learnable, spec, held if hold else None))
+
+    def joined() -> tuple[int, object]:
+        spec = make_spec(**LOW, gradient_checkpointing=True)
+        learnable = make_learnable(spec, base, factors)
+        return crossed(lambda: sharing.join(spec, learnable)[0])
+
+    plain = unet(False, **PLAIN)[0]
+    found = {
+        "plain": [plain, unet(False, **PLAIN)[0]],
+        "first": unet(True, **PLAIN)[0],
+        "later": unet(True, **PLAIN)[0],
+    }
+    first, other = unet(True, **LOW), joined()
+    found |= {"lowered": first[0], "together": other[0], "lora": unet(True, **LOW, method=Method.LORA)[0]}
+    found["in use"] = sharing.release()
+    found["still there"] = unet(True, **LOW)[0]
+    del first, other
+    found["given back"], found["nothing left"] = sharing.release(), sharing.release()
+    found["anew"] = unet(True, **LOW)[0]
+    return found
+
+
 def main() -> None:
     """Run all, whatever some of them raise."""
     open_device()
@@ -201,6 +241,7 @@ def main() -> None:
         **{name: partial(take_alone, far, spec) for name, spec in SINGLE.items()},
         **{f"shared {name}": partial(take_together, far, specs) for name, specs in SHARED.items()},
         **{name: partial(take_alone, far_xl, spec) for name, spec in XL.items()},
+        "held factors": lambda: take_held(far),
         "shared sdxl": lambda: take_together(far_xl, XL_SHARED),
     }
     for name, case in cases.items():

@@ -69,3 +69,17 @@ def test_a_shared_step_encodes_all_captions_in_one_pass(found: dict[str, dict[st
     assert len(case["passes"]) == 1
     if SHARED[name] is not None:
         assert case["passes"] == [SHARED[name]]
+
+
+def test_factors_cross_over_once_for_all_jobs_of_a_worker(found: dict[str, dict[str, Any]]) -> None:
+    case = found["held factors"]
+    assert "error" not in case, case["error"]
+    # Without them held every job has its own.
+    size = case["plain"][0]
+    assert size > 0
+    assert case["plain"] == [size, size]
+    assert (case["first"], case["later"], case["lora"]) == (size, 0, 0)
+    # Of another precision, and then for a job beside it that is of another family.
+    assert (case["lowered"], case["together"]) == (size, 0)
+    assert (case["in use"], case["still there"]) == (False, 0)
+    assert (case["given back"], case["nothing left"], case["anew"]) == (True, False, size)

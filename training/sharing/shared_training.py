@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
 from hueshift.training.divergence import check_finite
+from hueshift.training.held_factors import HeldFactors
 from hueshift.training.methods.learnable import Learnable
 from hueshift.training.sharing.captured import CapturedSteps
 from hueshift.training.sharing.exchange import Exchange
@@ -36,7 +38,8 @@ class SharedTraining:
     keep the others of its family waiting at a step. `rounds` counts the shared steps by how many jobs were in them.
 
     With `lane` steps run as CUDA graphs where they can, also those of a job alone. The UNet of the last family then
-    stays, with its graphs: the next job is most likely of the same, and its graphs are there.
+    stays, with its graphs: the next job is most likely of the same, and its graphs are there. With `held` all UNets
+    have one copy of the factors.
     """
 
     def __init__(
@@ -47,13 +50,14 @@ class SharedTraining:
         max_rows: int = 0,
         patience: float = PATIENCE_SECONDS,
         lane: GraphLane | None = None,
+        held: HeldFactors | None = None,
     ) -> None:
         self.rounds: Counter[int] = Counter()
         self._base, self._factors = base, factors
         self._max_rows, self._patience = max_rows, patience
         # Not a job's own: it encodes what several have made of their captions.
         self._text = TextStage(base)
-        self._lane = lane
+        self._lane, self._held = lane, held
         self._kept: _Company | None = None
         self._lock = threading.Lock()
         # A UNet lives as long as a job that uses it: families come and go, and each takes as much memory as the base.
@@ -72,16 +76,30 @@ class SharedTraining:
                 unet = self._new_unet(spec, learnable)
                 captured = None if self._lane is None else CapturedSteps(self._lane.beside())
                 company = self._companies[family] = _Company(
-                    SharedStep(unet, self._text, self._max_rows, captured), unet, self._patience, self.rounds
+                    SharedStep(unet, self._text, self._max_rows, captured, self.release),
+                    unet,
+                    self._patience,
+                    self.rounds,
                 )
             if self._lane is not None:
                 self._kept = company
         return company.unet, SharedStepper(company)
 
+    def release(self) -> bool:
+        """Give back the memory of what is kept for later jobs and used by none; True if there was any."""
+        with self._lock:
+            kept = None if self._kept is None else weakref.ref(self._kept)
+            self._kept = None
+            gc.collect()
+            # Still there: a job has it.
+            self._kept = None if kept is None else kept()
+            freed = kept is not None and self._kept is None
+        return (self._held is not None and self._held.release()) or freed
+
     def _new_unet(self, spec: TrainingSpec, learnable: Learnable) -> TrainingUNet:
         # A UNet's hooks know it, so one that nobody uses goes only when cycles are looked for: do it before the next.
         gc.collect()
-        return make_unet(self._base, self._factors, learnable, spec)
+        return make_unet(self._base, self._factors, learnable, spec, self._held)
 
     def own_words(self, base: BaseModel) -> BaseModel:
         """The same base with a tokenizer for one thread: tokenizers do not stand two callers at once."""

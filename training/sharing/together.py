@@ -1,6 +1,6 @@
 """One step of several jobs: one pass of the text encoder, one of the UNet, one way back, one optimiser step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from hueshift.engines.text import TextStage
 from hueshift.engines.transfer import to_device
 from hueshift.training.conditions import encode_packed
+from hueshift.training.devices import OUT_OF_MEMORY
 from hueshift.training.methods.learnable import Rows
 from hueshift.training.objectives.denoising import denoising_loss
 from hueshift.training.precision import mixed_precision
@@ -20,7 +21,6 @@ from hueshift.training.stepping import StepWork, aims, joined, with_added
 from hueshift.training.unet import Maps, TrainingUNet
 
 _log = structlog.get_logger()
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +46,20 @@ class Share:
 class SharedStep:
     """Takes the steps of several jobs of one family on one UNet, at most `max_rows` rows at a time (0: no limit).
 
-    The limit falls when memory does not suffice. With `captured` what it fits runs as a CUDA graph.
+    When memory does not suffice `release` is asked for what nobody uses, True if there was any; else the limit falls.
+    With `captured` what it fits runs as a CUDA graph.
     """
 
     def __init__(
-        self, unet: TrainingUNet, text: TextStage, max_rows: int = 0, captured: CapturedSteps | None = None
+        self,
+        unet: TrainingUNet,
+        text: TextStage,
+        max_rows: int = 0,
+        captured: CapturedSteps | None = None,
+        release: Callable[[], bool] = lambda: False,
     ) -> None:
         self._unet, self._text, self._captured = unet, text, captured
+        self._release = release
         self.max_rows = max_rows
 
     def __call__(self, shares: Sequence[Share]) -> list[Tensor | Exception]:
@@ -86,12 +93,16 @@ class SharedStep:
 
     def _take(self, shares: list[Share]) -> list[Tensor | Exception]:
         failure: Exception | None = None
+        memory = False
         try:
             return step_together(self._unet, self._text, shares, self._captured)
         except Exception as error:
             # Without the frames, which hold the activations that the next try needs room for.
             failure = error.with_traceback(None) if len(shares) > 1 else error
-            memory = isinstance(error, _OUT_OF_MEMORY)
+            memory = isinstance(error, OUT_OF_MEMORY)
+        if memory and self._release():
+            failure = None
+            return self._take(shares)
         if len(shares) == 1:
             return [failure]
         rows = sum(share.size for share in shares)
@@ -196,7 +207,7 @@ def _losses(unet: TrainingUNet, works: Sequence[StepWork], context: Tensor, rows
         try:
             loss = denoising_loss(target[begin:end], weights[begin:end], output[begin:end], pixels)
             losses.append(with_added(loss, work, own))
-        except _OUT_OF_MEMORY:
+        except OUT_OF_MEMORY:
             raise
         except Exception as error:
             losses.append(error)

@@ -204,6 +204,15 @@ def test_without_memory_for_all_the_group_is_halved_and_stays_so(tiny: Tiny, mon
     assert memory.tried == [4, 4]
 
 
+def test_what_nobody_uses_is_given_back_before_the_group_is_halved(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = make_jobs(tiny, [make_spec(**FP32, anchor_below=0)] * 4)
+    memory, kept = Memory(monkeypatch, 4), [True]
+    step = SharedStep(jobs[0][0].unet, text_of(tiny), release=lambda: bool(kept) and kept.pop())
+    assert all(isinstance(result, Tensor) for result in step(make_shares(jobs)))
+    # It helped not enough, and the second time there was nothing to give back.
+    assert (memory.tried, step.max_rows) == ([8, 8, 4, 4], 4)
+
+
 def test_only_what_cannot_run_alone_fails(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [make_spec(**FP32, anchor_below=0, batch_size=n) for n in (1, 3, 2)]
     jobs = make_jobs(tiny, specs)
