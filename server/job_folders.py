@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import structlog
@@ -19,6 +19,7 @@ from hueshift.adapters.errors import Unavailable
 from hueshift.server.ingestion_process import PictureFile
 from hueshift.server.job_mirror import JobMirror
 
+Known = Callable[[Collection[str]], set[str]]
 _STAGED_PREFIX = "incoming-"
 _MASKS = "masks"
 
@@ -29,8 +30,12 @@ class JobFolders:
     With a `mirror` the folder is this host's own, and what other hosts need of it goes to the mirror too.
     """
 
-    def __init__(self, root: Path, *, keep_pictures: bool = False, mirror: JobMirror | None = None) -> None:
+    def __init__(
+        self, root: Path, *, keep_pictures: bool = False, mirror: JobMirror | None = None, known: Known = set
+    ) -> None:
+        """`known` returns those of some job ids that there is a job of; without it, all of them."""
         self._mirror = mirror
+        self._known = known
         self._root = root.expanduser().resolve()
         self._keep_pictures = keep_pictures
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -123,14 +128,20 @@ class JobFolders:
         self._forget(job_id, keep_pictures=False)
 
     def sweep(self, kept_jobs: Collection[str], min_age: float) -> int:
-        """End every folder older than `min_age` seconds that belongs to no kept job. Returns how many there were."""
+        """End every folder older than `min_age` seconds that belongs to no kept job. Returns how many there were.
+
+        Where the operator keeps pictures of ended jobs, they go once the job itself has been removed.
+        """
         swept = 0
+        forgotten = self._forgotten(kept_jobs, min_age) if self._keep_pictures else set()
         for folder in self._root.iterdir():
             age = time.time() - _last_change(folder)
             if folder.name in kept_jobs or age < min_age:
                 continue
             if folder.name.startswith(_STAGED_PREFIX):
                 self.discard(folder)
+            elif folder.name in forgotten:
+                self.remove(folder.name)
             elif not self._keep_pictures or (folder / "work").exists():
                 self.end(folder.name)
             else:
@@ -138,7 +149,20 @@ class JobFolders:
             swept += 1
         if self._mirror is not None:
             swept += self._mirror.sweep(kept_jobs, min_age, keep_pictures=self._keep_pictures)
+            for job_id in forgotten:
+                self._mirror.remove(job_id)
         return swept
+
+    def _forgotten(self, kept_jobs: Collection[str], min_age: float) -> set[str]:
+        """Return the names of folders, here and in the mirror, that no job has any more."""
+        names = {
+            folder.name
+            for folder in self._root.iterdir()
+            if not folder.name.startswith(_STAGED_PREFIX) and time.time() - _last_change(folder) >= min_age
+        }
+        if self._mirror is not None:
+            names |= self._mirror.jobs(min_age)
+        return names - set(kept_jobs) - self._known(names)
 
     def _forget(self, job_id: str, *, keep_pictures: bool) -> None:
         if self._mirror is None:

@@ -52,6 +52,14 @@ class JobMirror:
         for entry in list(self._objects.entries(f"{_PREFIX}/{job_id}{part}")):
             self._objects.delete(entry.key)
 
+    def jobs(self, min_age: float) -> set[str]:
+        """Return the ids of the jobs that have objects, and none younger than `min_age` seconds."""
+        ages: dict[str, float] = {}
+        for entry in self._objects.entries(_PREFIX):
+            job_id = entry.key.split("/")[1]
+            ages[job_id] = min(entry.age, ages.get(job_id, entry.age))
+        return {job_id for job_id, age in ages.items() if age >= min_age}
+
     def sweep(self, kept_jobs: Collection[str], min_age: float, *, keep_pictures: bool) -> int:
         """Remove what is older than `min_age` seconds and belongs to no kept job. Returns the number of objects."""
         swept = 0

@@ -70,6 +70,13 @@ class Metrics:
         """Count a failed round of a task in the background."""
         self.background_failures.labels(task).inc()
 
+    def swept(self, kind: str, count: int) -> None:
+        """Count what a sweep of the store removed: rows of a kind, or `bytes` of files."""
+        if kind == "bytes":
+            self.store_swept_bytes.inc(count)
+        else:
+            self.store_swept.labels(kind).inc(count)
+
     def _add_adapters_and_jobs(self, r: CollectorRegistry) -> None:
         self.swap_seconds = Histogram(
             "hueshift_swap_seconds", "Time to bring a row into a slot.", ["tier"], buckets=_SWAP_BUCKETS, registry=r
@@ -125,6 +132,15 @@ class Metrics:
         )
         self.device_free_bytes = Gauge(
             "hueshift_device_free_bytes", "Device memory that nothing held after warm-up.", registry=r
+        )
+        self.store_swept = Counter(
+            "hueshift_store_swept",
+            "Rows removed by age or number: answers, days, samples (their pictures), events, jobs, revisions.",
+            ["kind"],
+            registry=r,
+        )
+        self.store_swept_bytes = Counter(
+            "hueshift_store_swept_bytes", "Bytes of adapter files that cleaning removed.", registry=r
         )
         self.background_failures = Counter(
             "hueshift_background_failures",

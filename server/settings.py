@@ -25,6 +25,7 @@ from hueshift.server.devices import check_devices
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+DAY = 86_400
 _TENANT = r"^[a-z][a-z0-9-]{0,62}$"
 TenantName = Annotated[str, StringConstraints(pattern=_TENANT)]
 TenantWeight = Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)]
@@ -199,10 +200,25 @@ class TrainingSettings(_Section):
     memory_fraction: float = Field(1.0, gt=0, le=1, description="Share of a CUDA device's memory a worker may take.")
     keep_pictures: bool = Field(False, description="Keep training pictures after the job has ended.")
     keep_samples_seconds: float = Field(
-        30 * 86_400, ge=0, description="How long sample pictures of ended jobs stay in the database; 0: for ever."
+        30 * DAY, ge=0, description="How long sample pictures of ended jobs stay in the database; 0: for ever."
     )
     keep_failed_seconds: float = Field(
         86_400, ge=0, description="How long a job that was given up keeps its files, to be retried; 0: not at all."
+    )
+
+
+class RetentionSettings(_Section):
+    """What is removed when nobody needs it any more; samples and files of jobs have their settings in `training`."""
+
+    events_seconds: float = Field(
+        30 * DAY, ge=0, description="How long progress and samples of ended jobs can be watched again; 0: for ever."
+    )
+    jobs_seconds: float = Field(
+        180 * DAY, ge=0, description="How long ended jobs are listed, with their scores and errors; 0: for ever."
+    )
+    revisions: int = Field(20, ge=0, description="Newest revisions that an adapter keeps; 0: all.")
+    revisions_seconds: float = Field(
+        0, ge=0, description="How long a revision is kept that is not the newest one; 0: for ever."
     )
 
 
@@ -287,6 +303,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
     training: TrainingSettings = TrainingSettings()
+    retention: RetentionSettings = RetentionSettings()
     store: StoreSettings = StoreSettings()
     cluster: ClusterSettings = ClusterSettings()
     auth: AuthSettings = AuthSettings()

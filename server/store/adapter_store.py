@@ -9,9 +9,10 @@ holds the file's lock, so a publication and a deletion of equal bytes cannot pas
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, BinaryIO
 
-from sqlalchemy import Connection, and_, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select
 from sqlalchemy import delete as delete_from
 from sqlalchemy import update as update_of
 
@@ -37,6 +38,10 @@ from hueshift.server.store.database import Database, lock
 from hueshift.server.store.tables import adapters, revisions
 
 _CHUNK = 1024 * 1024
+# A request that names an old revision writes this seldom; what removes revisions waits much longer.
+USE_SECONDS = 300.0
+# Names that one query of a sweep asks for: any database takes as many.
+_LOOKED_UP = 500
 
 
 class AdapterStore:
@@ -76,25 +81,27 @@ class AdapterStore:
         return read_adapter_row(row)
 
     def revision(self, tenant: str, adapter_id: str, number: int = 0) -> RevisionRecord:
-        """Return a revision; 0 means the newest. Raises NotFound (ADAPTER_REVISION_NOT_FOUND) on any other number."""
+        """Return a revision; 0 means the newest. An older one is kept for a while from now on.
+
+        Raises NotFound (ADAPTER_REVISION_NOT_FOUND) on any other number.
+        """
         record = self.get(tenant, adapter_id)
         if number in (0, record.revision):
             return record.newest
+        same = and_(
+            revisions.c.tenant == tenant,
+            revisions.c.adapter_id == adapter_id,
+            # No database holds larger numbers, and some refuse to compare with them.
+            revisions.c.revision == min(max(number, -1), 2**62),
+        )
         with self._database.read() as connection:
-            row = connection.execute(
-                select(revisions).where(
-                    revisions.c.tenant == tenant,
-                    revisions.c.adapter_id == adapter_id,
-                    # No database holds larger numbers, and some refuse to compare with them.
-                    revisions.c.revision == min(max(number, -1), 2**62),
-                )
-            ).one_or_none()
-        if row is None:
+            row = connection.execute(select(revisions).where(same)).one_or_none()
+        if row is None or not self._note_use(row.used, same):
             error = not_found(Reason.ADAPTER_NOT_FOUND, "adapters", adapter_name(tenant, adapter_id))
             raise NotFound(
                 Reason.ADAPTER_REVISION_NOT_FOUND,
                 f"adapter {adapter_name(tenant, adapter_id)!r} has no revision {number}; "
-                f"allowed: 0 (the newest) or 1 to {record.revision}",
+                f"allowed: 0 (the newest) or 1 to {record.revision}, of which the server may have removed old ones",
                 resource=error.resource,
             )
         return read_revision(row)
@@ -227,10 +234,12 @@ class AdapterStore:
         freed.
         """
         freed = self._blobs.sweep_temporaries(min_age)
-        with self._database.read() as connection:
-            named = set(connection.execute(select(revisions.c.content_hash).distinct()).scalars())
-        found = [entry for entry in self._blobs.entries() if entry.age >= min_age]
-        return freed + self.discard_unused([e.content_hash for e in found if e.content_hash not in named])
+        old = (entry.content_hash for entry in self._blobs.entries() if entry.age >= min_age)
+        while some := tuple(islice(old, _LOOKED_UP)):
+            with self._database.read() as connection:
+                named = referenced(connection, some)
+            freed += self.discard_unused([content_hash for content_hash in some if content_hash not in named])
+        return freed
 
     def load(self, content_hash: str, layout: BaseLayout) -> Adapter:
         """Read a stored file into memory, checked against its hash and the base model.
@@ -284,6 +293,14 @@ class AdapterStore:
                 )
             return self.get(tenant, adapter_id, own)
 
+    def _note_use(self, used: float | None, same: ColumnElement[bool]) -> bool:
+        """Say that a revision is in use, if that was not said lately; False if it is gone."""
+        now = self._clock.time()
+        if used is not None and now - used < USE_SECONDS:
+            return True
+        with self._database.write() as connection:
+            return connection.execute(update_of(revisions).where(same).values(used=now)).rowcount == 1
+
     def _write_adapter(
         self, connection: Connection, tenant: str, adapter_id: str, display_name: str, labels: Mapping[str, str]
     ) -> int:
@@ -328,11 +345,8 @@ class AdapterStore:
             job_id=job_id,
             created=self._clock.time(),
         )
-        connection.execute(
-            insert(revisions).values(
-                **{column.name: getattr(record, column.name) for column in revisions.c} | {"job_id": job_id or None}
-            )
-        )
+        values = {column.name: getattr(record, column.name) for column in revisions.c if column.name != "used"}
+        connection.execute(insert(revisions).values(**values | {"job_id": job_id or None}))
         return record
 
 

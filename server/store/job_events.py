@@ -1,7 +1,8 @@
 """The events of a job, numbered without gaps: each is written in the transaction of the change it tells of.
 
-Events are never deleted, so that a watcher can trust the numbers. They stay few all the same: the worker writes at most
-1,000 progress events an attempt, only the newest samples keep their picture, and none of them for ever.
+While a job goes on none is deleted, so that a watcher can trust the numbers. They stay few all the same: the worker
+writes at most 1,000 progress events an attempt, and only the newest samples keep their picture. Long after the job has
+ended all but its changes of state may go (`retention`).
 """
 
 from collections.abc import Collection, Mapping

@@ -37,7 +37,7 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job to be queued. Larger `priority` goes first."""
+    """A job to be queued. Larger `priority` goes first. `picture_bytes`: of its stored pictures and masks."""
 
     job_id: str
     tenant: str
@@ -46,6 +46,7 @@ class NewJob:
     display_name: str
     labels: Mapping[str, str]
     priority: int = 0
+    picture_bytes: int = 0
 
     def first_row(self, now: float) -> dict[str, Any]:
         """Return the values of its row when it is queued; the other columns have defaults."""
@@ -61,6 +62,7 @@ class NewJob:
             "steps": self.spec.steps,
             "sequence": 1,
             "created": now,
+            "picture_bytes": self.picture_bytes,
         }
 
 
@@ -98,6 +100,7 @@ class JobRecord:
     device_seconds: float
     charged: float | None
     failures: Sequence[Mapping[str, Any]]
+    picture_bytes: int = 0
 
     @classmethod
     def from_row(cls, row: Row[Any]) -> Self:

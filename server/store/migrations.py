@@ -39,6 +39,15 @@ def _to_3(connection: Connection) -> None:
         index.create(connection, checkfirst=True)
 
 
+def _to_4(connection: Connection) -> None:
+    """Note which revisions are in use and what pictures take, find by age what may go, take turns at removing it."""
+    _add_column(connection, tables.revisions, "used")
+    _add_column(connection, tables.jobs, "picture_bytes", "DEFAULT 0 ")
+    for index in (*tables.jobs.indexes, tables.loose_events_by_age):
+        index.create(connection, checkfirst=True)
+    tables.turns.create(connection)
+
+
 def _add_column(connection: Connection, table: Table, name: str, default: str = "") -> None:
     definition = str(CreateColumn(table.c[name]).compile(dialect=connection.dialect))
     # A column that may not be empty needs a value for the rows that are there.
@@ -46,4 +55,4 @@ def _add_column(connection: Connection, table: Table, name: str, default: str = 
     connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
 
 
-_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3}
+_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}

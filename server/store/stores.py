@@ -1,6 +1,7 @@
 """Where everything of one deployment lies under its store folder. Server, workers and commands open it alike."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from hueshift.server.clock import Clock
 from hueshift.server.job_folders import JobFolders
@@ -13,6 +14,7 @@ from hueshift.server.store.job_quotas import JobQuotas
 from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.object_blobs import ObjectBlobs
 from hueshift.server.store.objects import Objects
+from hueshift.server.store.retention import known_jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,5 +51,10 @@ def open_stores(settings: Settings, clock: Clock) -> Stores:
             quotas=quotas,
             keep_failed_seconds=settings.training.keep_failed_seconds,
         ),
-        folders=JobFolders(root / "jobs", keep_pictures=settings.training.keep_pictures, mirror=mirror),
+        folders=JobFolders(
+            root / "jobs",
+            keep_pictures=settings.training.keep_pictures,
+            mirror=mirror,
+            known=partial(known_jobs, database),
+        ),
     )

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 
 # What changed between versions is in `migrations.py`.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 metadata = MetaData()
 
@@ -78,6 +78,8 @@ revisions = Table(
     # The job that published it; unique, so that a job publishes at most once whoever tries.
     Column("job_id", String(32), unique=True),
     Column("created", Float, nullable=False),
+    # When a request last named this revision although a newer one was there, to within minutes: such are not removed.
+    Column("used", Float),
     ForeignKeyConstraint(["tenant", "adapter_id"], ["adapters.tenant", "adapters.adapter_id"], ondelete="CASCADE"),
     Index("revisions_by_content", "content_hash"),
 )
@@ -133,10 +135,14 @@ jobs = Table(
     Column("charged", Float),
     # Why attempts ended early, for the operator: [{attempt, time, owner, cause}].
     Column("failures", JSON),
+    # Of its pictures and masks as they are stored; counted for as long as they are.
+    Column("picture_bytes", BigInteger, nullable=False, default=0),
     Index("jobs_to_claim", "state", "priority", "created"),
     Index("jobs_by_tenant", "tenant", "created", "job_id"),
     # Summed every second, while the rows with their specs may be many.
     Index("jobs_by_losses", "leases_lost"),
+    # Found by age to be removed.
+    Index("jobs_by_end", "ended"),
 )
 
 job_events = Table(
@@ -161,6 +167,14 @@ samples_by_age = Index(
     postgresql_where=job_events.c.data.is_not(None),
 )
 
+# The same for events of training, which go before their jobs do.
+loose_events_by_age = Index(
+    "loose_events_by_age",
+    job_events.c.time,
+    sqlite_where=job_events.c.kind != "state",
+    postgresql_where=job_events.c.kind != "state",
+)
+
 usage = Table(
     "usage",
     metadata,
@@ -179,4 +193,16 @@ replicas = Table(
     Column("started", Float, nullable=False),
     # A replica that does not renew its row by then counts as dead.
     Column("expires", Float, nullable=False),
+)
+
+# Work that one server does for all that share the database.
+turns = Table(
+    "turns",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    # Another may take over then: the owner has died, or hangs.
+    Column("expires", Float, nullable=False),
+    # When a round was last ended.
+    Column("done", Float),
 )

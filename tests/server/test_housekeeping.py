@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from small_jobs import small_spec
 from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.server import housekeeping
 from hueshift.server.clock import SystemClock
-from hueshift.server.housekeeping import IDEMPOTENCY_SECONDS, ORPHAN_SECONDS, clean, keep_clean
+from hueshift.server.housekeeping import IDEMPOTENCY_SECONDS, ORPHAN_SECONDS, Keeping, clean, keep_clean
 from hueshift.server.settings import Settings, StoreSettings
 from hueshift.server.store.job_events import forget_samples
 from hueshift.server.store.job_records import EventKind, NewJob
@@ -46,8 +47,7 @@ def test_old_answers_and_old_orphans_go(stores: Stores, tmp_path: Path) -> None:
     blobs = stores.adapters._blobs
     old, new = blobs.put(b"old orphan"), blobs.put(b"new orphan")
     os.utime(blobs.path(old), (now - ORPHAN_SECONDS - 60,) * 2)
-    freed, forgotten = clean(stores, SystemClock())
-    assert (freed, forgotten) == (len(b"old orphan"), 1)
+    assert clean(stores, SystemClock(), Keeping()) == {"bytes": len(b"old orphan"), "answers": 1}
     assert _answers(stores) == {"new"}
     assert not blobs.path(old).exists()
     assert blobs.path(new).exists()
@@ -58,7 +58,7 @@ async def test_a_failed_round_is_not_the_last(stores: Stores, monkeypatch: pytes
     rounds = 0
     loop, fourth = asyncio.get_running_loop(), asyncio.Event()
 
-    def fail_once(*_parts: object) -> tuple[int, int]:
+    def fail_once(*_parts: object, **_named: object) -> Counter[str]:
         nonlocal rounds
         rounds += 1
         if rounds == 4:
@@ -68,11 +68,11 @@ async def test_a_failed_round_is_not_the_last(stores: Stores, monkeypatch: pytes
         if rounds == 2:
             # What nobody thought of is no reason to stop either.
             raise RuntimeError("database disk image is malformed")
-        return 0, 0
+        return Counter()
 
     monkeypatch.setattr(housekeeping, "clean", fail_once)
     failures: list[str] = []
-    task = asyncio.create_task(keep_clean(stores, SystemClock(), every=0.01, failed=failures.append))
+    task = asyncio.create_task(keep_clean(stores, SystemClock(), Keeping(), every=0.01, failed=failures.append))
     async with asyncio.timeout(5):
         await fourth.wait()
     task.cancel()
@@ -97,8 +97,8 @@ def test_many_samples_go_a_few_in_each_transaction(
     clock.advance(101)
     with stores.database.write() as connection:
         assert forget_samples(connection, clock.time() - 100, 3) == 3
-    monkeypatch.setattr(housekeeping, "SAMPLES_AT_ONCE", 2)
-    clean(stores, clock, 100.0)
+    monkeypatch.setattr(housekeeping, "AT_ONCE", {**housekeeping.AT_ONCE, "samples": 2})
+    clean(stores, clock, Keeping(samples=100))
     events = [event for job_id in ("ft-1", "ft-2") for event in stores.jobs.events(job_id)]
     assert [event.data for event in events if event.kind is EventKind.SAMPLE] == [None] * 8
     stores.close()
@@ -115,11 +115,11 @@ def test_samples_of_long_ended_jobs_lose_their_pictures(tmp_path: Path) -> None:
         if job_id == "ft-old":
             stores.jobs.fail(claimed.lease, "TRAINING_DIVERGED", "why")
     clock.advance(100)
-    clean(stores, clock, 0.0)
-    clean(stores, clock, 100.0)
+    clean(stores, clock, Keeping())
+    clean(stores, clock, Keeping(samples=100))
     assert [event.data for event in stores.jobs.events("ft-old") if event.kind is EventKind.SAMPLE] == [b"png"]
     clock.advance(1)
-    clean(stores, clock, 100.0)
+    clean(stores, clock, Keeping(samples=100))
     # The event stays, so that the numbers have no gap.
     (old,) = (event for event in stores.jobs.events("ft-old") if event.kind is EventKind.SAMPLE)
     (new,) = (event for event in stores.jobs.events("ft-running") if event.kind is EventKind.SAMPLE)

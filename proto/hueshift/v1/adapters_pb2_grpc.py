@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Manages adapters. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
+    """Manages adapters. A server may keep only the newest revisions of an adapter, never one that a request named within the
+    last hour. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
     """
 
     def __init__(self, channel):
@@ -78,7 +79,8 @@ class AdapterServiceStub:
 
 
 class AdapterServiceServicer:
-    """Manages adapters. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
+    """Manages adapters. A server may keep only the newest revisions of an adapter, never one that a request named within the
+    last hour. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
     """
 
     def ImportAdapter(self, request_iterator, context):
@@ -194,7 +196,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Manages adapters. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
+    """Manages adapters. A server may keep only the newest revisions of an adapter, never one that a request named within the
+    last hour. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """Manages adapters. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND."""
+    """Manages adapters. A server may keep only the newest revisions of an adapter, never one that a request named within the
+    last hour. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -60,7 +62,9 @@ class AdapterServiceStub:
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Manages adapters. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND."""
+    """Manages adapters. A server may keep only the newest revisions of an adapter, never one that a request named within the
+    last hour. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ImportAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.ImportAdapterRequest, _adapters_pb2.ImportAdapterResponse]  # type: ignore[assignment]
@@ -89,7 +93,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages adapters. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND."""
+    """Manages adapters. A server may keep only the newest revisions of an adapter, never one that a request named within the
+    last hour. Every name is resolved within the caller's tenant: another tenant's adapter is NOT_FOUND.
+    """
 
     @_abc_1.abstractmethod
     def ImportAdapter(

@@ -1161,7 +1161,9 @@ class WatchFineTuneResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The event's number, rising within the job, with no gaps."""
+    """The event's number, rising within the job, with no gaps, but that progress and samples of a job that ended long ago
+    may have been removed (a setting of the server). Its changes of state stay.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened."""

@@ -26,10 +26,13 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
 
 def go_back_to_version_1(database: Database) -> None:
     with database.write() as connection:
-        for index in ("jobs_by_losses", "samples_by_age", "pinned_adapters"):
+        added = ("jobs_by_losses", "samples_by_age", "pinned_adapters", "jobs_by_end", "loose_events_by_age")
+        for index in added:
             connection.execute(text(f"DROP INDEX {index}"))
-        for column in ("device_seconds", "charged", "failures"):
+        for column in ("device_seconds", "charged", "failures", "picture_bytes"):
             connection.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
+        connection.execute(text("ALTER TABLE revisions DROP COLUMN used"))
+        connection.execute(text("DROP TABLE turns"))
         connection.execute(text("DROP TABLE usage"))
         connection.execute(text("DROP TABLE replicas"))
         connection.execute(update(schema).values(version=1))
