@@ -3,7 +3,7 @@
 The figures go to disk (engines/cost_store.py), so only the first start on a GPU pays for measuring.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -19,7 +19,7 @@ from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.cuda_options import KernelUse
 from hueshift.engines.device_errors import release_memory
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Plan
+from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
 
@@ -108,12 +108,11 @@ def measure_costs(engine: CudaEngine, calls: Mapping[GraphKey, Work], progress: 
     for done, (key, call) in enumerate(calls.items()):
         progress("calibrate", done, len(calls))
         # All copies of merged weights cost the same; the base's stands for them.
-        if key.role == BASE_ROLE or key.role in (Plan.DENSE, Plan.FACTORED):
+        if key.role == BASE_ROLE or key.role in SLAB_PLANS:
             plan = Plan.MERGED if key.role == BASE_ROLE else Plan(key.role)
             shape = key.shape
             with torch.no_grad():
                 times[plan, shape.rows, (shape.height, shape.width)] = _median_ms(lane, call)
-    times |= _full_ms(engine)
     progress("calibrate", len(calls), len(calls))
     return CostTable(times, _merge_ms(engine), _overhead_ms(engine, times))
 
@@ -125,35 +124,13 @@ def measure_capacity(engine: CudaEngine, calls: Mapping[GraphKey, Work]) -> dict
         fitting = [
             rows
             for rows in engine.buckets
-            if all(GraphKey(plan.value, CallShape(rows, *size)) in calls for plan in (Plan.DENSE, Plan.FACTORED))
+            if all(GraphKey(plan.value, CallShape(rows, *size)) in calls for plan in SLAB_PLANS)
         ]
         capacity[size] = max(fitting, default=0)
         free = engine.lane.free_bytes()
         engine.observer.capacity(size, capacity[size], free)
         _log.info("engine_capacity", height=size[0], width=size[1], rows=capacity[size], free_bytes=free)
     return capacity
-
-
-def _full_ms(engine: CudaEngine) -> dict[tuple[Plan, int, tuple[int, int]], float]:
-    """Times of the full plan, which is called eagerly, at the smallest guided batch and the largest."""
-    found: dict[tuple[Plan, int, tuple[int, int]], float] = {}
-    for rows in sorted({min(2, engine.max_batch), engine.max_batch}):
-        inputs, added = example_inputs(engine.base, rows), example_added(engine.base, rows)
-        placed = [part.to(engine.lane.device) for part in inputs[:3]]
-
-        def call(placed: Sequence[Tensor] = placed, index: Tensor = inputs[3], added: Tensor | None = added) -> None:
-            engine.denoise(Plan.FULL, placed[0], placed[1], placed[2], index, added)
-
-        without_memory = False
-        try:
-            call()
-            found[Plan.FULL, rows, (inputs[0].shape[2], inputs[0].shape[3])] = _median_ms(engine.lane, call)
-        except torch.cuda.OutOfMemoryError:
-            _log.warning("full_plan_without_memory", rows=rows)
-            without_memory = True
-        if without_memory:
-            release_memory()
-    return found
 
 
 def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:

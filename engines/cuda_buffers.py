@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hueshift.engines.interface import BASE_SLOT
+from hueshift.engines.interface import BASE_SLOT, Guides
 from hueshift.engines.transfer import pinned_for
 
 NO_BRANCH = -1
@@ -34,7 +34,7 @@ class CallShape:
 class CallViews:
     """The buffers at one shape. `sample` [N, C, h, w] lies channels_last in the engine's dtype, `timestep` [N] is fp32,
     `cross` [N, tokens, width] and `added` [N, width] (SDXL; else None) are in the engine's dtype, `slots` [N] and
-    `branches` [N] int64, `out` [N, C, h, w] fp32.
+    `branches` [N] int64, `out` [N, C, h, w] fp32. Plan.FULL reads `guides` too and writes `mask` [N, h, w] fp32.
     """
 
     sample: Tensor
@@ -43,7 +43,9 @@ class CallViews:
     added: Tensor | None
     slots: Tensor
     branches: Tensor
+    guides: Guides
     out: Tensor
+    mask: Tensor
 
     def fill(
         self,
@@ -67,6 +69,30 @@ class CallViews:
         if rows < self.slots.shape[0]:
             self.slots[rows:].fill_(BASE_SLOT)
             self.branches[rows:].fill_(NO_BRANCH)
+
+    def fill_guides(self, guides: Guides) -> None:
+        """Copy the guides of at most N rows in. Rows beyond them ask for nothing, and none of these looks at them."""
+        rows, device = guides.lag.shape[0], self.slots.device
+        mine = self.guides
+        for place, part in (
+            (mine.lag, guides.lag),
+            (mine.lag_source, guides.lag_source),
+            (mine.reference, guides.reference),
+        ):
+            place[:rows].copy_(pinned_for(part, device), non_blocking=True)
+        self.clear_guides(rows)
+
+    def clear_guides(self, begin: int = 0) -> None:
+        """Let rows from `begin` on ask for nothing.
+
+        Also before a call without guides of its own: what an earlier and larger one left names rows that are not there.
+        """
+        count = self.slots.shape[0]
+        if begin < count:
+            own = torch.arange(begin, count, device=self.slots.device)
+            self.guides.lag[begin:].zero_()
+            self.guides.lag_source[begin:].copy_(own)
+            self.guides.reference[begin:].copy_(own)
 
 
 class CallBuffers:
@@ -95,6 +121,10 @@ class CallBuffers:
         self._added = zeros(rows, added) if added else None
         self._slots = zeros(rows, dtype=torch.int64)
         self._branches = torch.full((rows,), NO_BRANCH, dtype=torch.int64, device=device)
+        self._guides = Guides(
+            zeros(rows, cross[0], dtype=torch.float32), zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
+        )
+        self._mask = zeros(rows * area, dtype=torch.float32)
         self._views: dict[CallShape, CallViews] = {}
 
     def at(self, shape: CallShape) -> CallViews:
@@ -107,13 +137,14 @@ class CallBuffers:
     @property
     def addresses(self) -> dict[str, int]:
         """First address of each buffer, which must never change."""
-        named = {name: getattr(self, f"_{name}") for name in ("sample", "out", "timestep", "cross", "slots")}
+        named = {name: getattr(self, f"_{name}") for name in ("sample", "out", "timestep", "cross", "slots", "mask")}
+        named |= {name: getattr(self._guides, name) for name in ("lag", "lag_source", "reference")}
         return {name: tensor.data_ptr() for name, tensor in named.items()}
 
     def _make(self, shape: CallShape) -> CallViews:
         count, height, width = shape.rows, shape.height, shape.width
         lying = (count, height, width, self._channels)
-        size = prod(lying)
+        size, guides = prod(lying), self._guides
         return CallViews(
             sample=self._sample[:size].view(lying).permute(0, 3, 1, 2),
             timestep=self._timestep[:count],
@@ -121,7 +152,9 @@ class CallBuffers:
             added=None if self._added is None else self._added[:count],
             slots=self._slots[:count],
             branches=self._branches[:count],
+            guides=Guides(*(part[:count] for part in (guides.lag, guides.lag_source, guides.reference))),
             out=self._out[:size].view(count, self._channels, height, width),
+            mask=self._mask[: count * height * width].view(count, height, width),
         )
 
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from hueshift.adapters.errors import InvalidArgument
-from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cost_model import CostTable
 from hueshift.engines.cuda_buffers import NO_BRANCH, CallBuffers, CallShape, bucket_for, buckets_up_to
 from hueshift.engines.cuda_graphs import GraphKey, GraphStore
 from hueshift.engines.cuda_lane import GraphLane, Mark
-from hueshift.engines.cuda_networks import Network, NetworkSet
+from hueshift.engines.cuda_networks import GuidedNetwork, Network, NetworkSet
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, EngineObserver, Silent
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Guides, Plan, no_guides
 from hueshift.engines.merged_slots import MergedSlots
@@ -26,7 +25,6 @@ from hueshift.engines.rows import RowLayout
 from hueshift.engines.run_ahead import RunAhead
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
-from hueshift.engines.transfer import to_device
 
 
 class CudaEngine:
@@ -170,22 +168,11 @@ class CudaEngine:
         """
         if plan is Plan.FULL:
             return self.denoise_guided(latents, timesteps, cross, adapter_index, no_guides(cross), added)[0]
-        count, _, height, width = latents.shape
-        self._slabs.check_call(count, self.max_batch, adapter_index)
-        self._check_area(height, width)
-        shape = CallShape(bucket_for(count, self.buckets), height, width)
-        views = self.buffers.at(shape)
+        shape = self._shape(latents, adapter_index)
         network = self._network(plan, adapter_index)
-        branches = self._branches[adapter_index.cpu()]
-        self._ahead.make_room()
-        self._await_rows(adapter_index)
-        with torch.no_grad(), self.lane.running():
-            views.fill(latents, timesteps, cross, added, adapter_index, branches)
-            self.graphs.run(GraphKey(network.role, shape), partial(network.call, views))
-            out = views.out[:count].clone() if latents.device == self.lane.device else views.out[:count].cpu()
+        out = self._run(network, shape, latents, timesteps, cross, adapter_index, added)[0]
         if network.held is not None and self._merged is not None:
             self._merged.used(network.held)
-        self._ahead.add(self.lane.mark())
         return out
 
     def denoise_guided(
@@ -197,27 +184,10 @@ class CudaEngine:
         guides: Guides,
         added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the full plan once, eagerly: what it does depends on the guides, and it is rare. See UNetEngine."""
-        self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
-        device, dtype = self.lane.device, self.dtype
-        self._ahead.make_room()
-        self._await_rows(adapter_index)
-        with torch.no_grad(), self.lane.running():
-            placed = Guides(*(to_device(part, device) for part in (guides.lag, guides.lag_source, guides.reference)))
-            network: AdaptedUNet = self.networks.full
-            out, mask = network.forward_guided(
-                latents.to(device, dtype),
-                to_device(timesteps, device),
-                cross.to(device, dtype),
-                to_device(adapter_index, device),
-                placed,
-                self._slabs.spectral,
-                self._slabs.lowrank,
-                None if added is None else added.to(device, dtype),
-            )
-            found = out.to(latents.device, torch.float32), mask.to(latents.device)
-        self._ahead.add(self.lane.mark())
-        return found
+        """Run the full plan once; see UNetEngine."""
+        shape = self._shape(latents, adapter_index)
+        out, mask = self._run(self.networks.full, shape, latents, timesteps, cross, adapter_index, added, guides)
+        return out, mask
 
     def warm(self) -> None:
         """Capture every plan at the usual sizes, the largest batch first: the smaller ones then fit in its memory."""
@@ -228,7 +198,11 @@ class CudaEngine:
             self.lane.mark().wait()
 
     def captures_to_warm(self) -> list[tuple[str, CallShape, Plan]]:
-        """What `warm` captures: role, shape and plan, in that order."""
+        """What `warm` captures: role, shape and plan, in that order.
+
+        Plan.FULL is among them though it is rare: caught at its first use, each bucket would stop the whole device for
+        a capture while others take their steps, and here it costs two eager calls and a capture, never a compile.
+        """
         shapes = [CallShape(rows, *size) for size in self.options.warm_sizes for rows in self.buckets]
         shapes.sort(key=lambda shape: -shape.work)
         roles = self.networks.roles()
@@ -237,9 +211,41 @@ class CudaEngine:
     def warm_one(self, role: str, shape: CallShape) -> Callable[[], None]:
         """Compile and capture one call for good; return what queues it on the lane."""
         views, key = self.buffers.at(shape), GraphKey(role, shape)
-        network = self.networks.named(role) if key in self.graphs else self.networks.compiled(role)
+        network: Network | GuidedNetwork
+        if role == Plan.FULL:
+            network = self.networks.full
+            with self.lane.running():
+                views.clear_guides()
+        else:
+            network = self.networks.named(role) if key in self.graphs else self.networks.compiled(role)
         with torch.no_grad():
             return self.graphs.warm(key, partial(network.call, views))
+
+    def _run(
+        self,
+        network: Network | GuidedNetwork,
+        shape: CallShape,
+        latents: Tensor,
+        timesteps: Tensor,
+        cross: Tensor,
+        adapter_index: Tensor,
+        added: Tensor | None,
+        guides: Guides | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Queue one call and return its output where the latents are, and behind it the masks if there are guides."""
+        count, near, views = latents.shape[0], latents.device == self.lane.device, self.buffers.at(shape)
+        branches = self._branches[adapter_index.cpu()]
+        self._ahead.make_room()
+        self._await_rows(adapter_index)
+        with torch.no_grad(), self.lane.running():
+            views.fill(latents, timesteps, cross, added, adapter_index, branches)
+            if guides is not None:
+                views.fill_guides(guides)
+            self.graphs.run(GraphKey(network.role, shape), partial(network.call, views))
+            made = (views.out,) if guides is None else (views.out, views.mask)
+            found = tuple(part[:count].clone() if near else part[:count].cpu() for part in made)
+        self._ahead.add(self.lane.mark())
+        return found
 
     def _network(self, plan: Plan, adapter_index: Tensor) -> Network:
         if plan is Plan.MERGED and self._merged is not None:
@@ -261,8 +267,12 @@ class CudaEngine:
                 if arrived is not None:
                     self.lane.after(arrived)
 
-    def _check_area(self, height: int, width: int) -> None:
+    def _shape(self, latents: Tensor, adapter_index: Tensor) -> CallShape:
+        """What the call of these latents is filled up to. Raises InvalidArgument on what does not fit the engine."""
+        count, _, height, width = latents.shape
+        self._slabs.check_call(count, self.max_batch, adapter_index)
         if height * width > self.buffers.area:
             raise InvalidArgument.for_field(
                 "latents", f"{height}x{width} has more than the {self.buffers.area} positions this engine was made for"
             )
+        return CallShape(bucket_for(count, self.buckets), height, width)

@@ -40,6 +40,35 @@ class Network:
         views.out.copy_(out)
 
 
+@dataclass(frozen=True, slots=True)
+class GuidedNetwork:
+    """The network of Plan.FULL, which gathers its rows from the slabs `spectral` and `lowrank` and reads guides.
+
+    Everything in it has the shape of the call, whoever asks for something: a row without LAG has a mask of ones, and
+    one that shares with nobody is its own reference. So one graph runs any guides, as buffers like all else.
+    """
+
+    unet: AdaptedUNet
+    spectral: Tensor
+    lowrank: Tensor
+    role: str = Plan.FULL.value
+
+    def call(self, views: CallViews) -> None:
+        """Run on the buffers and write their `out` and `mask`."""
+        out, mask = self.unet.forward_guided(
+            views.sample,
+            views.timestep,
+            views.cross,
+            views.slots,
+            views.guides,
+            self.spectral,
+            self.lowrank,
+            views.added,
+        )
+        views.out.copy_(out)
+        views.mask.copy_(mask)
+
+
 class NetworkSet:
     """Makes networks and knows which serves what. For one thread at a time."""
 
@@ -64,7 +93,7 @@ class NetworkSet:
         self._compiled: dict[str, Network] = {}
 
     def of(self, plan: Plan) -> Network:
-        """The network of a slab plan that is captured."""
+        """The network of a slab plan without guides."""
         return self._chosen[plan]
 
     @cached_property
@@ -75,12 +104,12 @@ class NetworkSet:
         return Network(BASE_ROLE, network, network.compute)
 
     @cached_property
-    def full(self) -> AdaptedUNet:
-        """The network of Plan.FULL, on the factored one's memory. It is called eagerly."""
+    def full(self) -> GuidedNetwork:
+        """The network of Plan.FULL, on the factored one's memory. It is never compiled: its masks are our kernels."""
         network = AdaptedUNet(self._base, self._factors, self._rows, Plan.FULL)
         network.to(device=self._slabs.lowrank.device, dtype=self._dtype)
         share_parameters(network, self._chosen[Plan.FACTORED].unet)
-        return network
+        return GuidedNetwork(network, self._slabs.spectral, self._slabs.lowrank)
 
     def merged(self, held: WeightSlot) -> Network:
         """The network of a copy of weights."""
@@ -132,14 +161,14 @@ class NetworkSet:
         return made
 
     def roles(self) -> list[tuple[str, Plan]]:
-        """What is captured: role and plan of each network."""
-        found = [(plan.value, plan) for plan in self._chosen]
+        """What is captured: role and plan of each network, the one that takes most memory first."""
+        found = [(Plan.FULL.value, Plan.FULL), *((plan.value, plan) for plan in self._chosen)]
         if self._merged:
             found += [(BASE_ROLE, Plan.MERGED), *((network.role, Plan.MERGED) for network in self._merged)]
         return found
 
     def compiled(self, role: str) -> Network:
-        """The network of a role as it is warmed for a shape: to be compiled at its next call if the options say so."""
+        """The same as it is warmed for a shape: to be compiled at its next call if the options say so."""
         network = self.named(role)
         if self._options.compile is not CompileKind.INDUCTOR:
             return network
@@ -150,7 +179,7 @@ class NetworkSet:
         return self._compiled[role]
 
     def named(self, role: str) -> Network:
-        """The network of a role."""
+        """The network of a role other than Plan.FULL's."""
         if role == BASE_ROLE:
             return self.base
         return next(network for network in (*self._chosen.values(), *self._merged) if network.role == role)

@@ -86,8 +86,6 @@ def build_cuda(
     if known is None:
         known = Calibration(measure_costs(engine, calls, progress), kernels)
         write_costs(cache_dir, identity, known)
-    # Made now, or the first request for it would hold up all others.
-    engine.networks.full  # noqa: B018 (it is kept)
     engine.costs = known.table
     engine.capacity = measure_capacity(engine, calls)
     return engine

@@ -167,7 +167,7 @@ def test_a_merge_runs_beside_the_steps_and_waits_for_what_it_needs(tiny: TinyPar
     assert (set(engine.merging), set(engine.merged)) == (set(), {BASE_SLOT, 1})
     engine.denoise(Plan.MERGED, *inputs, index)
     assert lane.waited == [loaded, written]
-    used = lane.marks[-2]
+    used = lane.marks[-1]
     engine.merge(2)
     # The weights are overwritten only after the last step that read them.
     assert used in aside.waited
@@ -214,7 +214,7 @@ def test_captures_begin_with_the_largest_and_share_one_list(tiny: TinyParts) -> 
     work = [shape.work for _, shape, _ in engine.captures_to_warm()]
     assert work == sorted(work, reverse=True)
     engine.warm()
-    assert engine.graphs.captures == len(work) == 2 * len(engine.buckets) * 5
+    assert engine.graphs.captures == len(work) == 2 * len(engine.buckets) * 6
 
 
 def test_what_cannot_be_run_is_refused(tiny: TinyParts) -> None:

@@ -139,13 +139,35 @@ def test_whole_steps_of_mixed_samples_never_make_the_host_wait(parts: TinyParts,
     region = Region(torch.zeros(8, 8, device=GPU), confined[0].cross)
     divided = [sample(SamplerKind.LCM, 1.0)]
     divided[0].regions = (region,)
-    assert engine.networks.full.plan is Plan.FULL
+    assert engine.networks.full.unet.plan is Plan.FULL
     gpu.waits.clear()
     for batch in (samples, confined, divided):
         advance(engine, batch)
         for one in batch:
             assert {(part.device, part.dtype) for part in (one.latents, one.prev)} == {(GPU, torch.float32)}
     assert gpu.waits == []
+
+
+@pytest.mark.parametrize("parts", ["sd1", "sd2", "sdxl"], indirect=True)
+def test_guided_calls_can_be_captured(parts: TinyParts, gpu: FakeGpu) -> None:
+    engine = make_engine(parts, gpu, weight_slots=0)
+    engine.load_row(1, parts.row((parts.random_adapter(1, AdapterKind.LOWRANK), 1.0)))
+    latents, timesteps, cross = (part.to(GPU) for part in parts.inputs(3))
+    added = parts.added(3)
+    added = None if added is None else added.to(GPU)
+    index, lag = torch.tensor([0, 1, 1]), torch.ones(3, TOKENS, device=GPU)
+    guides = Guides(lag, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]))
+    assert engine.networks.full.unet.plan is Plan.FULL
+    gpu.waits.clear()
+    gpu.products.clear()
+    for _ in range(3):
+        # Two eager calls, of which the second is captured, strictly, and one replay.
+        out, mask = engine.denoise_guided(latents, timesteps, cross, index, guides, added)
+    assert (out.device, out.dtype, out.shape) == (GPU, torch.float32, latents.shape)
+    assert (mask.device, mask.dtype, tuple(mask.shape)) == (GPU, torch.float32, (3, 8, 8))
+    assert engine.graphs.captures == 1
+    assert gpu.waits == []
+    assert set(gpu.products) == {torch.float16}
 
 
 @pytest.mark.parametrize("parts", ["sdxl"], indirect=True)
@@ -157,7 +179,7 @@ def test_guided_calls_stay_on_the_device(parts: TinyParts, gpu: FakeGpu) -> None
     lag = torch.zeros(4, cross.shape[1])
     lag[:, 1] = 1
     guides = Guides(lag, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 2, 2]))
-    assert engine.networks.full.plan is Plan.FULL
+    assert engine.networks.full.unet.plan is Plan.FULL
     gpu.waits.clear()
     out, mask = engine.denoise_guided(latents, timesteps, cross, torch.tensor([0, 1, 0, 1]), guides, added)
     assert (out.device, out.dtype, out.shape) == (GPU, torch.float32, latents.shape)

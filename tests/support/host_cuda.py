@@ -11,10 +11,10 @@ from hueshift.engines.cuda_options import CudaOptions, EngineObserver
 from hueshift.engines.cuda_setup import build_cuda
 
 
-def cuda_engine(parts: TinyParts, lane: GraphLane, **options: object) -> CudaEngine:
+def cuda_engine(parts: TinyParts, lane: GraphLane, *, max_batch: int = 4, **options: object) -> CudaEngine:
     """An engine of five slots and two weight slots on `lane`, which nothing has warmed."""
     given = (parts.base, parts.factors, parts.rows, parts.norms)
-    return CudaEngine(*given, slots=5, max_batch=4, lane=lane, options=cuda_options(**options))
+    return CudaEngine(*given, slots=5, max_batch=max_batch, lane=lane, options=cuda_options(**options))
 
 
 def built_engine(
@@ -22,6 +22,7 @@ def built_engine(
     lane: GraphLane,
     cache: Path,
     *,
+    max_batch: int = 4,
     live: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     observer: EngineObserver | None = None,
@@ -34,7 +35,7 @@ def built_engine(
         parts.rows,
         parts.norms,
         slots=5,
-        max_batch=4,
+        max_batch=max_batch,
         options=cuda_options(**options),
         lane=lane,
         cache_dir=cache,
