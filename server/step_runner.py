@@ -10,7 +10,7 @@ import structlog
 
 from hueshift.engines.denoise import advance, choose_plan
 from hueshift.engines.device_errors import Fault, classify, release_memory
-from hueshift.engines.interface import Plan, UNetEngine
+from hueshift.engines.interface import MeasuredEngine, Plan, UNetEngine
 from hueshift.engines.planner import Planner
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
@@ -64,7 +64,8 @@ class RowLimits:
 class StepRunner:
     """Takes steps on the engine. For the thread that runs it.
 
-    `find_planner` is asked again when the engine changes its name, which it does when another one takes over.
+    When the engine changes its name, which it does when another one takes over, `find_planner` is asked again and the
+    limits are those of the one that serves: what the other had room for says nothing about it.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class StepRunner:
     ) -> None:
         self._engine, self._metrics, self._clock = engine, metrics, clock
         self._planner, self._find_planner, self._name = planner, find_planner, engine.name
-        self.limits = RowLimits(engine.max_batch, planner.capacity if planner is not None else None)
+        self.limits = self._known_limits()
 
     @property
     def divides(self) -> bool:
@@ -100,9 +101,20 @@ class StepRunner:
         return done
 
     def _follow(self) -> None:
-        """Plan for the engine that serves now: another may have taken over in the last step."""
-        if self._find_planner is not None and self._engine.name != self._name:
-            self._name, self._planner = self._engine.name, self._find_planner()
+        """Plan for the engine that serves now: another may have taken over in the last call."""
+        if self._engine.name == self._name:
+            return
+        self._name = self._engine.name
+        if self._find_planner is not None:
+            self._planner = self._find_planner()
+        self.limits = self._known_limits()
+
+    def _known_limits(self) -> RowLimits:
+        """What is known of the engine that serves, before anything did not fit."""
+        if self._planner is not None:
+            return RowLimits(self._engine.max_batch, self._planner.capacity)
+        engine = self._engine
+        return RowLimits(engine.max_batch, engine.capacity if isinstance(engine, MeasuredEngine) else None)
 
     def _calls(
         self, chosen: Sequence[Running], waiting: Mapping[int, int]
@@ -125,10 +137,11 @@ class StepRunner:
             found = plan or choose_plan(self._engine, samples)
             advance(self._engine, samples, found)
         except Exception as error:
-            fault = classify(error)
-            if fault is not Fault.MEMORY:
+            self._follow()
+            if classify(error) is not Fault.MEMORY:
                 return [Stepped(tuple(members), found, 0.0, error)]
             return self._smaller(plan, found, members, error)
+        self._follow()
         self.limits.ran(members[0].size)
         return [Stepped(tuple(members), found, self._clock.monotonic() - begin)]
 

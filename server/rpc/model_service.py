@@ -1,5 +1,6 @@
 """ModelService: the base model, its defaults and the server's limits, so that clients need no constants."""
 
+from functools import partial
 from typing import Any
 
 import grpc
@@ -29,15 +30,17 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     """Describes the one base model of this server."""
 
     def __init__(self, base: BaseModel, engine: UNetEngine, settings: Settings) -> None:
-        self._model = describe_model(base, engine, settings)
+        self._name = base.name
+        # Asked for each time: another engine may take over, with plans and a capacity of its own.
+        self._describe = partial(describe_model, base, engine, settings)
 
     async def GetModel(
         self, request: model_pb2.GetModelRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> model_pb2.GetModelResponse:
         """Return the model; an empty name means it too."""
-        if request.name not in ("", self._model.name, self._model.name.removeprefix("models/")):
+        if request.name not in ("", f"models/{self._name}", self._name):
             raise not_found(Reason.MODEL_NOT_FOUND, "models", request.name[:160])
-        return model_pb2.GetModelResponse(model=self._model)
+        return model_pb2.GetModelResponse(model=self._describe())
 
     async def ListModels(
         self, request: model_pb2.ListModelsRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -45,7 +48,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """Return the model on the first page; a valid token names what follows it, which is nothing."""
         check_page_size(request.page_size)
         after = decode_token(request.page_token)
-        return model_pb2.ListModelsResponse(models=[] if after else [self._model])
+        return model_pb2.ListModelsResponse(models=[] if after else [self._describe()])
 
 
 def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> model_pb2.Model:

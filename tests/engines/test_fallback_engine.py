@@ -1,11 +1,13 @@
 """Torch takes over from TensorRT while requests run: memory first, every row, a planner, or an honest end."""
 
+import asyncio
 import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import grpc
 import pytest
 import torch
 from fake_clock import FakeClock
@@ -26,7 +28,8 @@ from hueshift.engines.interface import EngineRow, Plan, RunsAhead, UNetEngine
 from hueshift.engines.tensorrt_engine import TensorRtEngine
 from hueshift.engines.tensorrt_loader import Fallback, TensorRtError
 from hueshift.server.metrics import Metrics
-from hueshift.server.rpc.model_service import describe_capacity
+from hueshift.server.rpc.model_service import ModelService, describe_capacity
+from hueshift.server.settings import Settings
 from hueshift.server.step_runner import StepRunner
 from hueshift.v1 import model_pb2
 
@@ -125,6 +128,34 @@ def test_it_tells_what_the_engine_has_that_serves(tiny: TinyParts, tmp_path: Pat
     engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
     assert [*working, engine.working] == [True, False]
     assert describe_capacity(engine, 8) == model_pb2.EngineCapacity(max_rows=2, adapter_slots=2, buckets=[1, 2])
+
+
+def test_limits_and_capacity_are_those_of_the_engine_that_serves(tiny: TinyParts, tmp_path: Path) -> None:
+    def make() -> UNetEngine:
+        made = second_of(tiny, tmp_path)
+        made.capacity = {(8, 8): 1}
+        return made
+
+    engine, _ = engine_of(tiny, make)
+    service = ModelService(tiny.base, engine, Settings.model_validate({"model": {"path": "tiny"}}))
+    runner = StepRunner(engine, Metrics(CollectorRegistry()), FakeClock())
+    # What the first engine had no room for says nothing about the second.
+    runner.limits.too_many((16, 16), 2)
+    told = [answer(service)]
+    limits = [(runner.limits[8, 8], runner.limits[16, 16])]
+    engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
+    assert not runner.divides
+    told.append(answer(service))
+    limits.append((runner.limits[8, 8], runner.limits[16, 16]))
+    assert limits == [(2, 1), (1, 2)]
+    assert [(model.engine, model.lag) for model in told] == [("tensorrt", False), ("torch", True)]
+    assert [[size.rows for size in model.capacity.sizes] for model in told] == [[2], [1]]
+
+
+def answer(service: ModelService) -> model_pb2.Model:
+    """What GetModel returns."""
+    context = cast("grpc.aio.ServicerContext[object, object]", None)
+    return asyncio.run(service.GetModel(model_pb2.GetModelRequest(), context)).model
 
 
 def test_what_was_measured_at_a_former_start_divides_batches_again(tiny: TinyParts, tmp_path: Path) -> None:
