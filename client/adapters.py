@@ -67,6 +67,15 @@ class Deleted:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageUse:
+    """Bytes that you store, and how many it may be in all; None: as many as you like."""
+
+    adapters: int
+    pictures: int
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Warmed:
     """A warmed adapter; `loaded` is False if it was resident already."""
 
@@ -202,6 +211,15 @@ def delete_call(name: str) -> Unary[pb.DeleteAdapterRequest, pb.DeleteAdapterRes
     """Remove an adapter with all its revisions."""
     request = pb.DeleteAdapterRequest(name=name, idempotency_key=new_key())
     return Unary(lambda s: s.adapters.DeleteAdapter, request, lambda r: Deleted(r.revisions, r.bytes))
+
+
+def storage_call() -> Unary[pb.GetStorageRequest, pb.GetStorageResponse, StorageUse]:
+    """Ask what is stored."""
+
+    def read(answer: pb.GetStorageResponse) -> StorageUse:
+        return StorageUse(answer.adapter_bytes, answer.picture_bytes, answer.limit_bytes or None)
+
+    return Unary(lambda s: s.adapters.GetStorage, pb.GetStorageRequest(), read)
 
 
 def warm_call(

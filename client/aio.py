@@ -221,6 +221,10 @@ class AsyncClient:
         """Remove an adapter with all its revisions and files."""
         return await self._unary(adapters.delete_call(name))
 
+    async def storage(self) -> adapters.StorageUse:
+        """Return what your adapters and training pictures take, and how much they may."""
+        return await self._unary(adapters.storage_call())
+
     async def combine_adapters(
         self,
         operation: Operation,

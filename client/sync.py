@@ -216,6 +216,10 @@ class Client:
         """Remove an adapter with all its revisions and files."""
         return self._unary(adapters.delete_call(name))
 
+    def storage(self) -> adapters.StorageUse:
+        """Return what your adapters and training pictures take, and how much they may."""
+        return self._unary(adapters.storage_call())
+
     def combine_adapters(
         self,
         operation: Operation,

@@ -62,6 +62,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.CREDENTIAL_INVALID: "The API key is unknown or revoked.",
     Reason.QUEUE_FULL: "Too many pictures wait.",
     Reason.TOO_MANY_CALLS: "As many calls are inside the server as it takes at a time.",
+    Reason.TENANT_STORAGE: "The tenant's adapters and pictures would take more bytes than it may store.",
     Reason.TENANT_QUOTA: "This tenant has too much waiting.",
     Reason.SLOTS_EXHAUSTED: "Every slot of the engine is pinned or in use.",
     Reason.DEVICE_MEMORY: "A picture does not fit in the device's memory, even alone.",

@@ -18,6 +18,7 @@ import structlog
 from sqlalchemy import Connection
 
 from hueshift.server.clock import Clock
+from hueshift.server.metrics import Metrics
 from hueshift.server.rounds import keep_doing
 from hueshift.server.settings import Settings
 from hueshift.server.store.idempotency import forget
@@ -36,6 +37,8 @@ from hueshift.server.store.turns import end_turn, take_turn
 
 T = TypeVar("T")
 EVERY_SECONDS = 3600.0
+# Reads every revision, which takes a second where there are a million.
+MEASURE_SECONDS = 300.0
 # Longer than any upload takes: the temporary files of running ones must stay.
 ORPHAN_SECONDS = 3600.0
 # A caller that repeats a call after a week has forgotten the first one.
@@ -225,3 +228,14 @@ async def keep_clean(
     finally:
         # A thread cannot be cancelled: it stops after the transaction that it is in.
         stop.set()
+
+
+async def keep_measured(stores: Stores, metrics: Metrics, every: float = MEASURE_SECONDS) -> None:
+    """Tell the metrics now and then what all tenants store, until cancelled."""
+
+    async def once() -> None:
+        found = await asyncio.to_thread(stores.adapters.storage.totals)
+        metrics.stored_bytes.labels("adapters").set(found.adapters)
+        metrics.stored_bytes.labels("pictures").set(found.pictures)
+
+    await keep_doing("stored_bytes", every, once, metrics.failed)

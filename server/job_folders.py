@@ -59,6 +59,11 @@ class JobFolders:
         masks.mkdir(mode=0o700, exist_ok=True)
         return PictureFile(folder / "upload" / f"{index:03d}-mask.bin", masks / f"{index:03d}.png")
 
+    @staticmethod
+    def stored_bytes(folder: Path) -> int:
+        """Return the bytes of the sanitised pictures and masks in a staged folder."""
+        return sum(file.stat().st_size for part in ("pictures", _MASKS) for file in (folder / part).glob("*.png"))
+
     def adopt(self, staged: Path, job_id: str) -> None:
         """Make a staged folder the job's own, without the raw uploads. It survives a power cut after this."""
         shutil.rmtree(staged / "upload")

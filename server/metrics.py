@@ -133,6 +133,12 @@ class Metrics:
         self.device_free_bytes = Gauge(
             "hueshift_device_free_bytes", "Device memory that nothing held after warm-up.", registry=r
         )
+        self.stored_bytes = Gauge(
+            "hueshift_stored_bytes",
+            "Bytes stored of all tenants together: adapters, pictures; counted every few minutes.",
+            ["kind"],
+            registry=r,
+        )
         self.store_swept = Counter(
             "hueshift_store_swept",
             "Rows removed by age or number: answers, days, samples (their pictures), events, jobs, revisions.",
@@ -144,7 +150,7 @@ class Metrics:
         )
         self.background_failures = Counter(
             "hueshift_background_failures",
-            "Rounds that failed: jobs, job_folders, worker, housekeeping, pins, announce, replicas.",
+            "Rounds that failed: jobs, job_folders, worker, housekeeping, stored_bytes, pins, announce, replicas.",
             ["task"],
             registry=r,
         )

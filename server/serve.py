@@ -23,7 +23,7 @@ from hueshift.server.clock import Clock, SystemClock
 from hueshift.server.cluster.announcing import advertised, keep_announced
 from hueshift.server.cluster.build import build_front_end
 from hueshift.server.frame import Frame, Services
-from hueshift.server.housekeeping import Keeping, keep_clean
+from hueshift.server.housekeeping import Keeping, keep_clean, keep_measured
 from hueshift.server.metrics import Metrics
 from hueshift.server.settings import Settings
 from hueshift.server.store.replicas import ReplicaStore
@@ -134,6 +134,7 @@ def _beside(settings: Settings, stores: Stores, clock: Clock, frame: Frame) -> l
     """Start what runs beside the calls until the drain."""
     failed, swept = frame.metrics.failed, frame.metrics.swept
     tasks = [asyncio.create_task(keep_clean(stores, clock, Keeping.of(settings), failed=failed, swept=swept))]
+    tasks.append(asyncio.create_task(keep_measured(stores, frame.metrics)))
     if settings.cluster.role == "replica":
         replicas, address = ReplicaStore(stores.database), advertised(settings, frame.addresses.grpc)
         heartbeat = settings.cluster.heartbeat_seconds

@@ -158,6 +158,12 @@ class LimitSettings(_Section):
     tenant_training_seconds: float = Field(
         0, ge=0, description="Device seconds one tenant's jobs may use in a day (UTC); 0: no limit."
     )
+    tenant_stored_bytes: int = Field(
+        16 * GIB, ge=0, description="Adapter files and pictures that one tenant may store; 0: no limit."
+    )
+    tenant_stored_bytes_of: dict[TenantName, Annotated[int, Field(ge=0)]] = Field(
+        {}, max_length=1000, description="The same for some tenants by name, in the place of that."
+    )
     tenant_weights: dict[TenantName, TenantWeight] = Field(
         {},
         max_length=1000,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="List, show, import, export, combine, inspect, diff, delete and warm adapters.",
+    help="List, show, import, export, combine, inspect, diff, delete and warm adapters; show the room they take.",
 )
 
 Name = Annotated[str, typer.Argument(help="Id or resource name.")]
@@ -142,6 +142,19 @@ def delete_adapter(
     deleted = {name: session.client.delete_adapter(name) for name in names}
     rows = [(name, str(done.revisions), size_text(done.bytes)) for name, done in deleted.items()]
     session.output.result(deleted, rows_table(("deleted", "revisions", "freed"), rows))
+
+
+@app.command("storage")
+@connected
+def show_storage(session: Session) -> None:
+    """Show what your adapters and training pictures take of the room that you have."""
+    used = session.client.storage()
+    facts = {
+        "adapters": size_text(used.adapters),
+        "pictures": size_text(used.pictures),
+        "allowed": "no limit" if used.limit is None else f"{size_text(used.limit)} in all",
+    }
+    session.output.result(used, facts_table(facts))
 
 
 @app.command("warm")

@@ -21,8 +21,11 @@ from hueshift.server.store.adapter_records import AdapterRecord, DeletedAdapter,
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import StagedBlob
 from hueshift.server.store.idempotency import check_key, hash_request, recall, remember
+from hueshift.server.store.stored_bytes import check_storage
 from hueshift.v1 import adapters_pb2 as pb
 
+_IMPORT = "ImportAdapter"
+_COMBINE = "CombineAdapters"
 _UPDATABLE = ("display_name", "labels")
 # What the contract calls the method of a file that was brought in.
 _IMPORTED = "import"
@@ -75,16 +78,21 @@ class AdapterChanges:
         self._limits = limits
         self._file_limits = FileLimits(max_bytes=limits.max_adapter_bytes)
 
+    def admit(self, tenant: str, spec: pb.ImportAdapterSpec) -> None:
+        """Raise ResourceExhausted (TENANT_STORAGE) when the tenant has no room for the file that is to follow."""
+        self._store.storage.check(tenant, spec.size_bytes, _IMPORT, spec.idempotency_key)
+
     def store_upload(self, tenant: str, upload: Upload) -> Imported:
         """Validate an uploaded file and publish it; the temporary file is gone afterwards.
 
-        Raises what `AdapterFormats.read` raises, and AlreadyExists (IDEMPOTENCY_CONFLICT).
+        Raises what `AdapterFormats.read` raises, ResourceExhausted (TENANT_STORAGE), and AlreadyExists
+        (IDEMPOTENCY_CONFLICT).
         """
         spec = upload.spec
         try:
             staged = upload.file.finish()
             request_hash = hash_request((_bytes_of(spec), staged.content_hash.encode()))
-            key = (tenant, "ImportAdapter", spec.idempotency_key, request_hash)
+            key = (tenant, _IMPORT, spec.idempotency_key, request_hash)
             kept = self._kept(key)
             if kept is None:
                 read = self._formats.read(staged.file, spec, self._file_limits)
@@ -98,13 +106,15 @@ class AdapterChanges:
         """Make an adapter of others and publish it.
 
         Raises what `check_combination` and the algebra raise, NotFound, (UPLOAD_TOO_LARGE) for a combination that is
-        larger than a file may be, and AlreadyExists (IDEMPOTENCY_CONFLICT).
+        larger than a file may be, ResourceExhausted (TENANT_STORAGE), and AlreadyExists (IDEMPOTENCY_CONFLICT).
         """
         combination = check_combination(request, tenant, self._limits, self._layout)
-        key = (tenant, "CombineAdapters", request.idempotency_key, hash_request((_bytes_of(request),)))
+        key = (tenant, _COMBINE, request.idempotency_key, hash_request((_bytes_of(request),)))
         kept = self._kept(key)
         if kept is not None:
             return _replayed(kept)
+        # Of how many bytes it will be, only that it is at least one is known yet.
+        self._store.storage.check(tenant, 1)
         adapter = run_combination(combination, lambda operand: self._load(tenant, operand))
         data = write_adapter(adapter)
         if len(data) > self._file_limits.max_bytes:
@@ -176,6 +186,8 @@ class AdapterChanges:
             kept = recall(connection, *key)
             if kept is not None:
                 return _replayed(kept)
+            size = len(new.blob) if isinstance(new.blob, bytes) else new.blob.size_bytes
+            check_storage(connection, self._store.storage.quota, tenant, size)
             before = self._find(connection, tenant, adapter_id)
             self._store.publish(
                 tenant,

@@ -78,7 +78,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> pb.ImportAdapterResponse:
         """Store an adapter file; see the contract."""
         tenant = current_call().tenant
-        upload = await receive_upload(request_iterator, self._store, self._limits.max_adapter_bytes)
+        admit = partial(self._changes.admit, tenant)
+        upload = await receive_upload(request_iterator, self._store, self._limits.max_adapter_bytes, admit)
         imported = await self._to_the_end(self._import(tenant, upload))
         return pb.ImportAdapterResponse(
             adapter=self._message(imported.record), replayed=imported.replayed, report=imported.report
@@ -142,6 +143,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return pb.CombineAdaptersResponse(
             adapter=self._message(combined.record), replayed=combined.replayed, notes=combined.notes
         )
+
+    async def GetStorage(
+        self, request: pb.GetStorageRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.GetStorageResponse:
+        """Return what the tenant stores, and how much it may."""
+        tenant, storage = current_call().tenant, self._store.storage
+        used = await asyncio.to_thread(storage.usage, tenant)
+        limit = storage.quota.of(tenant)
+        return pb.GetStorageResponse(adapter_bytes=used.adapters, picture_bytes=used.pictures, limit_bytes=limit)
 
     async def WarmAdapter(
         self, request: pb.WarmAdapterRequest, context: "grpc.aio.ServicerContext[Any, Any]"

@@ -1,7 +1,7 @@
 """An adapter file on its way in: the spec, then chunks straight to disk, with every cap enforced while they arrive."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from hueshift.adapters.errors import InvalidArgument, Reason
@@ -25,15 +25,19 @@ class Upload:
 
 
 async def receive_upload(
-    messages: AsyncIterator[pb.ImportAdapterRequest], store: AdapterStore, max_bytes: int
+    messages: AsyncIterator[pb.ImportAdapterRequest],
+    store: AdapterStore,
+    max_bytes: int,
+    admit: Callable[[pb.ImportAdapterSpec], object] = lambda spec: None,
 ) -> Upload:
-    """Read the whole stream.
+    """Read the whole stream. `admit` sees the spec before anything is written, in a thread, and raises to refuse it.
 
     Raises InvalidArgument: MESSAGE_OUT_OF_ORDER unless the spec comes first and once, UPLOAD_TOO_LARGE,
     UPLOAD_SIZE_MISMATCH, or INVALID_FIELD for a wrong spec. Nothing is left on disk then.
     """
     spec = await _receive_spec(messages)
     _check_spec(spec, max_bytes)
+    await asyncio.to_thread(admit, spec)
     # Opening a file is quick, and in a thread a cancelled call could leave one that nobody knows.
     file = store.upload()
     try:

@@ -17,7 +17,7 @@ from hueshift.server.rpc.call import current_call
 from hueshift.server.rpc.finetune_messages import read_spec, read_states, to_event, to_message, to_plan
 from hueshift.server.rpc.finetune_pictures import ingest_pictures
 from hueshift.server.rpc.finetune_targets import TargetFit
-from hueshift.server.rpc.finetune_upload import receive_pictures, receive_spec
+from hueshift.server.rpc.finetune_upload import announced_bytes, receive_pictures, receive_spec
 from hueshift.server.rpc.names import adapter_name, make_id, parse_fine_tune_name
 from hueshift.server.rpc.pages import check_page_size, decode_token, encode_token
 from hueshift.server.settings import LimitSettings
@@ -85,8 +85,8 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         if message.validate_only:
             adapter = adapter_name(tenant, message.adapter_id) if message.adapter_id else ""
             return pb.CreateFineTuneResponse(fine_tune=to_plan(spec, adapter, cost))
-        limit = self._limits.tenant_queued_jobs
-        await asyncio.to_thread(self._jobs.check_quota, tenant, limit, message.idempotency_key)
+        limit, size = self._limits.tenant_queued_jobs, announced_bytes(message)
+        await asyncio.to_thread(self._jobs.check_quota, tenant, limit, message.idempotency_key, size)
         staged = self._folders.stage()
         try:
             hashes = await receive_pictures(messages, message, staged)
@@ -187,6 +187,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
             adapter_id=message.adapter_id or make_id("adapter"),
             display_name=message.display_name,
             labels=dict(message.labels),
+            picture_bytes=self._folders.stored_bytes(staged),
         )
         job: JobRecord | None = None
         try:

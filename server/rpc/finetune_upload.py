@@ -28,6 +28,11 @@ async def receive_spec(messages: AsyncIterator[pb.CreateFineTuneRequest], limits
     raise _out_of_order("the stream ended without a message; send the spec, then the pictures")
 
 
+def announced_bytes(spec: pb.FineTuneSpec) -> int:
+    """Return the bytes of all pictures and masks that are to follow a spec."""
+    return sum(picture.size_bytes + picture.mask_size_bytes for picture in spec.pictures)
+
+
 async def receive_pictures(
     messages: AsyncIterator[pb.CreateFineTuneRequest], spec: pb.FineTuneSpec, folder: Path
 ) -> list[bytes]:
@@ -115,7 +120,7 @@ def _check_spec(spec: pb.FineTuneSpec, limits: LimitSettings) -> None:
         if not 0 <= picture.mask_size_bytes <= limits.max_picture_bytes:
             text = f"{picture.mask_size_bytes} given; allowed: 0 (no mask) to {limits.max_picture_bytes} bytes"
             raise InvalidArgument.for_field(f"pictures[{index}].mask_size_bytes", text, Reason.PICTURE_TOO_LARGE)
-    total = sum(picture.size_bytes + picture.mask_size_bytes for picture in spec.pictures)
+    total = announced_bytes(spec)
     if total > limits.max_pictures_bytes:
         raise InvalidArgument.for_field(
             "pictures",

@@ -148,7 +148,7 @@ def _details(error: HueshiftError, message: str) -> list[Message]:
     if error.resource is not None:
         name = _cut(error.resource.name, MAX_DESCRIPTION_BYTES)
         found.append(ResourceInfo(resource_type=error.resource.type, resource_name=name, description=message))
-    if error.reason is Reason.TENANT_QUOTA:
+    if error.reason in (Reason.TENANT_QUOTA, Reason.TENANT_STORAGE):
         quota = QuotaFailure.Violation(subject="tenant", description=message)
         found.append(QuotaFailure(violations=[quota]))
     if isinstance(error, errors.FailedPrecondition):

@@ -35,6 +35,7 @@ from hueshift.server.store.adapter_records import (
 from hueshift.server.store.adapter_rows import newest, pinned, published_by, read_adapter_row, read_revision, referenced
 from hueshift.server.store.blobs import BlobStore, BlobWriter, StagedBlob
 from hueshift.server.store.database import Database, lock
+from hueshift.server.store.stored_bytes import Storage, StorageQuota
 from hueshift.server.store.tables import adapters, revisions
 
 _CHUNK = 1024 * 1024
@@ -50,10 +51,11 @@ class AdapterStore:
     Methods that name an adapter raise NotFound (ADAPTER_NOT_FOUND) when the tenant has none of that id.
     """
 
-    def __init__(self, database: Database, blobs: BlobStore, clock: Clock) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, clock: Clock, quota: StorageQuota | None = None) -> None:
         self._database = database
         self._blobs = blobs
         self._clock = clock
+        self.storage = Storage(database, quota or StorageQuota())
 
     @contextmanager
     def write(self, connection: Connection | None = None) -> Iterator[Connection]:

@@ -8,6 +8,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from hueshift.adapters.errors import Reason, ResourceExhausted
 from hueshift.server.store.job_records import JobRecord, JobState
+from hueshift.server.store.stored_bytes import StorageQuota
 from hueshift.server.store.tables import jobs, usage
 
 DAY_SECONDS = 86400
@@ -26,6 +27,7 @@ class JobQuotas:
     running: int = 0
     seconds: float = 0.0
     weights: Mapping[str, float] = field(default_factory=dict)
+    storage: StorageQuota = field(default_factory=StorageQuota)
 
 
 def check_queue(connection: Connection, tenant: str, limit: int) -> None:

@@ -23,6 +23,7 @@ from hueshift.server.store.job_quotas import OPEN_STATES, JobQuotas, charge, che
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
 from hueshift.server.store.job_retry import can_retry, check_retry, kept, requeue
 from hueshift.server.store.publisher import AdapterPublisher
+from hueshift.server.store.stored_bytes import check_storage
 from hueshift.server.store.tables import idempotency, jobs
 from hueshift.training.spec import TrainingSpec
 
@@ -67,7 +68,8 @@ class JobStore:
         """Queue a job; with a key used before for the same request, return that job and True.
 
         Raises ResourceExhausted (TENANT_QUOTA) when the tenant has `tenant_limit` jobs that have not ended or has used
-        up today's device seconds, and AlreadyExists (IDEMPOTENCY_CONFLICT).
+        up today's device seconds, (TENANT_STORAGE) when its pictures are too much, and AlreadyExists
+        (IDEMPOTENCY_CONFLICT).
         """
         with self._database.write() as connection:
             known = recall(connection, new.tenant, CREATE_METHOD, idempotency_key, request_hash)
@@ -76,6 +78,7 @@ class JobStore:
             # Two calls at once must not both take the last place.
             lock(connection, f"jobs/{new.tenant}")
             self._check_quota(connection, new.tenant, tenant_limit)
+            check_storage(connection, self._quotas.storage, new.tenant, new.picture_bytes)
             row = connection.execute(insert(jobs).values(new.first_row(self._clock.time())).returning(*jobs.c)).one()
             job = JobRecord.from_row(row)
             append_event(connection, job, job.created, EventKind.STATE, job.snapshot())
@@ -89,8 +92,8 @@ class JobStore:
             known = recall(connection, tenant, CREATE_METHOD, idempotency_key, request_hash)
             return None if known is None else own_job(connection, tenant, str(known["job_id"]))
 
-    def check_quota(self, tenant: str, tenant_limit: int, idempotency_key: str = "") -> None:
-        """Raise the TENANT_QUOTA that `create` would raise now, before a caller uploads for nothing.
+    def check_quota(self, tenant: str, tenant_limit: int, idempotency_key: str = "", added: int = 0) -> None:
+        """Raise what `create` would raise now of a job with `added` bytes, before a caller uploads for nothing.
 
         A key used before passes: the call may turn out to be a repetition, which queues nothing.
         """
@@ -102,6 +105,7 @@ class JobStore:
         with self._database.read() as connection:
             if not idempotency_key or connection.scalar(used_before) is None:
                 self._check_quota(connection, tenant, tenant_limit)
+                check_storage(connection, self._quotas.storage, tenant, added, exact=False)
 
     def get(self, tenant: str, job_id: str) -> JobRecord:
         """Return a job of the tenant. Raises NotFound (FINE_TUNE_NOT_FOUND)."""

@@ -15,6 +15,7 @@ from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.object_blobs import ObjectBlobs
 from hueshift.server.store.objects import Objects
 from hueshift.server.store.retention import known_jobs
+from hueshift.server.store.stored_bytes import StorageQuota
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,16 @@ def open_stores(settings: Settings, clock: Clock) -> Stores:
         blobs, mirror = ObjectBlobs(root / "adapters", objects), JobMirror(objects)
     database = Database(settings.store.database, clock)
     limits = settings.limits
-    quotas = JobQuotas(limits.tenant_running_jobs, limits.tenant_training_seconds, limits.tenant_weights)
+    storage = StorageQuota(
+        limits.tenant_stored_bytes,
+        limits.tenant_stored_bytes_of,
+        settings.training.keep_failed_seconds,
+        settings.training.keep_pictures,
+    )
+    quotas = JobQuotas(limits.tenant_running_jobs, limits.tenant_training_seconds, limits.tenant_weights, storage)
     return Stores(
         database=database,
-        adapters=AdapterStore(database, blobs, clock),
+        adapters=AdapterStore(database, blobs, clock, storage),
         jobs=JobStore(
             database,
             clock,

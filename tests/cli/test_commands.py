@@ -186,6 +186,8 @@ def test_adapters(fake: FakeServer, run: Run, tmp_path: Path) -> None:
     assert "2023-11-1" in run("adapters", "show", "fox").out
     assert run("adapters", "warm", "fox", "--pin", "--json").json["adapter"]["pinned"] is True
     assert "already" in run("adapters", "warm", "fox").out
+    assert run("adapters", "storage", "--json").json == {"adapters": 2500, "pictures": 7, "limit": 1024 * 1024}
+    assert "1.0 MB in all" in run("adapters", "storage").out
     target = tmp_path / "deep" / "out.safetensors"
     assert run("adapters", "export", "fox", "--out", target, "--json").json["bytes"] == 2500
     assert target.read_bytes() == file.read_bytes()

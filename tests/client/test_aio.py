@@ -79,6 +79,7 @@ async def test_adapters(client: AsyncClient, tmp_path: Path) -> None:
     assert (await client.update_adapter("fox", display_name="Fox")).display_name == "Fox"
     assert (await client.combine_adapters(Sum({"fox": 0.5, "owl": 0.5}), adapter_id="both")).id == "both"
     assert (await client.warm_adapter("fox")).loaded
+    assert (await client.storage()).limit == 1024 * 1024
     assert (await client.delete_adapter("fox")).revisions == 1
     with pytest.raises(errors.NotFound):
         await client.get_adapter("fox")

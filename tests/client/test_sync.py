@@ -11,6 +11,7 @@ from fake_service import Failure, FakeServer, State, job_events, job_message, pn
 from grpc_health.v1 import health_pb2
 
 from hueshift.client import errors
+from hueshift.client.adapters import StorageUse
 from hueshift.client.choices import AdapterKind, JobState, Method, Sampler, Subject
 from hueshift.client.combination import AdapterRef, BlockMix, Interpolation, Sum
 from hueshift.client.generation import AdapterUse, Finished, Picture, Progress, Queued
@@ -192,6 +193,11 @@ def test_warm_delete_and_not_found(client: Client) -> None:
     with pytest.raises(errors.NotFound) as caught:
         client.get_adapter("fox")
     assert caught.value.reason == "ADAPTER_NOT_FOUND"
+
+
+def test_storage_is_told(fake: FakeServer, client: Client) -> None:
+    client.import_adapter(b"zzz", adapter_id="fox")
+    assert client.storage() == StorageUse(3, 7, 1024 * 1024)
 
 
 def test_combinations_are_sent_as_asked(fake: FakeServer, client: Client) -> None:

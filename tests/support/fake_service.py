@@ -147,6 +147,12 @@ class FakeService(
         self.files[adapter.name] = data
         return adapters_pb2.ImportAdapterResponse(adapter=adapter, report=self.report)
 
+    def GetStorage(self, request: adapters_pb2.GetStorageRequest, context: Context) -> adapters_pb2.GetStorageResponse:
+        """Count the files; a megabyte is allowed."""
+        self._fail_or_go("GetStorage", request, context)
+        held = sum(map(len, self.files.values()))
+        return adapters_pb2.GetStorageResponse(adapter_bytes=held, picture_bytes=7, limit_bytes=1024 * 1024)
+
     def ExportAdapter(
         self, request: adapters_pb2.ExportAdapterRequest, context: Context
     ) -> Iterator[adapters_pb2.ExportAdapterResponse]:

@@ -821,6 +821,55 @@ class WarmAdapterResponse(_message.Message):
 Global___WarmAdapterResponse: _TypeAlias = WarmAdapterResponse  # noqa: Y015
 
 @_typing.final
+class GetStorageRequest(_message.Message):
+    """Whose storage to return: always the caller's tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStorageRequest: _TypeAlias = GetStorageRequest  # noqa: Y015
+
+@_typing.final
+class GetStorageResponse(_message.Message):
+    """What the tenant stores."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
+    PICTURE_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    adapter_bytes: _builtins.int
+    """Bytes of adapter files, all revisions; equal files count once."""
+    picture_bytes: _builtins.int
+    """Bytes of training pictures and masks, as the server keeps them: of jobs that have not ended, and of failed ones for
+    as long as they can be retried.
+    """
+    limit_bytes: _builtins.int
+    """How many both may be together; 0: no limit. The adapter of a job that was queued in time is stored even beyond."""
+    def __init__(
+        self,
+        *,
+        adapter_bytes: _builtins.int = ...,
+        picture_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes", b"adapter_bytes", "limit_bytes", b"limit_bytes", "picture_bytes", b"picture_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStorageResponse: _TypeAlias = GetStorageResponse  # noqa: Y015
+
+@_typing.final
 class AdapterRef(_message.Message):
     """An adapter to make another of."""
 

@@ -76,6 +76,11 @@ class AdapterServiceStub:
                 request_serializer=hueshift_dot_v1_dot_adapters__pb2.WarmAdapterRequest.SerializeToString,
                 response_deserializer=hueshift_dot_v1_dot_adapters__pb2.WarmAdapterResponse.FromString,
                 _registered_method=True)
+        self.GetStorage = channel.unary_unary(
+                '/hueshift.v1.AdapterService/GetStorage',
+                request_serializer=hueshift_dot_v1_dot_adapters__pb2.GetStorageRequest.SerializeToString,
+                response_deserializer=hueshift_dot_v1_dot_adapters__pb2.GetStorageResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -144,6 +149,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStorage(self, request, context):
+        """Returns what the tenant stores, and how much it may: ImportAdapter, CombineAdapters and CreateFineTune end with
+        RESOURCE_EXHAUSTED (TENANT_STORAGE) where they would go beyond.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -186,6 +199,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.WarmAdapter,
                     request_deserializer=hueshift_dot_v1_dot_adapters__pb2.WarmAdapterRequest.FromString,
                     response_serializer=hueshift_dot_v1_dot_adapters__pb2.WarmAdapterResponse.SerializeToString,
+            ),
+            'GetStorage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStorage,
+                    request_deserializer=hueshift_dot_v1_dot_adapters__pb2.GetStorageRequest.FromString,
+                    response_serializer=hueshift_dot_v1_dot_adapters__pb2.GetStorageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -406,6 +424,33 @@ class AdapterService:
             '/hueshift.v1.AdapterService/WarmAdapter',
             hueshift_dot_v1_dot_adapters__pb2.WarmAdapterRequest.SerializeToString,
             hueshift_dot_v1_dot_adapters__pb2.WarmAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStorage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hueshift.v1.AdapterService/GetStorage',
+            hueshift_dot_v1_dot_adapters__pb2.GetStorageRequest.SerializeToString,
+            hueshift_dot_v1_dot_adapters__pb2.GetStorageResponse.FromString,
             options,
             channel_credentials,
             insecure,

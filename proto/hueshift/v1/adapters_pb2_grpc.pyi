@@ -59,6 +59,10 @@ class AdapterServiceStub:
     """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted. A pin is the
     adapter's: it follows the newest revision, within seconds of a job that publishes one.
     """
+    GetStorage: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetStorageRequest, _adapters_pb2.GetStorageResponse]
+    """Returns what the tenant stores, and how much it may: ImportAdapter, CombineAdapters and CreateFineTune end with
+    RESOURCE_EXHAUSTED (TENANT_STORAGE) where they would go beyond.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -90,6 +94,10 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     WarmAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.WarmAdapterRequest, _adapters_pb2.WarmAdapterResponse]  # type: ignore[assignment]
     """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted. A pin is the
     adapter's: it follows the newest revision, within seconds of a job that publishes one.
+    """
+    GetStorage: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetStorageRequest, _adapters_pb2.GetStorageResponse]  # type: ignore[assignment]
+    """Returns what the tenant stores, and how much it may: ImportAdapter, CombineAdapters and CreateFineTune end with
+    RESOURCE_EXHAUSTED (TENANT_STORAGE) where they would go beyond.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -167,6 +175,16 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapters_pb2.WarmAdapterResponse, _abc.Awaitable[_adapters_pb2.WarmAdapterResponse]]:
         """Loads an adapter's row before it is needed, and optionally pins it so that it is never evicted. A pin is the
         adapter's: it follows the newest revision, within seconds of a job that publishes one.
+        """
+
+    @_abc_1.abstractmethod
+    def GetStorage(
+        self,
+        request: _adapters_pb2.GetStorageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.GetStorageResponse, _abc.Awaitable[_adapters_pb2.GetStorageResponse]]:
+        """Returns what the tenant stores, and how much it may: ImportAdapter, CombineAdapters and CreateFineTune end with
+        RESOURCE_EXHAUSTED (TENANT_STORAGE) where they would go beyond.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

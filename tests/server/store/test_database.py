@@ -65,7 +65,8 @@ def test_a_block_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
 def test_rows_need_their_parents(tmp_path: Path) -> None:
     database = Database(tmp_path / "h.db", SystemClock())
-    orphan = {column.name: "x" for column in revisions.c} | {"revision": 1, "size_bytes": 1, "created": 0.0, "used": None}
+    numbers = {"revision": 1, "size_bytes": 1, "created": 0.0, "used": None}
+    orphan = {column.name: "x" for column in revisions.c} | numbers
     with pytest.raises(IntegrityError), database.write() as connection:
         connection.execute(insert(revisions).values(orphan))
     database.close()
