@@ -24,6 +24,12 @@ TARGETS = {
     "factored_linear": "All linear layers with per-sample singular values, batch 16. "
     "Target, with factored_conv: at most 15 % over the dense UNet, both compiled.",
     "factored_conv": "All convolutions with per-sample singular values, batch 16.",
+    "group_norm": "All norms before convolutions and transformers, with SiLU and time embedding, batch 16, against "
+    "torch's with its two changes of layout.",
+    "layer_norm": "All norms of transformers with each sample's own weights, batch 16. No target but the bytes.",
+    "gated_gelu": "All GEGLUs, batch 16. No target but the bytes.",
+    "residual_add": "All sums at the ends of resnets, transformers and their blocks, batch 16, with the bias of a "
+    "convolution before them. No target but the bytes.",
     "sampler_step": "Guidance and sampler update in one pass. Target: within 1.3 times of a device copy.",
     "lag_mask": "Attention masks of all cross-attention blocks, 8 samples.",
     "shared_training": "Whole steps of svdiff jobs, in bfloat16: one against making every weight in every step, then "

@@ -81,6 +81,10 @@ KERNELS = [
     "lowrank_linear",
     "factored_linear",
     "factored_conv",
+    "group_norm",
+    "layer_norm",
+    "gated_gelu",
+    "residual_add",
     "sampler_step",
     "lag_mask",
 ]
@@ -92,6 +96,10 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "lowrank_linear": {"TMA": True},
     "factored_linear": {"TMA": True, "FLATTEN": False, "SECOND_CUBLAS": False},
     "factored_conv": {"TMA": True, "FLATTEN": False, "SCALED_WEIGHTS": False, "SECOND_CUBLAS": False},
+    "group_norm": {"BLOCK_P": 16, "BLOCK_C": 16, "CHUNK": 16},
+    "layer_norm": {"ELEMENTS": 64},
+    "gated_gelu": {"BLOCK": 256},
+    "residual_add": {"BLOCK": 256},
     "sampler_step": {"BLOCK": 4096},
     "lag_mask": {"BLOCK_T": 32, "BLOCK_D": 16},
 }

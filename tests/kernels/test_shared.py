@@ -25,6 +25,10 @@ STEMS = [
     "lowrank_linear",
     "factored_linear",
     "factored_conv",
+    "group_norm",
+    "layer_norm",
+    "gated_gelu",
+    "residual_add",
     "sampler_step",
     "lag_mask",
 ]
