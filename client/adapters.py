@@ -60,10 +60,11 @@ class ExportedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """What a delete removed."""
+    """What a delete removed. `jobs` counts the adapter's ended fine-tuning jobs."""
 
     revisions: int
     bytes: int
+    jobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ def update_call(
 def delete_call(name: str) -> Unary[pb.DeleteAdapterRequest, pb.DeleteAdapterResponse, Deleted]:
     """Remove an adapter with all its revisions."""
     request = pb.DeleteAdapterRequest(name=name, idempotency_key=new_key())
-    return Unary(lambda s: s.adapters.DeleteAdapter, request, lambda r: Deleted(r.revisions, r.bytes))
+    return Unary(lambda s: s.adapters.DeleteAdapter, request, lambda r: Deleted(r.revisions, r.bytes, r.fine_tunes))
 
 
 def storage_call() -> Unary[pb.GetStorageRequest, pb.GetStorageResponse, StorageUse]:

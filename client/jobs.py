@@ -154,6 +154,14 @@ class TrainingSample:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class DeletedJob:
+    """What a delete removed: events, and bytes of training pictures that the server still kept."""
+
+    events: int
+    picture_bytes: int
+
+
 JobEvent: TypeAlias = StateChanged | TrainingProgress | TrainingSample
 
 
@@ -216,6 +224,12 @@ def retry_call(name: str) -> Unary[pb.RetryFineTuneRequest, pb.RetryFineTuneResp
     """Queue a failed job again. Repeats of this one call queue it once."""
     request = pb.RetryFineTuneRequest(name=name, idempotency_key=new_key())
     return Unary(lambda s: s.finetune.RetryFineTune, request, lambda r: read_job(r.fine_tune))
+
+
+def delete_call(name: str) -> Unary[pb.DeleteFineTuneRequest, pb.DeleteFineTuneResponse, DeletedJob]:
+    """Remove a job with its pictures."""
+    request = pb.DeleteFineTuneRequest(name=name, idempotency_key=new_key())
+    return Unary(lambda s: s.finetune.DeleteFineTune, request, lambda r: DeletedJob(r.events, r.picture_bytes))
 
 
 def name_of(job: str | FineTune) -> str:

@@ -118,6 +118,10 @@ class Client:
         """Queue a failed job again, from its last checkpoint, and return it; the server says which can be retried."""
         return self._unary(jobs.retry_call(jobs.name_of(job)))
 
+    def delete_job(self, job: str | jobs.FineTune) -> jobs.DeletedJob:
+        """Remove a job that waits or has ended, with its pictures, samples and checkpoints; its adapter stays."""
+        return self._unary(jobs.delete_call(jobs.name_of(job)))
+
     def watch(self, job: str | jobs.FineTune, after_sequence: int = 0) -> Generator[jobs.JobEvent, None, None]:
         """Yield a job's events after a sequence number until it ends, across lost connections and server restarts."""
         cursor = jobs.WatchCursor(jobs.name_of(job), after_sequence)
@@ -213,7 +217,7 @@ class Client:
         return self._unary(adapters.update_call(name, display_name=display_name, labels=labels))
 
     def delete_adapter(self, name: str) -> adapters.Deleted:
-        """Remove an adapter with all its revisions and files."""
+        """Remove an adapter with all its revisions and files, and its ended jobs."""
         return self._unary(adapters.delete_call(name))
 
     def storage(self) -> adapters.StorageUse:

@@ -79,6 +79,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.ATTEMPTS_EXHAUSTED: "The job's workers failed too often (in a job's error).",
     Reason.JOB_TIME_LIMIT: "The job used up the device time a job may take (in a job's error).",
     Reason.JOB_MEMORY_LIMIT: "The job needs more memory than a job may take (in a job's error).",
+    Reason.FINE_TUNE_RUNNING: "A running job cannot be deleted; cancel it first.",
     Reason.JOB_NOT_RETRYABLE: "The job did not fail, would fail again, or its files are gone.",
     Reason.LEASE_LOST: "Another worker has the job (among workers).",
     Reason.STORE_DAMAGED: "A stored file does not match its hash.",

@@ -36,6 +36,7 @@ from hueshift.server.rpc.handlers import ServiceTable
 from hueshift.server.rpc.model_service import ModelService
 from hueshift.server.scheduler import Scheduler
 from hueshift.server.settings import Settings
+from hueshift.server.store.job_removal import JobRemoval
 from hueshift.server.store.stores import Stores
 from hueshift.server.supervisor import Supervisor
 from hueshift.training.cost import open_speeds
@@ -103,7 +104,9 @@ class ServiceSet:
             ImportBase(base.layout, {**dict(base.unet.named_parameters()), **encoder_parameters(base)}),
             parts.rows.served_ranks,
         )
-        self._adapters = AdapterService(stores.adapters, base.layout, limits, self.scheduler, clock, formats)
+        self._adapters = AdapterService(
+            stores.adapters, base.layout, limits, self.scheduler, clock, formats, stores.folders.remove
+        )
         speeds = open_speeds(settings.store.cache_path)
         self._fine_tunes = FineTuneService(
             stores.jobs,
@@ -114,6 +117,7 @@ class ServiceSet:
             fit_targets=make_target_fit(parts.rows),
             estimate=lambda spec: speeds.estimate(base.base_hash, spec),
             on_retry=metrics.job_retries.inc,
+            removal=JobRemoval(stores.database, stores.adapters.storage.quota),
         )
         self._failed = metrics.failed
         self._following: asyncio.Task[None] | None = None

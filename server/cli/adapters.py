@@ -136,12 +136,12 @@ def delete_adapter(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Ids or resource names.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove adapters with all their revisions and files."""
+    """Remove adapters with all their revisions and files, and their ended jobs."""
     if not yes:
-        typer.confirm(f"Delete {', '.join(names)} with all revisions?", abort=True, err=True)
+        typer.confirm(f"Delete {', '.join(names)} with all revisions and ended jobs?", abort=True, err=True)
     deleted = {name: session.client.delete_adapter(name) for name in names}
-    rows = [(name, str(done.revisions), size_text(done.bytes)) for name, done in deleted.items()]
-    session.output.result(deleted, rows_table(("deleted", "revisions", "freed"), rows))
+    rows = [(name, str(done.revisions), size_text(done.bytes), str(done.jobs)) for name, done in deleted.items()]
+    session.output.result(deleted, rows_table(("deleted", "revisions", "freed", "jobs"), rows))
 
 
 @app.command("storage")

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from hueshift.client.choices import JobState
-from hueshift.server.cli.output import rows_table, time_text
+from hueshift.server.cli.output import rows_table, size_text, time_text
 from hueshift.server.cli.session import Session, connected
 from hueshift.server.cli.watching import job_table, watch_job
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="List, show, watch, cancel and retry fine-tuning jobs."
+    no_args_is_help=True, add_completion=False, help="List, show, watch, cancel, retry and delete fine-tuning jobs."
 )
 
 Job = Annotated[str, typer.Argument(help="Id or resource name.")]
@@ -84,3 +84,18 @@ def retry(session: Session, job: Job) -> None:
     queued = session.client.retry_job(job)
     session.output.result(queued, job_table(queued))
     session.output.note(f"`hueshift jobs watch {queued.id} --after {queued.sequence}` follows it.")
+
+
+@app.command("delete")
+@connected
+def delete(
+    session: Session,
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB...", help="Ids or resource names.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove jobs that wait or have ended, with their pictures, samples and checkpoints; their adapters stay."""
+    if not yes:
+        typer.confirm(f"Delete {', '.join(jobs)} with their pictures?", abort=True, err=True)
+    deleted = {job: session.client.delete_job(job) for job in jobs}
+    rows = [(job, str(done.events), size_text(done.picture_bytes)) for job, done in deleted.items()]
+    session.output.result(deleted, rows_table(("deleted", "events", "pictures"), rows))

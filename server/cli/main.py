@@ -21,7 +21,7 @@ COMMANDS = {
     "finetune": Lazy(f"{_CLI}.finetune", "finetune", "Learn an adapter from a few pictures."),
     "evaluate": Lazy(f"{_CLI}.evaluate", "app", "Measure adapters, or compare ways to learn them, with grids."),
     "adapters": Lazy(f"{_CLI}.adapters", "app", "List, show, import, export, combine, inspect and delete adapters."),
-    "jobs": Lazy(f"{_CLI}.jobs", "app", "List, show, watch, cancel and retry fine-tuning jobs."),
+    "jobs": Lazy(f"{_CLI}.jobs", "app", "List, show, watch, cancel, retry and delete fine-tuning jobs."),
     "keys": Lazy(f"{_CLI}.keys", "app", "Create, list and revoke API keys, on the server's machine."),
     "engine": Lazy(
         f"{_CLI}.engine", "app", "Build, list, inspect, verify and prune TensorRT plans, on the GPU's machine."

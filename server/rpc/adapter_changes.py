@@ -1,6 +1,6 @@
 """Changes of a tenant's adapters, each kept with its idempotency key in one transaction. Run in a thread."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -71,8 +71,17 @@ class Deletion:
 class AdapterChanges:
     """Import, combine, update and delete adapters of the base model of `layout`."""
 
-    def __init__(self, store: AdapterStore, formats: AdapterFormats, layout: BaseLayout, limits: LimitSettings) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        formats: AdapterFormats,
+        layout: BaseLayout,
+        limits: LimitSettings,
+        end_job: Callable[[str], object] = lambda job_id: None,
+    ) -> None:
+        """`end_job` removes the files of a job whose rows are gone."""
         self._store = store
+        self._end_job = end_job
         self._formats = formats
         self._layout = layout
         self._limits = limits
@@ -159,15 +168,17 @@ class AdapterChanges:
         with self._store.write() as connection:
             kept = recall(connection, *key)
             if kept is not None:
-                hashes = tuple(kept["hashes"])
-                return Deletion(adapter_id, DeletedAdapter(kept["revisions"], kept["bytes"], hashes), replayed=True)
+                lists = {name: tuple(kept.get(name, ())) for name in ("hashes", "jobs")}
+                return Deletion(adapter_id, DeletedAdapter(**{**kept, **lists}), replayed=True)
             deleted = self._store.delete_rows(connection, tenant, adapter_id)
             remember(connection, *key, asdict(deleted))
             return Deletion(adapter_id, deleted, replayed=False)
 
     def discard_files(self, deletion: Deletion) -> None:
-        """Remove the files that nothing names any more."""
+        """Remove the files that nothing names any more, and those of the adapter's jobs."""
         self._store.discard_unused(deletion.deleted.hashes)
+        for job_id in deletion.deleted.jobs:
+            self._end_job(job_id)
 
     def _kept(self, key: tuple[str, str, str, str]) -> Mapping[str, Any] | None:
         if not key[2]:

@@ -1,7 +1,7 @@
 """AdapterService: the adapters of the caller's tenant. The store decides; here are messages, threads and the engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -48,7 +48,8 @@ class Residents(Protocol):
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Brings adapters in and out, and keeps them ready.
 
-    Without `formats`, which know the base model's weights, files that are defined against those are refused.
+    Without `formats`, which know the base model's weights, files that are defined against those are refused. `end_job`
+    removes the files of a fine-tuning job that went with its adapter.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         scheduler: Residents,
         clock: Clock,
         formats: AdapterFormats | None = None,
+        end_job: Callable[[str], object] = lambda job_id: None,
     ) -> None:
         self._store = store
         self._layout = layout
         self._formats = formats or AdapterFormats(ImportBase(layout))
-        self._changes = AdapterChanges(store, self._formats, layout, limits)
+        self._changes = AdapterChanges(store, self._formats, layout, limits, end_job)
         self._limits = limits
         self._scheduler = scheduler
         self.pins = Pins(store, scheduler)
@@ -133,7 +135,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> pb.DeleteAdapterResponse:
         """Remove an adapter and stop serving it."""
         deletion = await self._to_the_end(self._delete(current_call().tenant, request))
-        return pb.DeleteAdapterResponse(revisions=deletion.deleted.revisions, bytes=deletion.deleted.bytes)
+        deleted = deletion.deleted
+        return pb.DeleteAdapterResponse(revisions=deleted.revisions, bytes=deleted.bytes, fine_tunes=len(deleted.jobs))
 
     async def CombineAdapters(
         self, request: pb.CombineAdaptersRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -219,6 +222,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             tenant_hash=tenant_hash(tenant),
             revisions=deletion.deleted.revisions,
             freed_bytes=deletion.deleted.bytes,
+            jobs=len(deletion.deleted.jobs),
             replayed=deletion.replayed,
         )
         return deletion

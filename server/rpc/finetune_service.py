@@ -23,6 +23,7 @@ from hueshift.server.rpc.pages import check_page_size, decode_token, encode_toke
 from hueshift.server.settings import LimitSettings
 from hueshift.server.store.idempotency import check_key, hash_request
 from hueshift.server.store.job_records import JobEvent, JobRecord, NewJob
+from hueshift.server.store.job_removal import DeletedJob, JobRemoval
 from hueshift.server.store.job_retry import not_retryable
 from hueshift.server.store.job_store import JobStore
 from hueshift.training.cost import Cost
@@ -39,7 +40,7 @@ _EVENTS_PER_READ = 100
 
 
 class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
-    """Queues, shows, cancels and retries jobs.
+    """Queues, shows, cancels, retries and deletes jobs.
 
     `check_words` raises InvalidArgument when the base model's tokenizer cannot hold a spec's identifiers, `fit_targets`
     when this server could not serve what the job makes; `estimate` tells what a job costs, if that is known; `on_retry`
@@ -56,9 +57,10 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         check_words: Callable[[TrainingSpec], None],
         fit_targets: TargetFit,
         estimate: Callable[[TrainingSpec], Cost | None],
+        removal: JobRemoval,
         on_retry: Callable[[], object] = lambda: None,
     ) -> None:
-        self._jobs = jobs
+        self._jobs, self._removal = jobs, removal
         self._news = JobNews(jobs.sequences)
         self._folders = folders
         self._limits = limits
@@ -162,6 +164,15 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         job, replayed = await asyncio.to_thread(self._retry, tenant, job_id, key)
         return pb.RetryFineTuneResponse(fine_tune=to_message(job), replayed=replayed)
 
+    async def DeleteFineTune(
+        self, request: pb.DeleteFineTuneRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.DeleteFineTuneResponse:
+        """Remove a job with its pictures; see the contract."""
+        tenant, key = current_call().tenant, check_key(request.idempotency_key)
+        job_id = parse_fine_tune_name(request.name, tenant)
+        deleted = await self._to_the_end(self._delete, tenant, job_id, key)
+        return pb.DeleteFineTuneResponse(events=deleted.events, picture_bytes=deleted.picture_bytes)
+
     async def _to_the_end(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Run in a thread, to the end even if the caller leaves: no job may stand without its folder, nor inversely."""
         task = asyncio.create_task(asyncio.to_thread(work, *arguments, **named))
@@ -173,7 +184,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         self._unfinished.discard(task)
         # Read, so that an error whose caller has left is not reported as forgotten; the caller, if there, raises it.
         if not task.cancelled() and task.exception() is not None:
-            _LOG.info("job.not_queued", error=type(task.exception()).__name__)
+            _LOG.info("job.change_failed", error=type(task.exception()).__name__)
 
     def _queue(
         self, tenant: str, message: pb.FineTuneSpec, spec: TrainingSpec, request_hash: str, staged: Path
@@ -225,6 +236,13 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         if job.state.ended and not self._jobs.can_retry(job):
             self._folders.end(job_id)
         return job
+
+    def _delete(self, tenant: str, job_id: str, key: str) -> DeletedJob:
+        deleted = self._removal.delete(tenant, job_id, key)
+        # Rows first: nothing may take a job whose pictures are going.
+        self._folders.remove(job_id)
+        _LOG.info("job.deleted", job=job_id, tenant_hash=tenant_hash(tenant), events=deleted.events)
+        return deleted
 
     def _retry(self, tenant: str, job_id: str, key: str) -> tuple[JobRecord, bool]:
         job = self._jobs.get(tenant, job_id)

@@ -59,11 +59,15 @@ class AdapterPage:
 
 @dataclass(frozen=True, slots=True)
 class DeletedAdapter:
-    """What a deletion removed. `bytes` leaves out files that other adapters still use; `hashes` names all of them."""
+    """What a deletion removed. `bytes` leaves out files that other adapters still use; `hashes` names all of them.
+
+    `jobs` are the ids of the adapter's ended fine-tuning jobs, which go with it.
+    """
 
     revisions: int
     bytes: int
     hashes: tuple[str, ...]
+    jobs: tuple[str, ...] = ()
 
 
 def check_display_name(name: str, field: str = "display_name") -> str:

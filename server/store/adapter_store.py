@@ -35,6 +35,7 @@ from hueshift.server.store.adapter_records import (
 from hueshift.server.store.adapter_rows import newest, pinned, published_by, read_adapter_row, read_revision, referenced
 from hueshift.server.store.blobs import BlobStore, BlobWriter, StagedBlob
 from hueshift.server.store.database import Database, lock
+from hueshift.server.store.job_removal import delete_jobs_of
 from hueshift.server.store.stored_bytes import Storage, StorageQuota
 from hueshift.server.store.tables import adapters, revisions
 
@@ -202,7 +203,8 @@ class AdapterStore:
     def delete_rows(self, connection: Connection, tenant: str, adapter_id: str) -> DeletedAdapter:
         """Remove the rows in the caller's transaction, who calls `discard_unused` with the hashes once it is committed.
 
-        Files cannot go before: a rollback would leave rows without them.
+        The adapter's ended jobs go too: what they learned from is what it shows. Files cannot go before: a rollback
+        would leave rows without them.
         """
         lock(connection, f"adapter/{tenant}/{adapter_id}")
         self.get(tenant, adapter_id, connection)
@@ -217,7 +219,7 @@ class AdapterStore:
         )
         kept = referenced(connection, tuple(sizes))
         freed = sum(size for content_hash, size in sizes.items() if content_hash not in kept)
-        return DeletedAdapter(count, freed, tuple(sorted(sizes)))
+        return DeletedAdapter(count, freed, tuple(sorted(sizes)), delete_jobs_of(connection, tenant, adapter_id))
 
     def discard_unused(self, hashes: Sequence[str]) -> int:
         """Remove those of the files that no revision names. Returns the bytes freed."""

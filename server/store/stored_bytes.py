@@ -107,11 +107,15 @@ def check_storage(connection: Connection, quota: StorageQuota, tenant: str, adde
 def stored(connection: Connection, quota: StorageQuota, tenant: str | None = None) -> Stored:
     """Return what a tenant stores; None means all of them together."""
     files = select(revisions.c.content_hash, revisions.c.size_bytes).distinct()
-    there: ColumnElement[bool] = true()
-    if not quota.keep_pictures:
-        there = or_(jobs.c.state.in_(_OPEN), kept(quota.failed_seconds, now(connection)))
-    pictures = select(func.sum(jobs.c.picture_bytes)).where(there)
+    pictures = select(func.sum(jobs.c.picture_bytes)).where(pictures_there(connection, quota))
     if tenant is not None:
         files, pictures = files.where(revisions.c.tenant == tenant), pictures.where(jobs.c.tenant == tenant)
     adapter_bytes = connection.scalar(select(func.sum(files.subquery().c.size_bytes)))
     return Stored(int(adapter_bytes or 0), int(connection.scalar(pictures) or 0))
+
+
+def pictures_there(connection: Connection, quota: StorageQuota) -> ColumnElement[bool]:
+    """The jobs whose pictures are kept, as a condition of a query."""
+    if quota.keep_pictures:
+        return true()
+    return or_(jobs.c.state.in_(_OPEN), kept(quota.failed_seconds, now(connection)))

@@ -173,6 +173,7 @@ def test_jobs(run: Run) -> None:
     assert run("jobs", "cancel", "job-1", "--json").json["state"] == "cancelled"
     assert run("jobs", "retry", "job-1", "--json").json["state"] == "queued"
     assert "hueshift jobs watch job-1 --after" in run("jobs", "retry", "job-1").err
+    assert run("jobs", "delete", "job-1", "-y", "--json").json == {"job-1": {"events": 5, "picture_bytes": 2048}}
     assert run("jobs", "list", "--state", "failed").err.startswith("No jobs")
 
 
@@ -191,7 +192,9 @@ def test_adapters(fake: FakeServer, run: Run, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out.safetensors"
     assert run("adapters", "export", "fox", "--out", target, "--json").json["bytes"] == 2500
     assert target.read_bytes() == file.read_bytes()
-    assert run("adapters", "delete", "fox", "--yes", "--json").json == {"fox": {"revisions": 1, "bytes": 2500}}
+    assert run("adapters", "delete", "fox", "--yes", "--json").json == {
+        "fox": {"revisions": 1, "bytes": 2500, "jobs": 0}
+    }
     assert run("adapters", "delete", "fox", "--yes").code == 1
 
 

@@ -101,6 +101,7 @@ async def test_jobs(fake: FakeServer, client: AsyncClient) -> None:
     assert [found.id async for found in client.list_jobs()] == ["job-1"]
     assert (await client.cancel_job(job)).state.ended
     assert not (await client.retry_job(job)).state.ended
+    assert (await client.delete_job(job)).picture_bytes == 2048
 
 
 async def test_a_server_that_is_not_there(quick: RetryPolicy) -> None:

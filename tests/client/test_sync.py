@@ -341,6 +341,8 @@ def test_jobs_are_listed_cancelled_and_retried(fake: FakeServer, client: Client)
     assert [job.id for job in client.list_jobs([JobState.QUEUED])] == ["job-1"]
     assert client.cancel_job(next(client.list_jobs())).state is JobState.CANCELLED
     assert client.retry_job(next(client.list_jobs())).state is JobState.QUEUED
+    assert client.delete_job("job-1").events == 5
+    assert fake.service.seen["DeleteFineTune"][0].idempotency_key
     (request,) = fake.service.seen["RetryFineTune"]
     assert (request.name, len(request.idempotency_key)) == ("tenants/local/fineTunes/job-1", 32)
     client.cancel_job("job-1")

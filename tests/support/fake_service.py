@@ -261,6 +261,13 @@ class FakeService(
         self.job.state = State.FINE_TUNE_STATE_CANCELLED
         return finetune_pb2.CancelFineTuneResponse(fine_tune=self.job)
 
+    def DeleteFineTune(
+        self, request: finetune_pb2.DeleteFineTuneRequest, context: Context
+    ) -> finetune_pb2.DeleteFineTuneResponse:
+        """Say that something was removed."""
+        self._fail_or_go("DeleteFineTune", request, context)
+        return finetune_pb2.DeleteFineTuneResponse(events=5, picture_bytes=2048)
+
     def RetryFineTune(
         self, request: finetune_pb2.RetryFineTuneRequest, context: Context
     ) -> finetune_pb2.RetryFineTuneResponse:

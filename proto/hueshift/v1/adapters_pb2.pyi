@@ -742,19 +742,23 @@ class DeleteAdapterResponse(_message.Message):
 
     REVISIONS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    FINE_TUNES_FIELD_NUMBER: _builtins.int
     revisions: _builtins.int
     """Revisions removed."""
     bytes: _builtins.int
     """Bytes freed on disk."""
+    fine_tunes: _builtins.int
+    """Fine-tuning jobs removed."""
     def __init__(
         self,
         *,
         revisions: _builtins.int = ...,
         bytes: _builtins.int = ...,
+        fine_tunes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "revisions", b"revisions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "fine_tunes", b"fine_tunes", "revisions", b"revisions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -127,7 +127,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Removes an adapter with all its revisions and files. Requests that already run with it finish with an error.
+        """Removes an adapter with all its revisions and files, and the fine-tuning jobs for it that have ended, as
+        DeleteFineTune does. Requests that already run with it finish with an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

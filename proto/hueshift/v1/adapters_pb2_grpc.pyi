@@ -50,7 +50,9 @@ class AdapterServiceStub:
     UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]
     """Changes the display name or the labels."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
-    """Removes an adapter with all its revisions and files. Requests that already run with it finish with an error."""
+    """Removes an adapter with all its revisions and files, and the fine-tuning jobs for it that have ended, as
+    DeleteFineTune does. Requests that already run with it finish with an error.
+    """
     CombineAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.CombineAdaptersRequest, _adapters_pb2.CombineAdaptersResponse]
     """Makes an adapter of others, and stores it as a new adapter or as a new revision of an existing one. The same mixes
     can be had in a Generate request without storing anything.
@@ -86,7 +88,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
     """Changes the display name or the labels."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Removes an adapter with all its revisions and files. Requests that already run with it finish with an error."""
+    """Removes an adapter with all its revisions and files, and the fine-tuning jobs for it that have ended, as
+    DeleteFineTune does. Requests that already run with it finish with an error.
+    """
     CombineAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.CombineAdaptersRequest, _adapters_pb2.CombineAdaptersResponse]  # type: ignore[assignment]
     """Makes an adapter of others, and stores it as a new adapter or as a new revision of an existing one. The same mixes
     can be had in a Generate request without storing anything.
@@ -155,7 +159,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]:
-        """Removes an adapter with all its revisions and files. Requests that already run with it finish with an error."""
+        """Removes an adapter with all its revisions and files, and the fine-tuning jobs for it that have ended, as
+        DeleteFineTune does. Requests that already run with it finish with an error.
+        """
 
     @_abc_1.abstractmethod
     def CombineAdapters(

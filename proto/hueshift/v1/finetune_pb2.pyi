@@ -1364,3 +1364,55 @@ class RetryFineTuneResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetryFineTuneResponse: _TypeAlias = RetryFineTuneResponse  # noqa: Y015
+
+@_typing.final
+class DeleteFineTuneRequest(_message.Message):
+    """Which job to delete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name or bare id."""
+    idempotency_key: _builtins.str
+    """A repeated delete with the same key succeeds. At most 64 characters; empty means none."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteFineTuneRequest: _TypeAlias = DeleteFineTuneRequest  # noqa: Y015
+
+@_typing.final
+class DeleteFineTuneResponse(_message.Message):
+    """What was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    PICTURE_BYTES_FIELD_NUMBER: _builtins.int
+    events: _builtins.int
+    """Events removed, samples among them."""
+    picture_bytes: _builtins.int
+    """Bytes of training pictures and masks that were still kept."""
+    def __init__(
+        self,
+        *,
+        events: _builtins.int = ...,
+        picture_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "picture_bytes", b"picture_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteFineTuneResponse: _TypeAlias = DeleteFineTuneResponse  # noqa: Y015

@@ -66,6 +66,11 @@ class FineTuneServiceStub:
                 request_serializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneRequest.SerializeToString,
                 response_deserializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneResponse.FromString,
                 _registered_method=True)
+        self.DeleteFineTune = channel.unary_unary(
+                '/hueshift.v1.FineTuneService/DeleteFineTune',
+                request_serializer=hueshift_dot_v1_dot_finetune__pb2.DeleteFineTuneRequest.SerializeToString,
+                response_deserializer=hueshift_dot_v1_dot_finetune__pb2.DeleteFineTuneResponse.FromString,
+                _registered_method=True)
 
 
 class FineTuneServiceServicer:
@@ -119,6 +124,14 @@ class FineTuneServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteFineTune(self, request, context):
+        """Removes a job that waits or has ended, at once: its pictures and masks, checkpoints, samples, captions, prompts and
+        events. The adapter that it made stays. A running job is FAILED_PRECONDITION with FINE_TUNE_RUNNING: cancel it first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FineTuneServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -151,6 +164,11 @@ def add_FineTuneServiceServicer_to_server(servicer, server):
                     servicer.RetryFineTune,
                     request_deserializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneRequest.FromString,
                     response_serializer=hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneResponse.SerializeToString,
+            ),
+            'DeleteFineTune': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteFineTune,
+                    request_deserializer=hueshift_dot_v1_dot_finetune__pb2.DeleteFineTuneRequest.FromString,
+                    response_serializer=hueshift_dot_v1_dot_finetune__pb2.DeleteFineTuneResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -317,6 +335,33 @@ class FineTuneService:
             '/hueshift.v1.FineTuneService/RetryFineTune',
             hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneRequest.SerializeToString,
             hueshift_dot_v1_dot_finetune__pb2.RetryFineTuneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteFineTune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hueshift.v1.FineTuneService/DeleteFineTune',
+            hueshift_dot_v1_dot_finetune__pb2.DeleteFineTuneRequest.SerializeToString,
+            hueshift_dot_v1_dot_finetune__pb2.DeleteFineTuneResponse.FromString,
             options,
             channel_credentials,
             insecure,

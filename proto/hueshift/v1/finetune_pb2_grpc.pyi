@@ -54,6 +54,10 @@ class FineTuneServiceStub:
     kept. Only for failures that another try may mend (ATTEMPTS_EXHAUSTED, JOB_TIME_LIMIT, JOB_MEMORY_LIMIT) and while
     the server keeps the job's pictures; else FAILED_PRECONDITION with JOB_NOT_RETRYABLE. Quotas are those of a new job.
     """
+    DeleteFineTune: _grpc.UnaryUnaryMultiCallable[_finetune_pb2.DeleteFineTuneRequest, _finetune_pb2.DeleteFineTuneResponse]
+    """Removes a job that waits or has ended, at once: its pictures and masks, checkpoints, samples, captions, prompts and
+    events. The adapter that it made stays. A running job is FAILED_PRECONDITION with FINE_TUNE_RUNNING: cancel it first.
+    """
 
 @_typing.type_check_only
 class FineTuneServiceAsyncStub(FineTuneServiceStub):
@@ -80,6 +84,10 @@ class FineTuneServiceAsyncStub(FineTuneServiceStub):
     """Queues a failed job again: its attempts are counted anew, and it goes on from its last checkpoint where one was
     kept. Only for failures that another try may mend (ATTEMPTS_EXHAUSTED, JOB_TIME_LIMIT, JOB_MEMORY_LIMIT) and while
     the server keeps the job's pictures; else FAILED_PRECONDITION with JOB_NOT_RETRYABLE. Quotas are those of a new job.
+    """
+    DeleteFineTune: _aio.UnaryUnaryMultiCallable[_finetune_pb2.DeleteFineTuneRequest, _finetune_pb2.DeleteFineTuneResponse]  # type: ignore[assignment]
+    """Removes a job that waits or has ended, at once: its pictures and masks, checkpoints, samples, captions, prompts and
+    events. The adapter that it made stays. A running job is FAILED_PRECONDITION with FINE_TUNE_RUNNING: cancel it first.
     """
 
 class FineTuneServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -140,6 +148,16 @@ class FineTuneServiceServicer(metaclass=_abc_1.ABCMeta):
         """Queues a failed job again: its attempts are counted anew, and it goes on from its last checkpoint where one was
         kept. Only for failures that another try may mend (ATTEMPTS_EXHAUSTED, JOB_TIME_LIMIT, JOB_MEMORY_LIMIT) and while
         the server keeps the job's pictures; else FAILED_PRECONDITION with JOB_NOT_RETRYABLE. Quotas are those of a new job.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteFineTune(
+        self,
+        request: _finetune_pb2.DeleteFineTuneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_finetune_pb2.DeleteFineTuneResponse, _abc.Awaitable[_finetune_pb2.DeleteFineTuneResponse]]:
+        """Removes a job that waits or has ended, at once: its pictures and masks, checkpoints, samples, captions, prompts and
+        events. The adapter that it made stays. A running job is FAILED_PRECONDITION with FINE_TUNE_RUNNING: cancel it first.
         """
 
 def add_FineTuneServiceServicer_to_server(servicer: FineTuneServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
