@@ -63,6 +63,7 @@ class EngineOptions:
     merged_slots: int = 2
     warm_sizes: tuple[tuple[int, int], ...] = ()
     most_graphs: int = 64
+    vae_tiling_above: int = 0
 
 
 class AdapterEngine(UNetEngine, Protocol):
@@ -184,6 +185,7 @@ def cuda_options(base: BaseModel, options: EngineOptions) -> CudaOptions:
         kernels=KernelUse(options.kernels),
         weight_slots=options.merged_slots,
         graphs=options.most_graphs,
+        tile_above=options.vae_tiling_above,
     )
 
 

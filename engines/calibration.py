@@ -18,7 +18,6 @@ from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.cuda_options import KernelUse
-from hueshift.engines.device_errors import release_memory
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
@@ -90,13 +89,9 @@ def warm_all(engine: CudaEngine, progress: Progress) -> dict[GraphKey, Work]:
     calls: dict[GraphKey, Work] = {}
     for done, (role, shape, _) in enumerate(wanted):
         progress("capture", done, len(wanted))
-        try:
-            calls[GraphKey(role, shape)] = engine.warm_one(role, shape)
-        except torch.cuda.OutOfMemoryError:
-            _log.warning("capture_without_memory", role=role, rows=shape.rows, height=shape.height, width=shape.width)
-        if GraphKey(role, shape) not in calls:
-            # Once the error and what its traceback holds are gone.
-            release_memory()
+        call = engine.warm_if_fits(role, shape)
+        if call is not None:
+            calls[GraphKey(role, shape)] = call
     progress("capture", len(wanted), len(wanted))
     return calls
 

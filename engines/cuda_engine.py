@@ -8,6 +8,7 @@ which `captures` and `compiles` prove.
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -19,12 +20,15 @@ from hueshift.engines.cuda_graphs import GraphKey, GraphStore
 from hueshift.engines.cuda_lane import GraphLane, Mark
 from hueshift.engines.cuda_networks import GuidedNetwork, Network, NetworkSet
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, EngineObserver, Silent
+from hueshift.engines.device_errors import Fault, classify, release_memory
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Guides, Plan, no_guides
 from hueshift.engines.merged_slots import MergedSlots
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.run_ahead import RunAhead
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
+
+_log = structlog.get_logger()
 
 
 class CudaEngine:
@@ -50,7 +54,7 @@ class CudaEngine:
         self.base, self.lane, self.options = base, lane, options
         self.observer = observer or Silent()
         self.buckets = buckets_up_to(max_batch)
-        self.dtype = options.dtype or (torch.float32 if lane.device.type == "cpu" else torch.float16)
+        self.dtype = options.dtype_on(lane.device)
         self._slabs = Slabs(rows, factors, norms, slots, lane.device, lowrank_dtype=self.dtype)
         # The branch index of every slot, on the host: rows without a branch are skipped by the kernels.
         self._branches = torch.full((slots,), NO_BRANCH, dtype=torch.int64)
@@ -194,7 +198,7 @@ class CudaEngine:
         # An engine that was measured was warmed for that.
         if self.costs is None:
             for role, shape, _ in self.captures_to_warm():
-                self.warm_one(role, shape)
+                self.warm_if_fits(role, shape)
             self.lane.mark().wait()
 
     def captures_to_warm(self) -> list[tuple[str, CallShape, Plan]]:
@@ -209,7 +213,7 @@ class CudaEngine:
         return [(role, shape, plan) for shape in shapes for role, plan in roles]
 
     def warm_one(self, role: str, shape: CallShape) -> Callable[[], None]:
-        """Compile and capture one call for good; return what queues it on the lane."""
+        """Compile and capture one call for good; return what queues it on the lane. Raises where it does not fit."""
         views, key = self.buffers.at(shape), GraphKey(role, shape)
         network: Network | GuidedNetwork
         if role == Plan.FULL:
@@ -220,6 +224,18 @@ class CudaEngine:
             network = self.networks.named(role) if key in self.graphs else self.networks.compiled(role)
         with torch.no_grad():
             return self.graphs.warm(key, partial(network.call, views))
+
+    def warm_if_fits(self, role: str, shape: CallShape) -> Callable[[], None] | None:
+        """The same; None, with a word, where there is not enough memory."""
+        try:
+            return self.warm_one(role, shape)
+        except RuntimeError as error:
+            if classify(error) is not Fault.MEMORY:
+                raise
+        # Once the error and what its traceback holds are gone.
+        release_memory()
+        _log.warning("capture_without_memory", role=role, rows=shape.rows, height=shape.height, width=shape.width)
+        return None
 
     def _run(
         self,

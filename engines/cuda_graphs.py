@@ -16,6 +16,9 @@ from hueshift.engines.device_errors import Fault, classify
 
 # A shape pays for its capture when it is called again; one picture calls it once a step.
 _CAPTURE_AT_CALL = 2
+# Calls after which a capture that had no memory is tried again, for each try stops the whole device: whoever took the
+# memory may have left by then.
+_RETRY_AFTER = 512
 _log = structlog.get_logger()
 
 
@@ -54,11 +57,22 @@ class GraphStore:
             return
         call()
         self._calls[key] += 1
-        if self._enabled and self._calls[key] >= _CAPTURE_AT_CALL and key not in self._refused:
+        if not self._enabled or self._calls[key] < _CAPTURE_AT_CALL or key in self._refused:
+            return
+        try:
             self._keep(key, self._capture(key, call))
+        except RuntimeError as error:
+            if classify(error) is not Fault.MEMORY:
+                raise
+            # The call itself has run.
+            self._calls[key] = _CAPTURE_AT_CALL - _RETRY_AFTER
+            _log.warning("cuda_graph_without_memory", role=key.role, rows=key.shape.rows)
 
     def warm(self, key: GraphKey, call: Work) -> Work:
-        """Capture a call for good and return what queues it: the graph's replay, or the call where there is none."""
+        """Capture a call for good and return what queues it: the graph's replay, or the call where there is none.
+
+        Raises what the call raises, and RuntimeError where a graph of it does not fit in memory.
+        """
         if key in self._warmed:
             return self._warmed[key]
         # Twice before the capture: the first sets up cuBLAS, cuDNN and Triton, the second settles the allocator.
@@ -95,17 +109,12 @@ class GraphStore:
         return self._warmed.get(key)
 
     def _capture(self, key: GraphKey, call: Work) -> Work | None:
+        """Return the replay, None where the call cannot be captured. Raises RuntimeError: no memory, device lost."""
         try:
             replay = self._lane.capture(call)
         except RuntimeError as error:
-            fault = classify(error)
-            if fault is Fault.LOST:
+            if classify(error) is not Fault.OTHER:
                 raise
-            if fault is Fault.MEMORY:
-                # Another time there may be room; the call itself has run.
-                self._calls[key] = 0
-                _log.warning("cuda_graph_without_memory", role=key.role, rows=key.shape.rows)
-                return None
             _log.warning("cuda_graph_refused", role=key.role, error=str(error).splitlines()[0])
             self._refused.add(key)
             return None

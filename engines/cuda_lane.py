@@ -79,6 +79,14 @@ class GraphLane(Protocol):
         """Bytes of the device that nothing holds, caches of the allocator included; None if that is not known."""
         ...
 
+    def peak_bytes(self, work: Work) -> int:
+        """Run `work`, wait for it, and return the most memory that it took at a time; 0 if that is not known."""
+        ...
+
+    def holding(self, nbytes: int) -> AbstractContextManager[None]:
+        """Take memory from all others for as long as the block runs. Raises torch.cuda.OutOfMemoryError."""
+        ...
+
 
 class CudaLane:
     """A CUDA stream with a memory pool for its graphs."""
@@ -161,10 +169,33 @@ class CudaLane:
         self._stream.synchronize()
         return sorted(float(begin.elapsed_time(end)) for begin, end in pairs)
 
-    def free_bytes(self) -> int | None:
+    def free_bytes(self) -> int:
         """What the driver has left, and what torch holds but does not use."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def peak_bytes(self, work: Work) -> int:
+        """What torch had to ask the driver for beside what it had: blocks of other streams are not lent to this one."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with self.running():
+            work()
+        self._stream.synchronize()
+        peak = torch.cuda.max_memory_reserved(self.device)
+        torch.cuda.empty_cache()
+        return max(0, peak - before)
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Hold one block, and give it back to the driver: the pools of graphs find nothing in torch's cache."""
+        held = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            yield
+        finally:
+            del held
+            torch.cuda.empty_cache()
 
 
 class _CudaMark:
@@ -227,6 +258,16 @@ class HostLane:
     def free_bytes(self) -> int | None:
         """Not known: the host's memory belongs to all processes."""
         return None
+
+    def peak_bytes(self, work: Work) -> int:
+        """Not known."""
+        work()
+        return 0
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Nothing to hold: others may take the host's memory at any time."""
+        yield
 
 
 def lane_of(device: torch.device) -> GraphLane:

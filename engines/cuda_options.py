@@ -37,7 +37,8 @@ class CudaOptions:
     """`warm_sizes` are latent sizes (h, w) that are captured at start and stay; `max_area` the most latent positions of
     a picture; `graphs` the most captures of other shapes; `weight_slots` the mixes that can be merged at a time.
     `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start. Without a
-    `dtype` networks run in fp16 on a GPU and in fp32 on a CPU.
+    `dtype` networks run in fp16 on a GPU and in fp32 on a CPU. Pictures with a side above `tile_above` pixels (0: none)
+    are decoded in tiles (engines/vae.py).
     """
 
     warm_sizes: tuple[tuple[int, int], ...]
@@ -49,6 +50,11 @@ class CudaOptions:
     weight_slots: int = 0
     graphs: int = 64
     dtype: torch.dtype | None = None
+    tile_above: int = 0
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype of the networks on a device."""
+        return self.dtype or (torch.float32 if device.type == "cpu" else torch.float16)
 
 
 class EngineObserver(Protocol):

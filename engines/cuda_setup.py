@@ -17,6 +17,7 @@ from hueshift.engines.cost_store import Calibration, read_costs, write_costs
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.cuda_options import CudaOptions, EngineObserver, KernelUse
+from hueshift.engines.cuda_reserve import Reserve, kept_free, measure_reserve
 from hueshift.engines.device_errors import release_memory
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.planner import Planner
@@ -55,6 +56,8 @@ def build_cuda(
 ) -> CudaEngine:
     """Return a warm engine that knows its costs and its capacity. `progress` hears of `capture` and `calibrate`.
 
+    The capacity is what fits beside all that others take while they work (engines/cuda_reserve.py).
+
     A `live` one is for a server whose requests are waiting for it: it is not warm, so every batch shape is captured
     when it is called again; it knows its costs if an engine like it was measured here before; and it merges nothing,
     because packing the factors takes as long as all the rest.
@@ -63,26 +66,21 @@ def build_cuda(
     an attention backend is missing, ENGINE_PARITY if the kernels are forced and draw something else than torch.
     """
 
-    wanted = options
-    if live:
-        options = replace(options, weight_slots=0)
-
     def make(options: CudaOptions) -> CudaEngine:
         given = (base, factors, rows, norms)
         return CudaEngine(*given, slots=slots, max_batch=max_batch, lane=lane, options=options, observer=observer)
 
-    engine = _make_with_room(make, options)
-    # A live one has the costs of what the options ask for: those of merged weights are of no use to it, and no harm.
-    identity = describe(engine) | ({"weight_slots": str(wanted.weight_slots)} if live else {})
-    known = read_costs(cache_dir, identity)
     if live:
-        if known is not None:
-            engine.costs = known.table
-        if known is not None or options.kernels is KernelUse.ON:
-            choose_forms(engine, known.kernels if known is not None else None)
-        return engine
+        return _live(make, options, cache_dir)
+    reserve = measure_reserve(base, lane, options, max_batch)
+    engine = _make_with_room(make, options, lane, reserve)
+    identity = describe(engine)
+    known = read_costs(cache_dir, identity)
+    # For a moment this takes a second copy of the factors, and so does the full plan's network: now there is room.
     kernels = choose_forms(engine, known.kernels if known is not None else None)
-    calls = warm_all(engine, progress)
+    engine.networks.full  # noqa: B018 (it is kept)
+    with kept_free(lane, reserve):
+        calls = warm_all(engine, progress)
     if known is None:
         known = Calibration(measure_costs(engine, calls, progress), kernels)
         write_costs(cache_dir, identity, known)
@@ -91,12 +89,27 @@ def build_cuda(
     return engine
 
 
-def _make_with_room(make: Callable[[CudaOptions], CudaEngine], options: CudaOptions) -> CudaEngine:
-    try:
+def _live(make: Callable[[CudaOptions], CudaEngine], options: CudaOptions, cache_dir: Path) -> CudaEngine:
+    engine = make(replace(options, weight_slots=0))
+    # It has the costs of what the options ask for: those of merged weights are of no use to it, and no harm.
+    known = read_costs(cache_dir, describe(engine) | {"weight_slots": str(options.weight_slots)})
+    if known is not None:
+        engine.costs = known.table
+    if known is not None or options.kernels is KernelUse.ON:
+        choose_forms(engine, known.kernels if known is not None else None)
+    return engine
+
+
+def _make_with_room(
+    make: Callable[[CudaOptions], CudaEngine], options: CudaOptions, lane: GraphLane, reserve: Reserve
+) -> CudaEngine:
+    """Make the engine with merged weights if they fit beside the reserve, else without."""
+    if not options.weight_slots:
         return make(options)
+    try:
+        with kept_free(lane, reserve):
+            return make(options)
     except torch.cuda.OutOfMemoryError as error:
-        if not options.weight_slots:
-            raise
         _log.warning("merged_plan_off", weight_slots=options.weight_slots, error=str(error).splitlines()[0])
     # Not above: while the error is being handled, its traceback holds all that the first one had allocated.
     release_memory()

@@ -14,7 +14,7 @@ from torch import Tensor
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.blocks import Weight, layer_weight
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.encoder_layers import encoders_of, locate_weights
+from hueshift.engines.encoder_layers import encoder_parameters, encoders_of, locate_weights
 from hueshift.engines.residency_tiers import FlightCache, ResidencyObserver, Tier
 from hueshift.engines.svd_cache import EncoderFactors, SpectralFactors
 
@@ -163,6 +163,11 @@ class EncoderWeights:
         for device in {tensor.device for tower in made.weights for tensor in tower.values() if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         return made
+
+
+def most_bytes(base: BaseModel, max_bytes: int = MAX_BYTES) -> int:
+    """Bytes that EncoderWeights may take: what it keeps, and one mix that is being put together."""
+    return max_bytes + sum(weight.numel() * weight.element_size() for weight in encoder_parameters(base).values())
 
 
 class _Unheard:

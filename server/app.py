@@ -95,6 +95,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         merged_slots=chosen.merged_slots,
         warm_sizes=chosen.warm_sizes,
         most_graphs=chosen.most_graphs,
+        vae_tiling_above=chosen.vae_tiling_above,
         max_size=settings.limits.max_size,
         cache_dir=settings.store.cache_path.expanduser(),
     )

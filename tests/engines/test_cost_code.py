@@ -6,13 +6,10 @@ from pathlib import Path
 from host_cuda import cuda_engine
 from tiny_unet import TinyParts
 
-from hueshift.engines import cost_code
 from hueshift.engines.cost_code import digest_code, measured_code
 from hueshift.engines.cuda_lane import HostLane
 from hueshift.engines.cuda_setup import describe
 from hueshift.kernels import factored_linear, launch_table
-
-PATTERNS = cost_code._KERNEL_FILES
 
 
 def copied(folder: Path) -> Path:
@@ -24,18 +21,18 @@ def copied(folder: Path) -> Path:
 
 def test_a_changed_kernel_or_table_gives_another_digest(tmp_path: Path) -> None:
     folder = copied(tmp_path)
-    found = [digest_code([(folder, PATTERNS)])]
+    found = [digest_code([folder])]
     for name in ("launch_sm_90.json", Path(str(factored_linear.__file__)).name):
         with (folder / name).open("a", encoding="utf-8") as file:
             file.write("\n")
-        found.append(digest_code([(folder, PATTERNS)]))
+        found.append(digest_code([folder]))
     (folder / "another.py").write_text("", encoding="utf-8")
-    found.append(digest_code([(folder, PATTERNS)]))
+    found.append(digest_code([folder]))
     assert len(set(found)) == 4
     # What no call depends on does not count, nor where the folder lies.
     (folder / "notes.txt").write_text("read me", encoding="utf-8")
     moved = folder.rename(tmp_path / "moved").rename(tmp_path / "kernels")
-    assert digest_code([(moved, PATTERNS)]) == found[-1]
+    assert digest_code([moved]) == found[-1]
 
 
 def test_names_and_contents_are_told_apart(tmp_path: Path) -> None:
@@ -43,7 +40,7 @@ def test_names_and_contents_are_told_apart(tmp_path: Path) -> None:
         for file, text in parts.items():
             (tmp_path / name / "kernels").mkdir(parents=True, exist_ok=True)
             (tmp_path / name / "kernels" / file).write_text(text, encoding="utf-8")
-    one, two = (digest_code([(tmp_path / name / "kernels", PATTERNS)]) for name in ("one", "two"))
+    one, two = (digest_code([tmp_path / name / "kernels"]) for name in ("one", "two"))
     assert one != two
 
 

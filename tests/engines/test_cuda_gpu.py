@@ -206,6 +206,23 @@ def test_a_refused_capture_leaves_the_callers_stream_alone(device: torch.device)
     assert float(one + 1) == 2
 
 
+def test_memory_is_measured_held_and_given_back(device: torch.device) -> None:
+    lane, size = CudaLane(device), 1 << 28
+    torch.cuda.empty_cache()
+    before = lane.free_bytes()
+    with lane.holding(size):
+        assert lane.free_bytes() <= before - size
+        with pytest.raises(torch.cuda.OutOfMemoryError), lane.holding(before):
+            pytest.fail("more than there is was given")
+    assert lane.free_bytes() > before - size // 2
+
+    def work() -> None:
+        torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+
+    assert size <= lane.peak_bytes(work) < 2 * size
+    assert lane.free_bytes() > before - size // 2
+
+
 def test_what_was_lent_is_not_written_again_while_it_is_read(device: torch.device) -> None:
     lane, copies = CudaLane(device), list[Tensor]()
     for turn in range(50):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from recording_lane import RecordingLane
+from structlog.testing import capture_logs
 
 from hueshift.engines.cuda_buffers import NO_BRANCH, CallBuffers, CallShape, bucket_for, buckets_up_to
 from hueshift.engines.cuda_graphs import GraphKey, GraphStore
@@ -75,13 +76,42 @@ def test_what_cannot_be_captured_runs_eagerly_for_good() -> None:
     assert (len(calls), lane.captures) == (4, 0)
 
 
-def test_a_capture_without_memory_is_tried_again_later() -> None:
+def test_a_capture_without_memory_is_tried_again_but_not_soon() -> None:
     lane = RecordingLane()
     lane.out_of_memory = True
     store = GraphStore(lane, limit=2)
+    with capture_logs() as logs:
+        for _ in range(100):
+            store.run(key(2), lambda: None)
+    # Each try stops the whole device.
+    assert [log["event"] for log in logs] == ["cuda_graph_without_memory"]
+    lane.out_of_memory = False
+    for _ in range(512):
+        store.run(key(2), lambda: None)
+    assert lane.captures == 1
+
+
+def test_warming_says_what_does_not_fit() -> None:
+    lane = RecordingLane()
+    lane.out_of_memory = True
+    store = GraphStore(lane, limit=2)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        store.warm(key(2), lambda: None)
+    lane.out_of_memory, lane.refuse = False, True
+    calls = []
+    # What cannot be captured at all fits.
+    store.warm(key(2), lambda: calls.append(1))()
+    assert len(calls) == 3
+
+
+def test_a_network_in_the_place_of_another_is_captured_though_that_one_could_not_be() -> None:
+    lane = RecordingLane()
+    lane.refuse = True
+    store = GraphStore(lane, limit=2)
     for _ in range(2):
         store.run(key(2), lambda: None)
-    lane.out_of_memory = False
+    lane.refuse = False
+    store.forget("dense")
     for _ in range(2):
         store.run(key(2), lambda: None)
     assert lane.captures == 1
@@ -112,7 +142,7 @@ def test_a_graph_that_the_driver_has_no_memory_for_is_tried_again_later() -> Non
 
     lane = Full()
     store = GraphStore(lane, limit=2)
-    for _ in range(4):
+    for _ in range(600):
         store.run(key(2), lambda: None)
     assert key(2) in store
 

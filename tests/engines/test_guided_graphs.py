@@ -14,7 +14,7 @@ from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import HostLane
-from hueshift.engines.cuda_options import CompileKind
+from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.engines.interface import Guides, Plan, no_guides
 from hueshift.engines.torch_engine import TorchEngine
 
@@ -103,7 +103,7 @@ def test_without_graphs_the_full_plan_runs_eagerly(tiny: TinyParts, reference: T
 
 
 def test_every_bucket_of_the_full_plan_has_its_cost(tiny: TinyParts, tmp_path: Path) -> None:
-    engine = built_engine(tiny, HostLane(), tmp_path, max_batch=3, weight_slots=0)
+    engine = built_engine(tiny, HostLane(), tmp_path, max_batch=3, weight_slots=0, kernels=KernelUse.OFF)
     assert engine.costs is not None
     found = {rows for plan, rows, _ in engine.costs.step_ms if plan is Plan.FULL}
     assert found == set(engine.buckets)
