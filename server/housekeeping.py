@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
+from hueshift.server.outages import Observer
 from hueshift.server.rounds import keep_doing
 from hueshift.server.settings import Settings
 from hueshift.server.store.idempotency import forget
@@ -211,7 +212,7 @@ async def keep_clean(
     keeping: Keeping,
     *,
     every: float = EVERY_SECONDS,
-    failed: Callable[[str], object] = lambda task: None,
+    observer: Observer | None = None,
     swept: Callable[[str, int], object] = lambda kind, count: None,
 ) -> None:
     """Clean at once and then every `every` seconds, until cancelled. A failure is logged and the next round tries."""
@@ -224,13 +225,13 @@ async def keep_clean(
             structlog.get_logger().info("store cleaned", **removed)
 
     try:
-        await keep_doing("housekeeping", every, once, failed)
+        await keep_doing("housekeeping", every, once, observer, clock=clock)
     finally:
         # A thread cannot be cancelled: it stops after the transaction that it is in.
         stop.set()
 
 
-async def keep_measured(stores: Stores, metrics: Metrics, every: float = MEASURE_SECONDS) -> None:
+async def keep_measured(stores: Stores, metrics: Metrics, clock: Clock, every: float = MEASURE_SECONDS) -> None:
     """Tell the metrics now and then what all tenants store, until cancelled."""
 
     async def once() -> None:
@@ -238,4 +239,4 @@ async def keep_measured(stores: Stores, metrics: Metrics, every: float = MEASURE
         metrics.stored_bytes.labels("adapters").set(found.adapters)
         metrics.stored_bytes.labels("pictures").set(found.pictures)
 
-    await keep_doing("stored_bytes", every, once, metrics.failed)
+    await keep_doing("stored_bytes", every, once, metrics, clock=clock)

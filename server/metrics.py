@@ -70,6 +70,10 @@ class Metrics:
         """Count a failed round of a task in the background."""
         self.background_failures.labels(task).inc()
 
+    def outage(self, task: str, lasts: bool) -> None:
+        """Note whether a task in the background keeps failing."""
+        self.background_failing.labels(task).set(lasts)
+
     def swept(self, kind: str, count: int) -> None:
         """Count what a sweep of the store removed: rows of a kind, or `bytes` of files."""
         if kind == "bytes":
@@ -153,6 +157,9 @@ class Metrics:
             "Rounds that failed: jobs, job_folders, worker, housekeeping, stored_bytes, pins, announce, replicas.",
             ["task"],
             registry=r,
+        )
+        self.background_failing = Gauge(
+            "hueshift_background_failing", "1 while the last round of such a task failed.", ["task"], registry=r
         )
         self.internal_errors = Counter("hueshift_internal_errors", "Answers with an incident id.", registry=r)
         self.build = Info("hueshift_build", "Version, engine and base model.", registry=r)

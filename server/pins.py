@@ -11,7 +11,9 @@ from typing import Protocol, TypeVar
 import structlog
 
 from hueshift.adapters.errors import HueshiftError
+from hueshift.server.clock import Clock
 from hueshift.server.logs import tenant_hash
+from hueshift.server.outages import Observer
 from hueshift.server.rounds import keep_doing
 from hueshift.server.store.adapter_records import AdapterRecord
 
@@ -82,9 +84,11 @@ class Pins:
             self._told &= wanted | self._held
             return len(self._held & wanted)
 
-    async def keep(self, every: float = EVERY_SECONDS, failed: Callable[[str], object] = lambda task: None) -> None:
+    async def keep(
+        self, every: float = EVERY_SECONDS, observer: Observer | None = None, clock: Clock | None = None
+    ) -> None:
         """Follow the table until cancelled. A store that does not answer is asked again in the next round."""
-        await keep_doing("pins", every, self.follow, failed)
+        await keep_doing("pins", every, self.follow, observer, clock=clock)
 
     async def _pin(self, pin: Pin) -> None:
         content_hash = pin[2]

@@ -132,13 +132,13 @@ async def serve(
 
 def _beside(settings: Settings, stores: Stores, clock: Clock, frame: Frame) -> list[asyncio.Task[None]]:
     """Start what runs beside the calls until the drain."""
-    failed, swept = frame.metrics.failed, frame.metrics.swept
-    tasks = [asyncio.create_task(keep_clean(stores, clock, Keeping.of(settings), failed=failed, swept=swept))]
-    tasks.append(asyncio.create_task(keep_measured(stores, frame.metrics)))
+    metrics = frame.metrics
+    cleaning = keep_clean(stores, clock, Keeping.of(settings), observer=metrics, swept=metrics.swept)
+    tasks = [asyncio.create_task(cleaning), asyncio.create_task(keep_measured(stores, metrics, clock))]
     if settings.cluster.role == "replica":
         replicas, address = ReplicaStore(stores.database), advertised(settings, frame.addresses.grpc)
         heartbeat = settings.cluster.heartbeat_seconds
-        tasks.append(asyncio.create_task(keep_announced(replicas, address, heartbeat, failed)))
+        tasks.append(asyncio.create_task(keep_announced(replicas, address, heartbeat, metrics, clock)))
     return tasks
 
 

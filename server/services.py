@@ -119,7 +119,7 @@ class ServiceSet:
             on_retry=metrics.job_retries.inc,
             removal=JobRemoval(stores.database, stores.adapters.storage.quota),
         )
-        self._failed = metrics.failed
+        self._metrics, self._clock = metrics, clock
         self._following: asyncio.Task[None] | None = None
         self._models = ModelService(base, engine, settings)
         self._supervisor = Supervisor(settings, jobs=stores.jobs, folders=stores.folders, metrics=metrics, clock=clock)
@@ -136,7 +136,9 @@ class ServiceSet:
         """Start the step loop, bring the pinned adapters in, start the workers."""
         self.scheduler.start()
         pinned = await self._adapters.pins.follow()
-        self._following = asyncio.create_task(self._adapters.pins.keep(failed=self._failed), name="pins")
+        self._following = asyncio.create_task(
+            self._adapters.pins.keep(observer=self._metrics, clock=self._clock), name="pins"
+        )
         await self._supervisor.start()
         structlog.get_logger().info("services started", pinned_adapters=pinned)
 

@@ -82,9 +82,9 @@ class Supervisor:
     async def start(self) -> None:
         """Start the workers and the looking after jobs."""
         await self._look()
-        failed = self._metrics.failed
-        self._rounds.append(asyncio.create_task(keep_doing("jobs", _LOOK_SECONDS, self._look, failed)))
-        self._rounds.append(asyncio.create_task(keep_doing("job_folders", _SWEEP_SECONDS, self._sweep, failed)))
+        for task, seconds, work in (("jobs", _LOOK_SECONDS, self._look), ("job_folders", _SWEEP_SECONDS, self._sweep)):
+            rounds = keep_doing(task, seconds, work, self._metrics, clock=self._clock)
+            self._rounds.append(asyncio.create_task(rounds))
         for number, device in enumerate(worker_devices(self._settings.training)):
             # Found out now: a device that is not there would fail again and again in the background.
             environment = worker_environment(device, {**_WAITING, **os.environ})
@@ -113,7 +113,7 @@ class Supervisor:
         while not self._stopping.is_set():
             begun = self._clock.monotonic()
             # A process that cannot be made, for want of memory perhaps, is no reason to stop trying.
-            await try_once("worker", partial(self._run_worker, device, environment), self._metrics.failed)
+            await try_once("worker", partial(self._run_worker, device, environment), self._metrics)
             if self._clock.monotonic() - begun >= _HEALTHY_SECONDS:
                 pause = _FIRST_PAUSE
             with contextlib.suppress(TimeoutError):

@@ -28,6 +28,7 @@ from hueshift.server.job_lease import LeaseKeeper
 from hueshift.server.job_limits import JobLimits
 from hueshift.server.job_run import JobRun
 from hueshift.server.logs import tenant_hash
+from hueshift.server.outages import Outage
 from hueshift.server.settings import TrainingSettings
 from hueshift.server.stop import StopFlag
 from hueshift.server.store.job_records import ClaimedJob, JobRecord
@@ -99,6 +100,7 @@ class Worker:
         self._clock = clock
         self._stop = stop
         self._failpoint = failpoint
+        self._outage = Outage("worker", clock=clock)
         self._tidy_at = clock.monotonic() + _TIDY_SECONDS
         self._crew = Crew(settings.jobs_per_worker, self._work_or_wait)
 
@@ -107,7 +109,7 @@ class Worker:
         try:
             while not self._stop.requested:
                 if self._crew.full or not self._take():
-                    time.sleep(self._settings.poll_seconds)
+                    time.sleep(self._outage.pause(self._settings.poll_seconds))
         finally:
             self._stop.request()
             self._crew.wait()
@@ -117,9 +119,10 @@ class Worker:
             self._tidy()
             self._jobs.expire_leases()
             claimed = self._jobs.claim(self._owner, self._settings.lease_seconds, self._crew.fits)
-        except (HueshiftError, SQLAlchemyError):
-            _LOG.warning("worker.store_unavailable", exc_info=True)
+        except (HueshiftError, SQLAlchemyError) as error:
+            self._outage.failed(error)
             return False
+        self._outage.worked()
         return claimed is not None and self._crew.take(claimed)
 
     def _work_or_wait(self, claimed: ClaimedJob) -> bool:

@@ -3,9 +3,10 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import Callable
 
 from hueshift.server.addresses import bracket
+from hueshift.server.clock import Clock
+from hueshift.server.outages import Observer
 from hueshift.server.rounds import keep_doing, try_once
 from hueshift.server.settings import Settings
 from hueshift.server.store.replicas import ReplicaRecord, ReplicaStore
@@ -31,7 +32,11 @@ def advertised(settings: Settings, grpc_address: str) -> str:
 
 
 async def keep_announced(
-    replicas: ReplicaStore, address: str, heartbeat: float, failed: Callable[[str], object] = lambda task: None
+    replicas: ReplicaStore,
+    address: str,
+    heartbeat: float,
+    observer: Observer | None = None,
+    clock: Clock | None = None,
 ) -> None:
     """Announce a replica at `address` every `heartbeat` seconds until cancelled, then withdraw it."""
     record = ReplicaRecord(f"replica-{secrets.token_hex(8)}", address)
@@ -44,6 +49,7 @@ async def keep_announced(
         await asyncio.to_thread(replicas.withdraw, record.replica_id)
 
     try:
-        await keep_doing("announce", heartbeat, announce, failed)
+        # Never more seldom than this: with every second of pause after an outage calls pass this replica by.
+        await keep_doing("announce", heartbeat, announce, observer, clock=clock, longest=LIVES * heartbeat)
     finally:
-        await try_once("announce", withdraw, failed)
+        await try_once("announce", withdraw, observer)

@@ -14,6 +14,7 @@ import structlog
 from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.server.cluster.child import Child
 from hueshift.server.cluster.placement import PREFIX, ActorSpec, wanted_actors
+from hueshift.server.outages import Outage
 from hueshift.server.settings import Settings
 from hueshift.server.stop import StopFlag
 
@@ -146,6 +147,7 @@ def run_driver(settings: Settings, stop: StopFlag, *, sleep: Callable[[float], N
     driver: Driver | None = None
     ray: Any = None
     before: tuple[int, int, int] | None = None
+    outage = Outage("cluster")
     while not stop.requested:
         try:
             if driver is None:
@@ -155,14 +157,15 @@ def run_driver(settings: Settings, stop: StopFlag, *, sleep: Callable[[float], N
             if done != before:
                 _LOG.info("cluster.reconciled", adopted=done[0], created=done[1], leaving=done[2])
             before = done
+            outage.worked()
         except Unavailable as error:
             if error.reason is Reason.RAY_UNAVAILABLE and ray is None:
                 raise
-            _LOG.warning("cluster.away", error=error.message)
-        except (ConnectionError, TimeoutError, RuntimeError, ray_error(ray)):
-            _LOG.warning("cluster.away", exc_info=True)
+            outage.failed(error)
+        except (ConnectionError, TimeoutError, RuntimeError, ray_error(ray)) as error:
+            outage.failed(error)
             ray.shutdown()
             driver = None
-        sleep(ROUND_SECONDS)
+        sleep(outage.pause(ROUND_SECONDS))
     if ray is not None:
         ray.shutdown()

@@ -12,6 +12,7 @@ import structlog
 from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.server.clock import Clock
 from hueshift.server.cluster.affinity import choose, ranked
+from hueshift.server.cluster.announcing import LIVES
 from hueshift.server.metrics import Metrics
 from hueshift.server.rounds import keep_doing
 from hueshift.server.store.replicas import ReplicaRecord, ReplicaStore
@@ -100,7 +101,8 @@ class ReplicaPool:
 
     async def keep_fresh(self) -> None:
         """Refresh until cancelled. An unreachable database is borne: what was known stays in use."""
-        await keep_doing("replicas", self._heartbeat, self.refresh, self._metrics.failed)
+        longest = LIVES * self._heartbeat
+        await keep_doing("replicas", self._heartbeat, self.refresh, self._metrics, clock=self._clock, longest=longest)
 
     def pick(self, key: str, cost: int, tried: Collection[Replica] = ()) -> Replica:
         """Return the replica for a call, not one of `tried`. Raises Unavailable (NO_REPLICA)."""

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from fake_clock import FakeClock
 from postgres import fresh_database
+from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 from small_jobs import small_spec
 
@@ -17,6 +18,7 @@ from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.server import housekeeping
 from hueshift.server.clock import SystemClock
 from hueshift.server.housekeeping import IDEMPOTENCY_SECONDS, ORPHAN_SECONDS, Keeping, clean, keep_clean
+from hueshift.server.metrics import Metrics
 from hueshift.server.settings import Settings, StoreSettings
 from hueshift.server.store.job_events import forget_samples
 from hueshift.server.store.job_records import EventKind, NewJob
@@ -71,12 +73,14 @@ async def test_a_failed_round_is_not_the_last(stores: Stores, monkeypatch: pytes
         return Counter()
 
     monkeypatch.setattr(housekeeping, "clean", fail_once)
-    failures: list[str] = []
-    task = asyncio.create_task(keep_clean(stores, SystemClock(), Keeping(), every=0.01, failed=failures.append))
+    metrics = Metrics(CollectorRegistry())
+    task = asyncio.create_task(keep_clean(stores, SystemClock(), Keeping(), every=0.01, observer=metrics))
     async with asyncio.timeout(5):
         await fourth.wait()
     task.cancel()
-    assert failures == ["housekeeping"] * 2
+    told = {"task": "housekeeping"}
+    assert metrics.registry.get_sample_value("hueshift_background_failures_total", told) == 2
+    assert metrics.registry.get_sample_value("hueshift_background_failing", told) == 0
     stores.close()
 
 
