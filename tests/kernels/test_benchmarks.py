@@ -70,6 +70,8 @@ SMALL = [
     Weight("down.0.attn1.to_q", (16, 16), (16,)),
     Weight("down.0.attn2.to_q", (16, 16), (16,)),
     Weight("down.0.attn2.to_k", (16, 24), (7,)),
+    Weight("down.0.ff.net.0.proj", (16, 16), (16,)),
+    Weight("down.0.resnets.0.conv2", (16, 16, 3, 3), (4, 4), 1, 1),
     Weight("conv_out", (4, 16, 3, 3), (4, 4), 2, 1),
 ]
 
@@ -98,7 +100,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "factored_conv": {"TMA": True, "FLATTEN": False, "SCALED_WEIGHTS": False, "SECOND_CUBLAS": False},
     "group_norm": {"BLOCK_P": 16, "BLOCK_C": 16, "CHUNK": 16},
     "layer_norm": {"ELEMENTS": 64},
-    "gated_gelu": {"BLOCK": 256},
+    "gated_gelu": {"BLOCK_T": 8, "BLOCK_C": 32},
     "residual_add": {"BLOCK": 256},
     "sampler_step": {"BLOCK": 4096},
     "lag_mask": {"BLOCK_T": 32, "BLOCK_D": 16},
