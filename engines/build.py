@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import structlog
 import torch
@@ -25,6 +26,7 @@ from hueshift.engines.torch_engine import TorchEngine
 EngineKind = Literal["auto", "onnxruntime", "torch", "tensorrt"]
 _ONNX_MODULES = ("onnxruntime", "onnx")
 _log = structlog.get_logger()
+Word = TypeVar("Word", bound=StrEnum)
 
 BuildProgress = Callable[[str, int, int], None]
 """progress(stage, done, total); stages are `decompose`, `export <plan>`, `build <plan>` (tensorrt), `capture`,
@@ -63,7 +65,7 @@ class EngineOptions:
     merged_slots: int = 2
     warm_sizes: tuple[tuple[int, int], ...] = ()
     most_graphs: int = 64
-    vae_tiling_above: int = 0
+    vae_tiling_above: int = 1024
 
 
 class AdapterEngine(UNetEngine, Protocol):
@@ -179,14 +181,22 @@ def cuda_options(base: BaseModel, options: EngineOptions) -> CudaOptions:
     return CudaOptions(
         warm_sizes=tuple(sizes),
         max_area=largest * largest,
-        compile=CompileKind(options.compile),
+        compile=_word("engine.compile", CompileKind, options.compile),
         autotune=options.autotune,
         attention=parse_attention(options.attention),
-        kernels=KernelUse(options.kernels),
+        kernels=_word("engine.kernels", KernelUse, options.kernels),
         weight_slots=options.merged_slots,
         graphs=options.most_graphs,
         tile_above=options.vae_tiling_above,
     )
+
+
+def _word(setting: str, kind: type[Word], text: str) -> Word:
+    if text not in set(kind):
+        raise InvalidArgument.for_field(
+            setting, f"{text!r} is not understood; give {', '.join(kind)}", Reason.SETTINGS_INVALID
+        )
+    return kind(text)
 
 
 def _build_cuda(

@@ -18,7 +18,7 @@ from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.cuda_options import CudaOptions, EngineObserver, KernelUse
 from hueshift.engines.cuda_reserve import Reserve, kept_free, measure_reserve
-from hueshift.engines.device_errors import release_memory
+from hueshift.engines.device_errors import Fault, classify, release_memory
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.planner import Planner
 from hueshift.engines.rows import RowLayout
@@ -109,7 +109,9 @@ def _make_with_room(
     try:
         with kept_free(lane, reserve):
             return make(options)
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if classify(error) is not Fault.MEMORY:
+            raise
         _log.warning("merged_plan_off", weight_slots=options.weight_slots, error=str(error).splitlines()[0])
     # Not above: while the error is being handled, its traceback holds all that the first one had allocated.
     release_memory()

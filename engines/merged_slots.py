@@ -91,7 +91,12 @@ class MergedSlots:
         if slot in self._held:
             self._held.move_to_end(slot)
             return
-        target = self._free.pop() if self._free else self._held.popitem(last=False)[1]
+        if not self._free:
+            _, evicted = self._held.popitem(last=False)
+            evicted.slot = evicted.written = None
+            self._free.append(evicted)
+        # It stays free until all is queued: a write that fails must not take the place away for good.
+        target = self._free[-1]
         with self._aside.apart():
             # After the last step that read these weights, and after the row's copy into its slot.
             for mark in (target.used, self._loaded.get(slot)):
@@ -100,7 +105,7 @@ class MergedSlots:
             target.write(row)
             target.written = self._aside.mark()
         target.slot = slot
-        self._held[slot] = target
+        self._held[slot] = self._free.pop()
         self.merges += 1
 
     def finish(self) -> None:

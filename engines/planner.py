@@ -6,6 +6,7 @@ import structlog
 
 from hueshift.engines.cost_model import Backlog, CostTable, Decision, Member, Size, Style, choose
 from hueshift.engines.denoise import Sample
+from hueshift.engines.device_errors import Fault, classify
 from hueshift.engines.interface import MergingEngine, Plan, UNetEngine
 
 _log = structlog.get_logger()
@@ -46,9 +47,19 @@ class Planner:
         self._before[size] = decision.style
         if merging and decision.merge is not None:
             # Those that this step reads count as used first, so that none of them makes room.
-            for slot in (*sorted(decision.style.merged), decision.merge):
-                merging.merge(slot)
+            self._merge(merging, (*sorted(decision.style.merged), decision.merge))
         return decision
+
+    def _merge(self, engine: MergingEngine, slots: Sequence[int]) -> None:
+        """Begin merges. Where one fails no more are begun: the pictures of all plans but that one go on as before."""
+        try:
+            for slot in slots:
+                engine.merge(slot)
+        except RuntimeError as error:
+            if classify(error) is Fault.LOST:
+                raise
+            _log.error("merging_given_up", error=str(error).splitlines()[0])
+            self._merging = None
 
 
 def members_of(engine: UNetEngine, samples: Sequence[Sample]) -> list[Member]:

@@ -126,9 +126,7 @@ def test_no_lowrank_targets_is_an_engine(tiny: TinyParts, tmp_path: Path) -> Non
 
 def test_defaults_are_those_of_the_settings(tmp_path: Path) -> None:
     options, settings = EngineOptions(cache_dir=tmp_path), EngineSettings()
-    # What the server reads itself.
-    elsewhere = {"vae_tiling_above"}
-    for name in type(settings).model_fields.keys() - elsewhere:
+    for name in type(settings).model_fields:
         assert getattr(options, name) == getattr(settings, name)
 
 
@@ -141,6 +139,9 @@ def test_cuda_options_are_in_latents(tiny: TinyParts, tmp_path: Path) -> None:
     sized = cuda_options(tiny.base, replace(options, warm_sizes=((64, 128), (256, 256)), compile="inductor"))
     assert sized.warm_sizes == ((8, 16), (32, 32))
     assert sized.compile is CompileKind.INDUCTOR
+    for unknown in (replace(options, compile="fast"), replace(options, kernels="maybe")):
+        with pytest.raises(InvalidArgument, match=r"engine\.(compile|kernels)"):
+            cuda_options(tiny.base, unknown)
     for wrong in ((64, 72), (0, 64), (512, 64)):
         with pytest.raises(InvalidArgument, match="warm_sizes"):
             cuda_options(tiny.base, replace(options, warm_sizes=(wrong,)))

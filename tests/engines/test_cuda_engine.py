@@ -19,6 +19,7 @@ from hueshift.engines.cuda_lane import HostLane
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
 from hueshift.engines.cuda_setup import build_cuda, planner_of
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, MergingEngine, Plan
+from hueshift.engines.merged_weights import WeightWriter
 from hueshift.engines.torch_engine import TorchEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,6 +172,26 @@ def test_a_merge_runs_beside_the_steps_and_waits_for_what_it_needs(tiny: TinyPar
     engine.merge(2)
     # The weights are overwritten only after the last step that read them.
     assert used in aside.waited
+
+
+def test_a_merge_that_fails_takes_no_place_away(tiny: TinyParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny, HostLane(), weight_slots=1)
+    load_adapters(tiny, engine)
+    engine.merge(1)
+
+    def fail(writer: WeightWriter, row: EngineRow) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightWriter, "take", fail)
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                engine.merge(2)
+    assert (set(engine.merging), set(engine.merged)) == (set(), {BASE_SLOT})
+    engine.merge(3)
+    assert engine.merged == {BASE_SLOT, 3}
+    inputs, index = tiny.inputs(2), torch.full((2,), 3)
+    assert close(engine.denoise(Plan.MERGED, *inputs, index), engine.denoise(Plan.FACTORED, *inputs, index))
 
 
 def test_nothing_is_read_before_it_was_made(tiny: TinyParts) -> None:

@@ -1,8 +1,10 @@
 """What the cost model is told of samples, and what the planner does with its answers."""
 
+import pytest
 import torch
 from fake_clock import FakeClock
 from merging_engine import MergingFakeEngine
+from structlog.testing import capture_logs
 
 from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.cost_model import CostTable, Member
@@ -64,6 +66,30 @@ def test_a_merge_begins_beside_the_steps_and_is_used_once_it_is_there() -> None:
         assert [run.plan for run in decision.runs] == [expected]
         engine.denoise(expected, torch.zeros(2, 4, *SIZE), torch.zeros(2), torch.zeros(2, 3, 4), index)
     assert engine.merges == [1]
+
+
+def test_a_merge_that_fails_is_the_last_and_ends_no_picture() -> None:
+    planner, engine = make_planner()
+
+    def fail(slot: int) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    engine.merge = fail  # type: ignore[method-assign]
+    with capture_logs() as logs:
+        plans = [planner.decide([make_sample(1)], {}).runs[0].plan for _ in range(3)]
+    assert plans == [Plan.FACTORED] * 3
+    assert [log["event"] for log in logs if log["log_level"] == "error"] == ["merging_given_up"]
+
+
+def test_a_device_lost_in_a_merge_is_told() -> None:
+    planner, engine = make_planner()
+
+    def lose(slot: int) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    engine.merge = lose  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="launch failure"):
+        planner.decide([make_sample(1)], {})
 
 
 def test_weights_that_a_step_reads_never_make_room() -> None:
