@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hueshift.adapters.errors import Internal, Reason
+from hueshift.engines.interface import UNetEngine
 from hueshift.engines.pictures import encode_mask, encode_picture
 from hueshift.engines.side_stream import SideStream
 from hueshift.engines.vae import Pixels, VaeStage
@@ -45,7 +46,7 @@ class DecodeStage:
         self,
         vae: VaeStage,
         *,
-        engine: str,
+        engine: UNetEngine,
         base_hash: str,
         metrics: Metrics,
         clock: Clock,
@@ -188,7 +189,8 @@ class DecodeStage:
             height=request.height,
             adapters=request.adapters,
             plans=tuple(running.plans),
-            engine=self._engine,
+            # Another may have taken over since the start.
+            engine=self._engine.name,
             base_hash=self._base_hash,
             timings=Timings(
                 queue=running.started - ticket.accepted,

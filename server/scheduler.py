@@ -92,7 +92,7 @@ class Scheduler:
         self.watch.on_lost(self._lose)
         self._decoder = DecodeStage(
             vae,
-            engine=engine.name,
+            engine=engine,
             base_hash=base.base_hash,
             metrics=metrics,
             clock=clock,

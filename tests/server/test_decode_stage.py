@@ -33,6 +33,17 @@ async def test_a_picture_that_is_not_finite_is_an_error_and_its_neighbours_are_n
     assert len(await images(good)) == 1
 
 
+async def test_a_picture_names_the_engine_that_serves_now() -> None:
+    bench = Bench()
+    named = []
+    for name in ("fake", "another"):
+        bench.engine.name = name
+        handle = bench.submit(steps=1)
+        bench.run()
+        named += [image.engine for image in await images(handle)]
+    assert named == ["fake", "another"]
+
+
 async def test_previews_come_at_their_interval_and_only_the_newest_waits() -> None:
     bench = Bench()
     handle = bench.submit(steps=7, preview_interval=2)
