@@ -6,9 +6,9 @@ The model has Stable Diffusion's shapes and random weights; a step is a whole on
 drawn, words encoded and learned, UNet, loss, backward, AdamW. Jobs per hour leave out what comes before and after the
 steps. Steps are not waited for one by one, as in a worker: a block of them is timed from one standstill to the next.
 
-Rows come in two ways of running, each against baselines of its own kind: launched one by one, and with the middle of
-the step as a CUDA graph (training.compile). Within a way: one job factored against one that makes W in every step,
-then 1, 2, 4 and 8 jobs in shared steps against one at a time.
+Rows come in three ways of running (training.compile), each with baselines of its own: launched one by one, the middle
+of the step as a CUDA graph, and that of what torch.compile makes of it (not of W in every step, which stays a graph).
+In each: one job factored against one that makes W in every step, then 1, 2, 4 and 8 in shared steps against one alone.
 """
 
 import copy
@@ -46,6 +46,7 @@ from hueshift.training.methods.learnable import Learnable
 from hueshift.training.methods.make import make_learnable
 from hueshift.training.precision import has_fast_bfloat16
 from hueshift.training.sharing.captured import CapturedSteps
+from hueshift.training.sharing.compiled import Compiler, inductor
 from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.sharing.together import Share, SharedStep
 from hueshift.training.spec import Method, SubjectKind, TrainingSpec
@@ -63,10 +64,9 @@ CAPTIONS = (
     "a painting of a sks dog",
 )
 COMPANIES = (1, 2, 4, 8)
-# SVDiff's own batch, and the default here.
-BATCHES = (1, 4)
-# Of each shape a graph is captured at the second step.
-WARM_STEPS = 4
+BATCHES = (1, 4)  # SVDiff's own, and the default here.
+# Of each shape a graph is captured at the second step; compiling at the first may take minutes.
+WARM_STEPS, PATIENCE = 4, 600.0
 BLOCKS, STEPS = 7, 8
 COMPARED = 4
 
@@ -80,9 +80,8 @@ class Shape:
     text: tuple[int, int, int, int]
 
 
-SHAPES = {
-    "sd15": Shape("sd15", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, (768, 12, 12, 77))
-}
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SHAPES = {"sd15": Shape("sd15", SD15, (768, 12, 12, 77))}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,10 +109,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Way:
-    """How steps run and are timed: `lane` for graphs, None to launch one by one."""
+    """How steps run and are timed: `lane` for graphs, None to launch one by one; `compiler` for what is in them."""
 
     name: str
     lane: GraphLane | None = None
+    compiler: Compiler | None = None
     blocks: int = BLOCKS
     steps: int = STEPS
     clock: Callable[[], float] = time.perf_counter
@@ -187,8 +187,8 @@ def make_spec(batch: int, seed: int) -> TrainingSpec:
 class CapturedAlone:
     """A job with the UNet to itself, its steps as graphs (a `Stepper`)."""
 
-    def __init__(self, unet: TrainingUNet, text: TextStage, lane: GraphLane) -> None:
-        self._step = SharedStep(unet, text, captured=CapturedSteps(lane))
+    def __init__(self, unet: TrainingUNet, text: TextStage, lane: GraphLane, compiler: Compiler | None) -> None:
+        self._step = SharedStep(unet, text, captured=CapturedSteps(lane, compiler))
 
     def step(self, unet: TrainingUNet, work: StepWork, state: TrainingState, turn: Turn) -> Tensor:
         """See Stepper."""
@@ -251,7 +251,7 @@ def take_steps(job: tuple[TrainingTask, TrainingState], way: Way, together: Call
 def run_alone(world: World, spec: TrainingSpec, unet: TrainingUNet, way: Way) -> tuple[Run, float]:
     """One job by itself; also return the FLOPs of one of its steps, forward and backward."""
     learnable = make_learnable(spec, world.base, world.factors)
-    stepper = StepAlone() if way.lane is None else CapturedAlone(unet, TextStage(world.base), way.lane)
+    stepper = StepAlone() if way.lane is None else CapturedAlone(unet, TextStage(world.base), way.lane, way.compiler)
     job = make_job(world, spec, unet, learnable, stepper)
     run = take_steps(job, way, lambda: None)
     run.peak_bytes = peak_bytes(world.device)
@@ -264,7 +264,7 @@ def run_alone(world: World, spec: TrainingSpec, unet: TrainingUNet, way: Way) ->
 
 def run_shared(world: World, specs: Sequence[TrainingSpec], way: Way) -> list[Run]:
     """All jobs in threads, with their steps taken together."""
-    sharing = SharedTraining(world.base, world.factors, patience=60.0, lane=way.lane)
+    sharing = SharedTraining(world.base, world.factors, patience=PATIENCE, lane=way.lane, compiler=way.compiler)
     jobs = []
     for spec, learnable in [(spec, make_learnable(spec, world.base, world.factors)) for spec in specs]:
         unet, stepper = sharing.join(spec, learnable)
@@ -278,7 +278,8 @@ def run_shared(world: World, specs: Sequence[TrainingSpec], way: Way) -> list[Ru
 
 def ways(device: torch.device) -> list[Way]:
     """The ways of running on a device."""
-    return [Way(""), *([Way("-graph", CudaLane(device))] if device.type == "cuda" else [])]
+    graphs = [("-graph", None), ("-inductor", inductor)] if device.type == "cuda" else []
+    return [Way(""), *(Way(name, CudaLane(device), compiler) for name, compiler in graphs)]
 
 
 def rows(
@@ -307,7 +308,7 @@ def way_rows(
     learnable = make_learnable(spec, world.base, world.factors)
     alone, flops = run_alone(world, spec, make_unet(world.base, world.factors, learnable, spec), way)
     free(world.device)
-    again, _ = run_alone(world, spec, rematerialising_unet(world, spec), way)
+    again, _ = run_alone(world, spec, rematerialising_unet(world, spec), replace(way, compiler=None))
     free(world.device)
     one, remade = alone.milliseconds(), again.milliseconds()[0]
     yield {
@@ -371,7 +372,7 @@ def check(losses: Sequence[float], expected: Sequence[float], device: torch.devi
 
 
 def free(device: torch.device) -> None:
-    """Give back what the last run held."""
+    """Give memory back."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -19,6 +19,7 @@ from hueshift.training.devices import prepare_device
 from hueshift.training.held_factors import HeldFactors
 from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.scores import ClipScorer
+from hueshift.training.sharing.compiled import inductor
 from hueshift.training.sharing.shared_training import SharedTraining
 from hueshift.training.spec import TrainingSpec
 
@@ -53,7 +54,7 @@ class BaseTrainer:
         clip = None if settings.model.clip_path is None else ClipScorer(settings.model.clip_path)
         cache = settings.store.cache_path.expanduser()
         factors, training = load_factors(base, cache), settings.training
-        captures = training.compile == "graph" and device != "cpu"
+        captures = training.compile != "none" and device != "cpu"
         # On the CPU layers hold the factors as they are, but for convolutions.
         held = None if device == "cpu" else HeldFactors(base, factors)
         sharing = None
@@ -65,6 +66,7 @@ class BaseTrainer:
                 max_rows=training.shared_rows,
                 patience=training.shared_wait_seconds,
                 lane=CudaLane(torch.device(device)) if captures else None,
+                compiler=inductor if training.compile == "inductor" else None,
                 held=held,
             )
         return cls(base, factors, clip, cache, open_speeds(cache), sharing, held)

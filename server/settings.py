@@ -189,8 +189,9 @@ class TrainingSettings(_Section):
     shared_wait_seconds: float = Field(
         2.0, gt=0, description="How long one job may keep the others of its batch waiting at a step."
     )
-    compile: Literal["none", "graph"] = Field(
-        "none", description="On a GPU: graph runs a training step's UNet, loss and way back as one CUDA graph."
+    compile: Literal["none", "graph", "inductor"] = Field(
+        "none",
+        description="On a GPU: a step's UNet, loss and way back as one CUDA graph; of torch.compile's with inductor.",
     )
     threads: int = Field(0, ge=0, description="CPU threads per worker; 0 means one per core.")
     nice: int = Field(5, ge=0, le=19, description="How far workers step back for serving on a shared CPU.")

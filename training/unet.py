@@ -50,6 +50,7 @@ class TrainingUNet:
         held: DeviceCopy | None = None,
     ) -> None:
         self.plan = unet.plan
+        self.checkpointing = checkpointing
         self.held = held
         self.lock = threading.RLock()
         self._unet = unet
@@ -74,16 +75,26 @@ class TrainingUNet:
         Rows are one for all, or one for each sample; changed weights are for all. Differentiable with respect to the
         rows and the context, which is packed conditions for SDXL (training/conditions.py).
         """
-        added: Tensor | None = None
-        if self._reader is not None:
-            context, added = self._reader.split(context)
+        if not rows.weights:
+            with self.lock:
+                return self.run_rows(sample, timesteps, context, rows.spectral, rows.lowrank)
+        context, added = self._split(context)
         inputs = (sample, timesteps, context, rows.spectral, rows.lowrank, added)
         with self.lock, self._products(sample.device):
-            if not rows.weights:
-                return self._unet.forward_rows(*inputs)
             weights = {f"unet.unet.{name}.weight": self._laid_out(weight) for name, weight in rows.weights.items()}
             out: Tensor = functional_call(self._called, weights, inputs)
             return out
+
+    def run_rows(
+        self, sample: Tensor, timesteps: Tensor, context: Tensor, spectral: Tensor | None, lowrank: Tensor | None
+    ) -> Tensor:
+        """The same for rows alone, by who holds `lock`; this is what torch.compile can read."""
+        context, added = self._split(context)
+        with self._products(sample.device):
+            return self._unet.forward_rows(sample, timesteps, context, spectral, lowrank, added)
+
+    def _split(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (context, None) if self._reader is None else self._reader.split(context)
 
     def _products(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self._lowered else nullcontext()

@@ -3,6 +3,8 @@
 Eagerly a factored step of SD1.5 is some six thousand launches, which take the host longer than a batch of one or two
 takes the device. Captured it is one. What comes before (words, rows, the base's output at anchored rows) and after (the
 way back to the values, the optimiser) is a few hundred launches, and differs from job to job.
+
+What is captured are torch's own launches, or kernels that torch.compile makes of them (training/sharing/compiled.py).
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_graphs import GraphKey, GraphStore
 from hueshift.engines.cuda_lane import GraphLane
 from hueshift.training.methods.learnable import Rows
-from hueshift.training.precision import mixed_precision
+from hueshift.training.precision import lowers_products, mixed_precision
+from hueshift.training.sharing.compiled import Compiler, Errors, FallingBack, plain_errors
 from hueshift.training.spec import Precision
 from hueshift.training.stepping import StepWork
 from hueshift.training.unet import TrainingUNet
@@ -71,11 +74,12 @@ class _Memory:
 class CapturedSteps:
     """Runs middles of one UNet's steps on `lane`: the second time that a shape comes it is captured.
 
-    For one thread at a time, as the UNet itself.
+    With `compiler` each shape is compiled when it comes first. For one thread at a time, as the UNet itself.
     """
 
-    def __init__(self, lane: GraphLane) -> None:
-        self._lane = lane
+    def __init__(self, lane: GraphLane, compiler: Compiler | None = None) -> None:
+        self._lane, self._compiler = lane, compiler
+        self._compiled: FallingBack | None = None
         self._graphs = GraphStore(lane, limit=_MOST_GRAPHS)
         self._memory: dict[GraphKey, _Memory] = {}
 
@@ -101,21 +105,35 @@ class CapturedSteps:
                 self._memory[key] = _Memory(given)
             memory = self._memory[key]
             memory.fill(given)
-            self._graphs.run(key, lambda: _compute(unet, memory, precision))
+            self._graphs.run(key, lambda: self._compute(unet, key, memory, precision))
             # What no graph reads goes with its graph, or before it has one: sizes come and go with the jobs.
             self._memory = {
                 other: kept for other, kept in self._memory.items() if other == key or other in self._graphs
             }
         return memory.errors, memory.gradients
 
+    def _compute(self, unet: TrainingUNet, key: GraphKey, memory: _Memory, precision: Precision) -> None:
+        def compute(errors_of: Errors) -> None:
+            _compute(errors_of, memory, precision)
 
-def _compute(unet: TrainingUNet, memory: _Memory, precision: Precision) -> None:
+        if self._compiler is None:
+            compute(plain_errors(unet))
+            return
+        if self._compiled is None:
+            self._compiled = FallingBack(unet, self._compiler)
+        lowered = lowers_products(memory.errors.device, precision)
+        self._compiled.run(key, compute, [memory.errors, *memory.gradients], lowered=lowered)
+
+
+def _compute(errors_of: Errors, memory: _Memory, precision: Precision) -> None:
     inputs = memory.inputs
     with torch.enable_grad():
         # Entered and left in here: what autocast keeps for a while belongs to this call.
         with mixed_precision(inputs.noisy.device, precision):
-            output = unet(inputs.noisy, inputs.timesteps, inputs.context, inputs.rows)
-        errors = (output.float() - inputs.target).square().mean(dim=(1, 2, 3))
+            rows = inputs.rows
+            errors = errors_of(
+                inputs.noisy, inputs.timesteps, inputs.context, rows.spectral, rows.lowrank, inputs.target
+            )
         found = torch.autograd.grad([(errors * inputs.weights).sum()], inputs.leaves)
     memory.errors.copy_(errors.detach())
     for kept, gradient in zip(memory.gradients, found, strict=True):

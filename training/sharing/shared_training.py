@@ -19,6 +19,7 @@ from hueshift.training.divergence import check_finite
 from hueshift.training.held_factors import HeldFactors
 from hueshift.training.methods.learnable import Learnable
 from hueshift.training.sharing.captured import CapturedSteps
+from hueshift.training.sharing.compiled import Compiler
 from hueshift.training.sharing.exchange import Exchange
 from hueshift.training.sharing.family import Family, family_of
 from hueshift.training.sharing.together import Share, SharedStep
@@ -38,8 +39,8 @@ class SharedTraining:
     keep the others of its family waiting at a step. `rounds` counts the shared steps by how many jobs were in them.
 
     With `lane` steps run as CUDA graphs where they can, also those of a job alone. The UNet of the last family then
-    stays, with its graphs: the next job is most likely of the same, and its graphs are there. With `held` all UNets
-    have one copy of the factors.
+    stays, with its graphs: the next job is most likely of the same, and its graphs are there. With `compiler` besides,
+    they are graphs of what it makes of each shape. With `held` all UNets have one copy of the factors.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SharedTraining:
         max_rows: int = 0,
         patience: float = PATIENCE_SECONDS,
         lane: GraphLane | None = None,
+        compiler: Compiler | None = None,
         held: HeldFactors | None = None,
     ) -> None:
         self.rounds: Counter[int] = Counter()
@@ -57,7 +59,7 @@ class SharedTraining:
         self._max_rows, self._patience = max_rows, patience
         # Not a job's own: it encodes what several have made of their captions.
         self._text = TextStage(base)
-        self._lane, self._held = lane, held
+        self._lane, self._compiler, self._held = lane, compiler, held
         self._kept: _Company | None = None
         self._lock = threading.Lock()
         # A UNet lives as long as a job that uses it: families come and go, and each takes as much memory as the base.
@@ -74,7 +76,7 @@ class SharedTraining:
                 # The last family's goes before another comes.
                 self._kept = None
                 unet = self._new_unet(spec, learnable)
-                captured = None if self._lane is None else CapturedSteps(self._lane.beside())
+                captured = None if self._lane is None else CapturedSteps(self._lane.beside(), self._compiler)
                 company = self._companies[family] = _Company(
                     SharedStep(unet, self._text, self._max_rows, captured, self.release),
                     unet,

@@ -4,32 +4,15 @@ import weakref
 from typing import Any, cast
 
 import torch
+from tiny_middle import middle_of, plain
 from torch import Tensor
 
 from hueshift.engines.cuda_lane import HostLane
-from hueshift.training.methods.learnable import Rows
-from hueshift.training.sharing.captured import CapturedSteps, Middle
+from hueshift.training.sharing.captured import CapturedSteps
 from hueshift.training.spec import Precision
 from hueshift.training.unet import TrainingUNet
 
 MOST_GRAPHS = 8
-
-
-def plain(noisy: Tensor, timesteps: Tensor, context: Tensor, rows: Rows) -> Tensor:
-    """A UNet that is nothing but differentiable."""
-    assert rows.spectral is not None
-    return noisy * context.mean(dim=(1, 2))[:, None, None, None] + rows.spectral.sum() + timesteps.sum()
-
-
-def middle_of(size: int) -> Middle:
-    """A batch of so many samples, with one row for all of them."""
-    generator = torch.Generator().manual_seed(size)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    rows = Rows(spectral=some(1, 3))
-    return Middle(some(size, 4, 2, 2), torch.ones(size), some(size, 4, 2, 2), some(size), some(size, 5, 6), rows)
 
 
 def test_sizes_that_come_and_go_leave_no_memory_behind() -> None:

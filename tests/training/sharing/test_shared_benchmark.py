@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hueshift.engines.cuda_lane import HostLane
+from hueshift.training.sharing.compiled import Errors
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 TINY_UNET = {
@@ -51,12 +52,24 @@ class Clock:
 def test_rows_are_whole_and_compare_what_does_the_same(benchmark: Any) -> None:
     shape = benchmark.Shape("tiny", TINY_UNET, (24, 1, 2, 16))
     about = {"hardware": "none", "versions": {}, "date": "2026-11-20", "commit": "abc"}
-    lane = HostLane()
-    ways = [benchmark.Way("", None, 2, 2, Clock()), benchmark.Way("-graph", lane, 2, 2, Clock())]
+    compiled: list[Errors] = []
+
+    def compiler(errors: Errors) -> Errors:
+        compiled.append(errors)
+        return errors
+
+    ways = [
+        benchmark.Way("", blocks=2, steps=2, clock=Clock()),
+        benchmark.Way("-graph", HostLane(), None, 2, 2, Clock()),
+    ]
+    compiling = [benchmark.Way("-inductor", HostLane(), compiler, 2, 2, Clock())]
     rows = list(benchmark.rows(shape, torch.device("cpu"), about, companies=(3,), batches=(1, 2), chosen=ways))
+    rows += benchmark.rows(shape, torch.device("cpu"), about, companies=(3,), batches=(1,), chosen=compiling)
     names = ["tiny-svdiff-factored", "tiny-svdiff-3jobs"]
-    suffixes = ["", "-graph", "-batch2", "-graph-batch2"]
+    suffixes = ["", "-graph", "-batch2", "-graph-batch2", "-inductor"]
     assert [row["case"] for row in rows] == [f"{name}{suffix}" for suffix in suffixes for name in names]
+    # A job alone and a company.
+    assert len(compiled) == 2
     for row in rows:
         json.dumps(row)
         assert row["p20"] <= row["ms"] <= row["p80"]
