@@ -3,7 +3,8 @@
 The numbers were chosen on emoji-128, whose pictures are 128x128, on a CPU: docs/training.md has the trials.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -132,12 +133,19 @@ def check_identifier(identifier: str, tokenizer: Any, field: str = "identifier")
     return ids[0]
 
 
-def method_defaults(method: Method, subject_kind: SubjectKind, subjects: int = 1) -> dict[str, Any]:
-    """Return the settings of a job of this method, kind and number of subjects that gives none.
+def method_defaults(
+    method: Method, subject_kind: SubjectKind, subjects: int = 1, targets: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the settings of a job of this method, kind and number of subjects that gives none, or `targets` alone.
 
-    With several subjects SVDiff cuts and mixes them; other methods do when asked.
+    With several subjects SVDiff cuts and mixes them; other methods do when asked. DreamBooth's rate depends on its
+    targets.
     """
     chosen = {**_COMMON, **_KINDS[subject_kind], **_METHODS[method], **_CHOSEN.get((method, subject_kind), {})}
+    if targets is not None:
+        chosen["targets"] = tuple(targets)
+    if method is Method.DREAMBOOTH and chosen["targets"]:
+        chosen["learning_rate"] = DREAMBOOTH_FEW_RATE
     if subjects > 1 and method is Method.SVDIFF:
         chosen |= _SEVERAL
     return chosen
@@ -204,6 +212,13 @@ def complete_spec(
     )
 
 
+def with_targets(spec: TrainingSpec, targets: Sequence[str], given: Collection[str]) -> TrainingSpec:
+    """Return a spec that trains `targets`, with the rate that belongs to them unless `given` names it as asked for."""
+    chosen = method_defaults(spec.method, spec.subject_kind, len(spec.subjects), targets)
+    rate = spec.learning_rate if "learning_rate" in given else chosen["learning_rate"]
+    return replace(spec, targets=chosen["targets"], learning_rate=rate)
+
+
 def _fill_captions(captions: Sequence[str], shown: Sequence[int], subjects: Sequence[Subject]) -> tuple[str, ...]:
     return tuple(
         caption if caption.strip() else f"a {subjects[of].identifier} {subjects[of].class_noun}"
@@ -220,12 +235,10 @@ def _refuse(problems: list[FieldViolation]) -> None:
 def _complete_settings(
     method: Method, subject_kind: SubjectKind, subjects: int, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    chosen = {**method_defaults(method, subject_kind, subjects), **given}
+    chosen = {**method_defaults(method, subject_kind, subjects, given.get("targets")), **given}
     chosen |= {name: tuple(chosen[name]) for name in LISTS}
     known = {name: kind for name, kind in CHOICES.items() if chosen[name] in list(kind)}
     chosen |= {name: kind(chosen[name]) for name, kind in known.items()}
-    if method is Method.DREAMBOOTH and chosen["targets"] and "learning_rate" not in given:
-        chosen["learning_rate"] = DREAMBOOTH_FEW_RATE
     if method is Method.LORA and "alpha" not in given:
         chosen["alpha"] = float(chosen["rank"])
     if chosen["cut_mix_probability"] == 0 and "unmix_weight" not in given:

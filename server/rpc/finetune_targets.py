@@ -1,13 +1,12 @@
 """Which layers a job may train, so that what it makes can be served: asked before it is queued."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.text_side import is_text_side
-from hueshift.training.defaults import DREAMBOOTH_FEW_RATE
+from hueshift.training.defaults import with_targets
 from hueshift.training.methods.residuals import RESIDUAL_TARGET, residual_rank
 from hueshift.training.spec import LoraInit, Method, TrainingSpec
 
@@ -16,6 +15,11 @@ TargetFit = Callable[[TrainingSpec, Collection[str]], TrainingSpec]
 
 # Wherever the engine's branches are, these are read from the prompt, with any rank.
 _TEXT_SIDE = ("attn2.to_k", "attn2.to_v")
+
+
+def served_targets(lowrank_targets: Sequence[str]) -> tuple[str, ...]:
+    """All that a server with these branches serves low-rank changes of."""
+    return (*_TEXT_SIDE, *lowrank_targets)
 
 
 def make_target_fit(rows: RowLayout) -> TargetFit:
@@ -31,9 +35,7 @@ def make_target_fit(rows: RowLayout) -> TargetFit:
         if spec.method not in (Method.LORA, Method.DREAMBOOTH):
             return spec
         if "targets" not in asked and (spec.method is Method.DREAMBOOTH or _unserved(layout, spec, served)):
-            spec = replace(spec, targets=(*_TEXT_SIDE, *rows.lowrank_targets))
-            if spec.method is Method.DREAMBOOTH and "learning_rate" not in asked:
-                spec = replace(spec, learning_rate=DREAMBOOTH_FEW_RATE)
+            spec = with_targets(spec, served_targets(rows.lowrank_targets), asked)
         problems = _unserved(layout, spec, served)
         if problems:
             text = "; ".join(f"{problem.field}: {problem.description}" for problem in problems)

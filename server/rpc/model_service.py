@@ -1,5 +1,6 @@
 """ModelService: the base model, its defaults and the server's limits, so that clients need no constants."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.interface import MeasuredEngine, MergingEngine, Plan, UNetEngine
 from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS
 from hueshift.server.rpc.finetune_settings import write_settings
+from hueshift.server.rpc.finetune_targets import served_targets
 from hueshift.server.rpc.generation_checks import DEFAULT_SAMPLER, SAMPLERS
 from hueshift.server.rpc.generation_guides import max_regions
 from hueshift.server.rpc.generation_start import (
@@ -73,7 +75,10 @@ def describe_model(base: BaseModel, engine: UNetEngine, settings: Settings) -> m
         max_steps=limits.max_steps,
         max_tokens=base.max_tokens,
         batch_capacity=engine.max_batch // 2,
-        methods=[_describe_method(method, number) for method, number in METHOD_NUMBERS.items()],
+        methods=[
+            _describe_method(method, number, served_targets(settings.engine.lowrank_targets))
+            for method, number in METHOD_NUMBERS.items()
+        ],
         default_identifier=settings.model.default_identifier,
         max_adapter_bytes=limits.max_adapter_bytes,
         max_picture_bytes=limits.max_picture_bytes,
@@ -103,15 +108,18 @@ def describe_capacity(engine: UNetEngine, latent_factor: int) -> model_pb2.Engin
     return capacity
 
 
-def _describe_method(method: Method, number: "finetune_pb2.FineTuneMethod.ValueType") -> model_pb2.MethodInfo:
+def _describe_method(
+    method: Method, number: "finetune_pb2.FineTuneMethod.ValueType", served: Sequence[str]
+) -> model_pb2.MethodInfo:
     return model_pb2.MethodInfo(
         method=number,
-        subject_defaults=_defaults(method, SubjectKind.SUBJECT),
-        style_defaults=_defaults(method, SubjectKind.STYLE),
-        edit_defaults=None if method is Method.TEXTUAL_INVERSION else _defaults(method, SubjectKind.EDIT),
+        subject_defaults=_defaults(method, SubjectKind.SUBJECT, served),
+        style_defaults=_defaults(method, SubjectKind.STYLE, served),
+        edit_defaults=None if method is Method.TEXTUAL_INVERSION else _defaults(method, SubjectKind.EDIT, served),
     )
 
 
-def _defaults(method: Method, subject: SubjectKind) -> finetune_pb2.FineTuneSettings:
+def _defaults(method: Method, subject: SubjectKind, served: Sequence[str]) -> finetune_pb2.FineTuneSettings:
     """Return the training defaults that a caller can set, but for the targets: those depend on what is served."""
-    return write_settings({**method_defaults(method, subject), "targets": ()})
+    targets = served if method is Method.DREAMBOOTH else None
+    return write_settings({**method_defaults(method, subject, targets=targets), "targets": ()})

@@ -14,6 +14,7 @@ from hueshift.training.defaults import (
     check_identifier,
     complete_spec,
     method_defaults,
+    with_targets,
 )
 from hueshift.training.spec import LoraInit, Method, Precision, RateSchedule, Subject, SubjectKind, TrainingSpec
 
@@ -64,6 +65,15 @@ def test_a_spec_of_two_subjects_survives_too_and_so_does_one_of_before() -> None
 def test_settings_that_belong_together_are_filled_in_together() -> None:
     whole, few = (complete(method=Method.DREAMBOOTH, targets=targets) for targets in (None, ["proj_out"]))
     assert (whole.learning_rate, few.learning_rate) == (1e-4, DREAMBOOTH_FEW_RATE)
+    # Also when they become known later.
+    asked = complete(method=Method.DREAMBOOTH, learning_rate=1e-5)
+    filled = [with_targets(whole, ["proj_out"], ()), with_targets(asked, ["proj_out"], {"learning_rate"})]
+    assert [(spec.targets, spec.learning_rate) for spec in filled] == [
+        (("proj_out",), DREAMBOOTH_FEW_RATE),
+        (("proj_out",), 1e-5),
+    ]
+    assert with_targets(few, [], ()) == whole
+    assert with_targets(complete(method=Method.LORA), ["to_q"], ()).learning_rate == 3e-3
     lora = complete(method=Method.LORA, rank=16)
     assert (lora.rank, lora.alpha, lora.targets) == (16, 16.0, LORA_TARGETS)
     assert complete(method=Method.LORA, alpha=4.0).alpha == 4.0

@@ -18,6 +18,7 @@ from hueshift.training.cost import open_speeds
 from hueshift.training.defaults import DREAMBOOTH_FEW_RATE, method_defaults
 from hueshift.training.spec import Method, SubjectKind, TrainingSpec
 from hueshift.v1 import finetune_pb2 as pb
+from hueshift.v1 import model_pb2
 
 Message = pb.CreateFineTuneRequest
 UNKNOWN_SCHEDULE = pb.FineTuneSettings(rate_schedule=9)  # type: ignore[arg-type]  # of a newer client
@@ -206,6 +207,11 @@ async def test_few_layers_of_dreambooth_learn_faster_unless_a_rate_is_asked_for(
     )
     job = await alice.create(spec, pb.PictureChunk(index=0, data=png()))
     assert alice.stored(job).learning_rate == pytest.approx(rate)
+    request = model_pb2.GetModelRequest()
+    model = (await alice.stubs.models.GetModel(request, metadata=alice.stubs.metadata)).model
+    [told] = [info for info in model.methods if info.method == pb.FINE_TUNE_METHOD_DREAMBOOTH]
+    # What a job that asks for nothing gets on this server.
+    assert told.subject_defaults.learning_rate == pytest.approx(DREAMBOOTH_FEW_RATE)
 
 
 @pytest.mark.parametrize("method", [number for method, number in METHOD_NUMBERS.items()])
