@@ -47,7 +47,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.MODEL_UNSUPPORTED: "The base model is of another kind (at start).",
     Reason.MODEL_FILE_INVALID: "A part of the base model cannot be read (at start).",
     Reason.ENGINE_UNAVAILABLE: "The engine asked for is not installed (at start).",
-    Reason.ENGINE_PARITY: "The exported graph differs from torch (at start).",
+    Reason.ENGINE_PARITY: "The exported graph, or the kernels where they are forced, differ from torch (at start).",
     Reason.PLAN_UNAVAILABLE: "The engine has no full plan, which LAG sampling and shared attention need.",
     Reason.STORE_SCHEMA: "The database belongs to another version (at start).",
     Reason.RAY_UNAVAILABLE: "No Ray cluster answers, or ray is not installed (`hueshift cluster`).",

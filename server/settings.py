@@ -109,7 +109,8 @@ class EngineSettings(_Section):
         description="Attention of torch on CUDA: sdpa, cudnn or xformers; `,80:cudnn` says it for heads of 80 values.",
     )
     kernels: Literal["auto", "on", "off"] = Field(
-        "auto", description="Adapted layers on our Triton kernels; auto: where measured to be faster at start."
+        "auto",
+        description="Adapted layers on our Triton kernels; auto: where they are faster, on: refused where wrong.",
     )
     merged_slots: int = Field(
         2,
