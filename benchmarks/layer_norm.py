@@ -63,7 +63,7 @@ class Norms:
     @property
     def bytes(self) -> float:
         """Bytes of all norms: x read, the result written; the weights are nothing beside them."""
-        return sum(2.0 * call["x"].numel() * call["x"].element_size() for call in self.calls)
+        return sum(2.0 * x.numel() * x.element_size() for x, _, _ in self.dense)
 
     def check(self, one: Norm) -> float:
         """Return the largest error against float64 of one norm in seven."""

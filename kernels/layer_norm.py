@@ -117,6 +117,9 @@ def norm_launch(
     main, tail = split_width(width)
     # So that the numbers a program holds do not grow with the width: 4 tokens of SD1.5's 320 columns, 1 of its 1280.
     block = max(1, min(64, config["ELEMENTS"] // (2 * main if tail else main)))
+    stride = 0 if index is None else weight.stride(0)
+    # Rows of a slab that begin on 16-byte boundaries are read 16 bytes a thread.
+    step = gcd(stride, 4)
     arguments = {
         "out_ptr": out,
         "x_ptr": x,
@@ -129,9 +132,10 @@ def norm_launch(
         # Triton learns only of multiples of 16 by itself: divided here, multiplied back by a constant there.
         "width": width // vector,
         "slots": 1 if index is None else weight.shape[0],
-        "slot_stride": 0 if index is None else weight.stride(0),
+        "slot_stride": stride // step,
     }
-    constants = {"BLOCK_T": block, "MAIN": main, "TAIL": tail, "VECTOR": vector, "INDEXED": index is not None}
+    constants = {"BLOCK_T": block, "MAIN": main, "TAIL": tail, "VECTOR": vector, "STEP": step}
+    constants["INDEXED"] = index is not None
     grid = (blocks(tokens, block), samples)
     return Launch(_norm_kernel, grid, arguments, constants, config.num_warps, config.num_stages)
 
@@ -148,7 +152,7 @@ def _scale_and_shift(centred: tl.tensor, deviation: tl.tensor, weight: tl.tensor
 def _norm_kernel(out_ptr: tl.tensor, x_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
                  index_ptr: tl.tensor, eps: tl.tensor, tokens: tl.tensor, width: tl.tensor, slots: tl.tensor,
                  slot_stride: tl.tensor, BLOCK_T: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-                 VECTOR: tl.constexpr, INDEXED: tl.constexpr) -> None:  # fmt: skip
+                 VECTOR: tl.constexpr, STEP: tl.constexpr, INDEXED: tl.constexpr) -> None:  # fmt: skip
     # Tokens of one sample, so of one row of weights. The two tiles lie side by side in a row. The mean goes off before
     # squares are summed: a difference of large sums would lose the variance of activations far from zero.
     width = width * VECTOR
@@ -176,7 +180,7 @@ def _norm_kernel(out_ptr: tl.tensor, x_ptr: tl.tensor, weight_ptr: tl.tensor, bi
     if INDEXED:
         slot = tl.load(index_ptr + sample).to(tl.int64)
         known = (slot >= 0) & (slot < slots)
-        weight += slot * slot_stride
+        weight += slot * slot_stride * STEP
     y = _scale_and_shift(x, deviation, weight, bias_ptr, col, width, known)
     tl.store(out_ptr + row[:, None] + col[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
     if TAIL:

@@ -43,7 +43,8 @@ def exact(arguments: Arguments) -> Tensor:
     centred = x - x.mean(2, keepdim=True)
     normal = centred / (centred.square().mean(2, keepdim=True) + arguments["eps"]).sqrt()
     rows = weight[None, None] if index is None else weight[index.long()][:, None]
-    return normal * rows + arguments["bias"].double()
+    result: Tensor = normal * rows + arguments["bias"].double()
+    return result
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -118,6 +119,17 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
                 # Eight elements of 16 bits at a time.
                 assert set(found.accesses("st")) == {16}
                 assert found.accesses("ld")[16] >= found.accesses("st")[16]
+
+
+def test_aligned_rows_of_a_slab_are_read_sixteen_bytes_at_a_time(cross_compile: Callable[..., Any]) -> None:
+    arguments = make(2, 64, 1280, torch.float16, indexed=True)
+    config = candidates("sm_90", "layer_norm")[0]
+    # Steps between slots that 4 divides and 16 does not, as an adapter's row has them, and an odd one.
+    for stride, narrow in ((222_700, False), (222_699, True)):
+        arguments["weight"] = torch.empty(4 * stride + 1280).as_strided((5, 1280), (stride, 1))
+        found = cross_compile(norm_launch(arguments["x"], **arguments, config=config), "sm_90").accesses("ld")
+        # One read of 4 bytes is the index.
+        assert (found[4] > 1) == narrow
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)

@@ -1,4 +1,4 @@
-"""residual_add: reference against float64, both layouts, kernel interpreted and cross-compiled, wrong arguments, GPU."""
+"""residual_add: reference against float64, both layouts, kernel interpreted and compiled, wrong arguments, GPU."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
