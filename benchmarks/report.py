@@ -33,7 +33,8 @@ TARGETS = {
     "sampler_step": "Guidance and sampler update in one pass. Target: within 1.3 times of a device copy.",
     "lag_mask": "Attention masks of all cross-attention blocks, 8 samples.",
     "shared_training": "Whole steps of svdiff jobs, in bfloat16: one against making every weight in every step, then "
-    "several that share their steps against one at a time; launched kernel by kernel, then (-graph) as one CUDA graph. "
+    "several that share their steps against one at a time; launched kernel by kernel, then (-graph) as one CUDA graph, "
+    "then (-inductor) as a graph of torch.compile's kernels. "
     "Targets: twice as fast; 8 jobs, three times the jobs per hour.",
     "export_large": "Writing the dense graph of a whole UNet beyond 2 GiB, one weight at a time; then onnx.checker and "
     "TensorRT's parser read it. No target.",

@@ -160,9 +160,10 @@ def test_a_wrong_setting_or_picture_is_told_before_anything_is_trained(
         make_matrix(folder, painter, judges)
 
 
-def test_the_shipped_plan_is_valid_and_its_pictures_are_there(
-    shared_dir: Path, painter: Painter, judges: Judges, tmp_path: Path
+@pytest.mark.parametrize(("name", "cells"), [("methods_cpu", 5 * 2 + 5 * 7 * 2), ("words_cpu", 3 * 2 + 3 * 3 * 2)])
+def test_shipped_plans_are_valid_and_their_pictures_are_there(
+    shared_dir: Path, painter: Painter, judges: Judges, tmp_path: Path, name: str, cells: int
 ) -> None:
-    plan = read_plan(PROJECT / "benchmarks" / "methods_cpu.toml")
+    plan = read_plan(PROJECT / "benchmarks" / f"{name}.toml")
     matrix = Matrix(plan, shared_dir / "data", tmp_path, painter=painter, judges=judges)
-    assert len(matrix.missing()) == 5 * 2 + 5 * 7 * 2
+    assert len(matrix.missing()) == cells
