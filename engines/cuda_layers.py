@@ -24,9 +24,9 @@ from hueshift.kernels.compiled import CompiledOps, compiled_ops
 
 @dataclass
 class SlabRows:
-    """`sigma` [slots, rank] fp32 of each matrix; `branches`: A [slots, rank, cols] and B [slots, rows, rank] of each
-    target in the UNet's dtype. `slots` [N] says each sample's slot, `branch_slots` [N] the same or -1 for no branch;
-    both are set for a call.
+    """`sigma` [slots, rank] fp32 of each matrix, and [slots, size] of each norm: its weights; `branches`:
+    A [slots, rank, cols] and B [slots, rows, rank] of each target in the UNet's dtype. `slots` [N] says each sample's
+    slot, `branch_slots` [N] the same or -1 for no branch; both are set for a call.
     """
 
     sigma: Mapping[str, Tensor]
@@ -64,12 +64,7 @@ class SlabRows:
 
 def slab_rows(rows: RowLayout, spectral: Tensor, lowrank: Tensor) -> SlabRows:
     """Views of slabs [slots, spectral_size] fp32 and [slots, lowrank_size] by layer."""
-    layout = rows.layout
-    sigma = {
-        layer.name: spectral[:, begin : begin + layer.rank]
-        for layer in layout.matrices
-        for begin in (layout.matrix_offsets[layer.name],)
-    }
+    sigma = {name: spectral[:, begin:end] for name, begin, end in rows.layout.spans()}
     branches: dict[str, tuple[Tensor, Tensor]] = {}
     for target in rows.targets:
         middle = target.begin + target.sizes[0]

@@ -127,17 +127,31 @@ class NetworkSet:
             lowrank=self._slabs.lowrank,
             attention=self._options.attention,
             kernels=kernels,
+            fuse=kernels and self._fuses,
             dtype=self._dtype,
         )
         return Network(role or plan.value, unet, unet.compute)
 
     def choose(self, plan: Plan, *, kernels: bool) -> None:
         """Serve a plan in this form from now on. Its graphs must be forgotten."""
-        if bool(self._chosen[plan].unet.kernel_layers) != kernels:
+        if self._chosen[plan].unet.on_kernels != kernels:
             made = self.make(plan, kernels=kernels)
             share_parameters(made.unet, self._chosen[plan].unet)
             self._chosen[plan] = made
             self._compiled.pop(plan.value, None)
+
+    def fuse_plain(self) -> None:
+        """Run the blocks of the base and of merged weights on the Triton kernels, as the dense plan was found right
+        with. For a start: their graphs must not be there yet.
+        """
+        if self._fuses and self._chosen[Plan.DENSE].unet.on_kernels:
+            for network in (self.base, *self._merged):
+                network.unet.fuse()
+
+    @property
+    def _fuses(self) -> bool:
+        """torch.compile fuses by itself, and better what it sees whole."""
+        return self._options.compile is not CompileKind.INDUCTOR
 
     def make_merged(self, lane: GraphLane, options: CudaOptions) -> MergedSlots:
         """Networks with weights of their own, and what writes those."""
@@ -196,6 +210,7 @@ class NetworkSet:
             lowrank=self._slabs.lowrank,
             attention=self._options.attention,
             kernels=False,
+            fuse=False,
             dtype=self._dtype,
         )
 

@@ -1,0 +1,186 @@
+"""A UNet's residual blocks, norms and gates on Triton kernels, for calls that are not compiled.
+
+What diffusers' modules do between two products is a chain of passes over the activations, and torch's group norm
+changes the memory layout twice: together half of a captured step of Stable Diffusion 1.5 (batch 16, one H200,
+2026-11-20). Here a residual block is two norms with all that stands around them, two convolutions without their biases,
+and one sum. torch.compile finds the same by itself, so networks that it compiles keep diffusers' modules.
+
+Every module takes over the parameters of the one it replaces, under the same names.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hueshift.engines.adapted_layers import RowGroupNorm, RowLayerNorm
+from hueshift.engines.cuda_layers import SlabRows, as_pixels, as_tokens
+from hueshift.kernels.gated_gelu import gated_gelu
+from hueshift.kernels.group_norm import group_norm
+from hueshift.kernels.layer_norm import layer_norm
+from hueshift.kernels.residual_add import residual_add
+
+
+class FusedGroupNorm(nn.Module):
+    """Group norm with the layer's weights, or with those of each sample's slot, and SiLU after it if asked."""
+
+    def __init__(self, layer: nn.GroupNorm | RowGroupNorm, rows: SlabRows, *, silu: bool = False) -> None:
+        super().__init__()
+        self.rows = rows
+        self.silu = silu
+        self.eps = layer.eps
+        self.name = layer.name if isinstance(layer, RowGroupNorm) else None
+        self.groups = layer.groups if isinstance(layer, RowGroupNorm) else layer.num_groups
+        self.bias = layer.bias
+        if isinstance(layer, nn.GroupNorm):
+            self.weight = layer.weight
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, shift_bias: Tensor | None = None) -> Tensor:
+        """Normalise x [N, channels, h, w], plus shift [N, channels] and shift_bias [channels] where given."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        given: dict[str, Any] = {"shift": shift, "shift_bias": shift_bias, "silu": self.silu}
+        if self.name is None:
+            return group_norm(x, self.weight, self.bias, self.groups, self.eps, **given)
+        weights, index = self.rows.sigma[self.name], self.rows.indices()
+        return group_norm(x, weights, self.bias, self.groups, self.eps, index=index, **given)
+
+
+class FusedLayerNorm(nn.Module):
+    """Layer norm over tokens [N, T, width] with the weights of each sample's slot."""
+
+    def __init__(self, layer: RowLayerNorm, rows: SlabRows) -> None:
+        super().__init__()
+        self.name, self.eps, self.rows = layer.name, layer.eps, rows
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        rows = self.rows
+        return layer_norm(x.contiguous(), rows.sigma[self.name], self.bias, self.eps, index=rows.indices())
+
+
+class FusedGate(nn.Module):
+    """GEGLU (Shazeer 2020): a product of twice the width, of which one half gates the other."""
+
+    def __init__(self, layer: GEGLU) -> None:
+        super().__init__()
+        self.proj = layer.proj
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map [N, T, width] to [N, T, inner width]."""
+        return gated_gelu(self.proj(tokens))
+
+
+class PixelLinear(nn.Module):
+    """A 1x1 convolution as a product on pixels, whose bias costs no pass of its own."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, channels, h, w] to [N, out, h, w], channels_last."""
+        return as_pixels(functional.linear(as_tokens(x), self.weight.flatten(1), self.bias), x)
+
+
+class FusedResnet(nn.Module):
+    """diffusers' ResnetBlock2D as Stable Diffusion has it; see `fits`."""
+
+    def __init__(self, block: ResnetBlock2D) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = block.norm1, block.conv1
+        self.time_emb_proj = block.time_emb_proj
+        self.norm2, self.conv2 = block.norm2, block.conv2
+        self.conv_shortcut = block.conv_shortcut
+
+    @staticmethod
+    def fits(block: ResnetBlock2D) -> bool:
+        """True for a block that changes no size and adds the time embedding once, between its convolutions."""
+        return (
+            block.time_embedding_norm == "default"
+            and block.time_emb_proj is not None
+            and not block.skip_time_act
+            and block.upsample is None
+            and block.downsample is None
+            and block.output_scale_factor == 1
+            and isinstance(block.nonlinearity, nn.SiLU)
+            and all(isinstance(norm, FusedGroupNorm) for norm in (block.norm1, block.norm2))
+        )
+
+    def forward(self, x: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Map [N, c_in, h, w] and an embedding [N, width] to [N, c_out, h, w], channels_last."""
+        hidden, bias = convolve(self.conv1, self.norm1(x))
+        embedded = self.time_emb_proj(functional.silu(temb))
+        hidden, bias = convolve(self.conv2, self.norm2(hidden, embedded, bias))
+        kept = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        layout = torch.channels_last
+        return residual_add(kept.contiguous(memory_format=layout), hidden.contiguous(memory_format=layout), bias)
+
+
+def convolve(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Convolve, and return apart what is still to be added to each channel: cuDNN's bias would be a pass of its own."""
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        out = functional.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return out, layer.bias
+    return layer(x), None
+
+
+def fuse_blocks(unet: nn.Module, rows: SlabRows) -> int:
+    """Put these modules in the place of a UNet's own and return how many.
+
+    For pictures in channels_last. Norms of each slot's weights read the slabs of `rows`; layers that were replaced
+    before (cuda_layers.py) stay what they are.
+    """
+    replaced = 0
+    for parent in list(unet.modules()):
+        for key, child in list(parent._modules.items()):
+            made = _fused(parent, key, child, rows)
+            if made is not None:
+                parent._modules[key] = made
+                replaced += 1
+    # Their norms are fused by now.
+    for parent in list(unet.modules()):
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, ResnetBlock2D):
+                if FusedResnet.fits(child):
+                    parent._modules[key] = FusedResnet(child)
+                    replaced += 1
+                else:
+                    _unfuse_silu(child)
+    _fuse_output(unet)
+    return replaced
+
+
+def _fused(parent: nn.Module, key: str, child: nn.Module | None, rows: SlabRows) -> nn.Module | None:
+    if isinstance(child, nn.GroupNorm | RowGroupNorm):
+        # A block's norms go with SiLU, those of attention without.
+        return FusedGroupNorm(child, rows, silu=isinstance(parent, ResnetBlock2D))
+    if isinstance(child, RowLayerNorm):
+        return FusedLayerNorm(child, rows)
+    if type(child) is GEGLU:
+        return FusedGate(child)
+    if type(child) is nn.Conv2d and key in ("proj_in", "proj_out", "conv_shortcut") and _is_product(child):
+        return PixelLinear(child)
+    return None
+
+
+def _is_product(layer: nn.Conv2d) -> bool:
+    plain = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((1, 1), (1, 1), (0, 0), (1, 1))
+    return plain and layer.groups == 1
+
+
+def _unfuse_silu(block: ResnetBlock2D) -> None:
+    for norm in (block.norm1, block.norm2):
+        if isinstance(norm, FusedGroupNorm):
+            norm.silu = False
+
+
+def _fuse_output(unet: nn.Module) -> None:
+    """Let the last norm do the activation after it."""
+    norm, act = unet._modules.get("conv_norm_out"), unet._modules.get("conv_act")
+    if isinstance(norm, FusedGroupNorm) and isinstance(act, nn.SiLU):
+        norm.silu = True
+        unet._modules["conv_act"] = nn.Identity()
