@@ -17,7 +17,13 @@ from hueshift.server.rpc.adapter_import import AdapterFormats
 from hueshift.server.rpc.adapter_upload import Upload
 from hueshift.server.rpc.names import make_id, parse_adapter_name
 from hueshift.server.settings import LimitSettings
-from hueshift.server.store.adapter_records import AdapterRecord, DeletedAdapter, RevisionRecord
+from hueshift.server.store.adapter_records import (
+    AdapterRecord,
+    DeletedAdapter,
+    RevisionRecord,
+    check_display_name,
+    check_labels,
+)
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import StagedBlob
 from hueshift.server.store.idempotency import check_key, hash_request, recall, remember
@@ -144,6 +150,11 @@ class AdapterChanges:
         if unknown or not paths:
             given = f"{unknown[0][:80]!r}" if unknown else "no path"
             raise InvalidArgument.for_field("update_mask", f"{given} given; allowed: {' and '.join(_UPDATABLE)}")
+        # Here, where the fields have the request's own names.
+        if "display_name" in paths:
+            check_display_name(request.adapter.display_name, "adapter.display_name")
+        if "labels" in paths:
+            check_labels(request.adapter.labels, "adapter.labels")
         check_key(request.idempotency_key)
         key = (tenant, "UpdateAdapter", request.idempotency_key, hash_request((_bytes_of(request),)))
         with self._store.write() as connection:

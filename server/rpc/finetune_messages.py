@@ -1,6 +1,6 @@
 """Job records and events as messages of the contract, and the spec message as a checked training spec."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,12 +72,14 @@ def read_spec(spec: pb.FineTuneSpec, default_identifier: str) -> TrainingSpec:
     )
 
 
-def read_states(states: "list[pb.FineTuneState.ValueType]") -> list[JobState]:
-    """Return the states of a filter. Raises InvalidArgument on an unknown one."""
+def read_states(states: "Sequence[pb.FineTuneState.ValueType]") -> list[JobState]:
+    """Return the states of a filter, each once. Raises InvalidArgument on an unknown one, or on too many."""
+    if len(states) > len(_STATES):
+        raise InvalidArgument.for_field("states", f"{len(states)} given; allowed: at most {len(_STATES)}, each once")
     for index, state in enumerate(states):
         if state not in _STATES:
             raise InvalidArgument.for_field(f"states[{index}]", f"{state} given; allowed: {_names(pb.FineTuneState)}")
-    return [_STATES[state] for state in states]
+    return [_STATES[state] for state in dict.fromkeys(states)]
 
 
 def to_message(job: JobRecord, cost: Cost | None = None) -> pb.FineTune:

@@ -121,7 +121,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         """Return a page of jobs, newest first."""
         size = check_page_size(request.page_size)
         after = decode_token(request.page_token)
-        states = read_states(list(request.states))
+        states = read_states(request.states)
         tenant = current_call().tenant
         jobs = await asyncio.to_thread(self._jobs.list_jobs, tenant, size + 1, after, states)
         page = jobs[:size]
@@ -139,6 +139,9 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
             raise InvalidArgument.for_field("after_sequence", f"{after} given; allowed: 0 or a number seen before")
         while True:
             job, events = await asyncio.to_thread(self._read_events, tenant, job_id, after)
+            if after > job.sequence:
+                text = f"{after} given; allowed: 0 to {job.sequence}, the number of the job's newest event"
+                raise InvalidArgument.for_field("after_sequence", text)
             for event in events:
                 yield to_event(job, event)
                 after = event.sequence

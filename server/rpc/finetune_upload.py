@@ -12,6 +12,7 @@ from hueshift.server.rpc.names import check_id
 from hueshift.server.settings import LimitSettings
 from hueshift.server.store.adapter_records import check_display_name, check_labels
 from hueshift.server.store.idempotency import check_key
+from hueshift.training.checks import MAX_INIT_WORDS, MAX_SAMPLE_PROMPTS, MAX_SUBJECTS, check_count
 from hueshift.v1 import finetune_pb2 as pb
 
 MAX_CHUNK = 1024 * 1024
@@ -110,6 +111,7 @@ def _check_spec(spec: pb.FineTuneSpec, limits: LimitSettings) -> None:
     check_display_name(spec.display_name)
     check_labels(spec.labels)
     check_key(spec.idempotency_key)
+    _check_counts(spec)
     if not 1 <= len(spec.pictures) <= limits.max_pictures:
         raise InvalidArgument.for_field("pictures", f"{len(spec.pictures)} given; allowed: 1 to {limits.max_pictures}")
     for index, picture in enumerate(spec.pictures):
@@ -127,6 +129,18 @@ def _check_spec(spec: pb.FineTuneSpec, limits: LimitSettings) -> None:
             f"{total} bytes given in all; allowed: {limits.max_pictures_bytes}. Send fewer or smaller pictures.",
             Reason.UPLOAD_TOO_LARGE,
         )
+
+
+def _check_counts(spec: pb.FineTuneSpec) -> None:
+    """Refuse lists that are too long before anything goes through them: a message has room for millions of entries."""
+    violations = check_count("identifier_init", spec.identifier_init, 0, MAX_INIT_WORDS)
+    violations += check_count("sample_prompts", spec.sample_prompts, 0, MAX_SAMPLE_PROMPTS)
+    violations += check_count("more_subjects", spec.more_subjects, 0, MAX_SUBJECTS - 1)
+    for index, subject in enumerate(spec.more_subjects[:MAX_SUBJECTS]):
+        violations += check_count(f"more_subjects[{index}].identifier_init", subject.identifier_init, 0, MAX_INIT_WORDS)
+    if violations:
+        text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+        raise InvalidArgument(Reason.INVALID_FIELD, text, violations=violations)
 
 
 def _out_of_order(what: str) -> InvalidArgument:

@@ -7,7 +7,6 @@ from fake_clock import FakeClock
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from hueshift.server import rounds
 from hueshift.server.metrics import Metrics
 from hueshift.server.outages import Outage
 from hueshift.server.rounds import keep_doing, try_once
@@ -77,7 +76,7 @@ async def test_rounds_go_on_at_the_pauses_of_the_outage(monkeypatch: pytest.Monk
         if 1010.0 < clock.now < 1020.0:
             raise RuntimeError("away")
 
-    monkeypatch.setattr(rounds.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     with pytest.raises(asyncio.CancelledError):
         await keep_doing("jobs", 4.0, work, Metrics(CollectorRegistry()), clock=clock, longest=6.0)
     # At 0, 4, 8 all is well; at 12 it fails and is tried 3 to 6 seconds later, until it is over.

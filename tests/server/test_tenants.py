@@ -95,6 +95,9 @@ ON_JOBS: dict[str, Call] = {
     "RetryFineTune": lambda s, n: s.finetunes.RetryFineTune(
         finetune_pb.RetryFineTuneRequest(name=n), metadata=s.metadata
     ),
+    "DeleteFineTune": lambda s, n: s.finetunes.DeleteFineTune(
+        finetune_pb.DeleteFineTuneRequest(name=n), metadata=s.metadata
+    ),
 }
 # Calls that name nothing of a tenant's.
 ON_NOTHING: dict[str, Call] = {
@@ -103,6 +106,7 @@ ON_NOTHING: dict[str, Call] = {
         metadata=s.metadata,
     ),
     "ListAdapters": lambda s, _: s.adapters.ListAdapters(adapters_pb.ListAdaptersRequest(), metadata=s.metadata),
+    "GetStorage": lambda s, _: s.adapters.GetStorage(adapters_pb.GetStorageRequest(), metadata=s.metadata),
     "CreateFineTune": lambda s, _: s.finetunes.CreateFineTune(uploads(*fine_tune()), metadata=s.metadata),
     "ListFineTunes": lambda s, _: s.finetunes.ListFineTunes(finetune_pb.ListFineTunesRequest(), metadata=s.metadata),
     "GetModel": lambda s, _: s.models.GetModel(model_pb.GetModelRequest(), metadata=s.metadata),
@@ -191,7 +195,8 @@ async def test_lists_show_ones_own_only(owned: Owned) -> None:
 
 
 async def test_the_owner_is_answered_on_every_rpc(owned: Owned) -> None:
-    order = sorted(EVERYTHING, key=lambda name: name in ("DeleteAdapter", "WatchFineTune"))
+    last = ("WatchFineTune", "DeleteFineTune", "DeleteAdapter")
+    order = sorted(EVERYTHING, key=lambda name: last.index(name) if name in last else -1)
     for name in order:
         if name == "ImportAdapter":
             continue

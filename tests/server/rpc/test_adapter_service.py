@@ -58,6 +58,14 @@ def test_updates_follow_their_mask(running: Running) -> None:
         code, reason, message = running.refused("UpdateAdapter", update(*paths))
         assert (code, reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
         assert "display_name and labels" in message
+    for field, adapter in (
+        ("adapter.display_name", pb.Adapter(name="fox", display_name="x" * 121)),
+        ("adapter.labels", pb.Adapter(name="fox", labels={"-": "b"})),
+    ):
+        path = field.removeprefix("adapter.")
+        wrong = pb.UpdateAdapterRequest(adapter=adapter, update_mask=FieldMask(paths=[path]))
+        code, reason, message = running.refused("UpdateAdapter", wrong)
+        assert (reason, message.partition(":")[0]) == ("INVALID_FIELD", field)
     first = running.call("UpdateAdapter", update("display_name", idempotency_key="k"))
     running.store.clock.now += 10
     assert running.call("UpdateAdapter", update("display_name", idempotency_key="k")) == first

@@ -179,6 +179,13 @@ async def test_wrong_uploads_are_refused_and_leave_nothing(alice: Caller, case: 
         ({"method": 99}, ["method"]),
         ({"subject": 99}, ["subject"]),
         ({"sample_prompts": ["x"] * 5}, ["sample_prompts"]),
+        (
+            {
+                "identifier_init": [""] * 100_000,
+                "more_subjects": [pb.FineTuneSubjectSpec(identifier_init=[""] * 17)] * 4,
+            },
+            ["identifier_init", "more_subjects", *(f"more_subjects[{n}].identifier_init" for n in range(4))],
+        ),
     ],
 )
 async def test_wrong_specs_are_refused_before_a_picture_is_read(
@@ -272,6 +279,10 @@ async def test_watching_shows_everything_as_it_happens_and_ends(alice: Caller) -
     assert ended.state_change == (await alice.call("GetFineTune", pb.GetFineTuneRequest(name=job.name))).fine_tune
     assert ended.state_change.revision == 1
     assert ended.state_change.scores.clip_i_base == 0.125
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await alice.watch(job.name, 6)
+    assert refusal(caught.value).fields == ["after_sequence"]
+    assert "0 to 5, the number of the job's newest event" in refusal(caught.value).message
     # A watcher who comes back goes on where it was, also when everything is over.
     for after in range(6):
         assert await alice.watch(job.name, after) == events[after:]
@@ -302,6 +313,8 @@ async def test_pages_and_filters(alice: Caller) -> None:
         (pb.ListFineTunesRequest(page_size=501), "page_size"),
         (pb.ListFineTunesRequest(page_token="x"), "page_token"),
         (pb.ListFineTunesRequest(states=[pb.FINE_TUNE_STATE_UNSPECIFIED]), "states[0]"),
+        # More than a query of any database may name.
+        (pb.ListFineTunesRequest(states=[pb.FINE_TUNE_STATE_QUEUED] * 40_000), "states"),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await alice.call("ListFineTunes", request)

@@ -179,3 +179,12 @@ def test_another_tenants_adapter_is_not_found_unless_fields_are_wrong(base_model
         check(base_model, adapters=theirs)
     assert caught.value.reason is Reason.ADAPTER_NOT_FOUND
     assert set(wrong_fields(base_model, adapters=theirs, steps=-1)) == {"steps"}
+
+
+def test_a_request_of_a_million_blocks_is_refused_in_one_sentence(base_model: BaseModel) -> None:
+    blocks = {f"block-{number}": math.nan for number in range(65)}
+    with pytest.raises(InvalidArgument) as caught:
+        check(base_model, adapters=[pb.AdapterUse(adapter="fox", block_weights=blocks)])
+    assert [(v.field, v.description) for v in caught.value.violations] == [
+        ("adapters[0].block_weights", "65 blocks given; allowed: at most 64")
+    ]

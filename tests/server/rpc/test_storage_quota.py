@@ -21,7 +21,6 @@ from whole_server import LiveServer, RpcStubs, fake_parts, live_server, refusal
 
 from hueshift.adapters.errors import ResourceExhausted
 from hueshift.engines.base_model import BaseModel
-from hueshift.server.settings import LimitSettings
 from hueshift.server.store.database import Database
 from hueshift.server.store.job_quotas import JobQuotas
 from hueshift.server.store.job_records import NewJob
@@ -121,7 +120,7 @@ def png(colour: int = 200) -> bytes:
 
 @pytest_asyncio.fixture
 async def live(base_model: BaseModel, tmp_path: Path) -> AsyncIterator[LiveServer]:
-    limits = LimitSettings(tenant_stored_bytes=20_000, tenant_stored_bytes_of={"bob": 10})
+    limits = {"tenant_stored_bytes": 20_000, "tenant_stored_bytes_of": {"bob": 10}}
     async with live_server(tmp_path, fake_parts(base_model), limits=limits) as server:
         yield server
 
