@@ -116,7 +116,7 @@ def norm_launch(
     vector = gcd(width, 8)
     main, tail = split_width(width)
     # So that the numbers a program holds do not grow with the width: 4 tokens of SD1.5's 320 columns, 1 of its 1280.
-    block = max(1, min(64, config["ELEMENTS"] // (2 * main if tail else main)))
+    block = max(1, min(16, config["ELEMENTS"] // (2 * main if tail else main)))
     stride = 0 if index is None else weight.stride(0)
     # Rows of a slab that begin on 16-byte boundaries are read 16 bytes a thread.
     step = gcd(stride, 4)
