@@ -96,6 +96,8 @@ _CHOSEN: Mapping[tuple[Method, SubjectKind], Mapping[str, Any]] = MappingProxyTy
             "norm_learning_rate": 3e-4,
             "ema_decay": 0.0,
         },
+        # One word for all layers; by layer it learns as other methods' words do (docs/training.md).
+        (Method.TEXTUAL_INVERSION, SubjectKind.SUBJECT): {"steps": 240, "identifier_learning_rate": 1e-3},
     }
 )
 _KINDS: Mapping[SubjectKind, Mapping[str, Any]] = MappingProxyType(
@@ -239,6 +241,8 @@ def _complete_settings(
     chosen |= {name: tuple(chosen[name]) for name in LISTS}
     known = {name: kind for name, kind in CHOICES.items() if chosen[name] in list(kind)}
     chosen |= {name: kind(chosen[name]) for name, kind in known.items()}
+    if method is Method.TEXTUAL_INVERSION and chosen["per_layer"]:
+        chosen |= {name: value for name, value in _KINDS[subject_kind].items() if name not in given}
     if method is Method.LORA and "alpha" not in given:
         chosen["alpha"] = float(chosen["rank"])
     if chosen["cut_mix_probability"] == 0 and "unmix_weight" not in given:

@@ -74,6 +74,10 @@ def test_settings_that_belong_together_are_filled_in_together() -> None:
     ]
     assert with_targets(few, [], ()) == whole
     assert with_targets(complete(method=Method.LORA), ["to_q"], ()).learning_rate == 3e-3
+    words = [complete(method=Method.TEXTUAL_INVERSION, per_layer=by_layer) for by_layer in (False, True)]
+    assert [(spec.steps, spec.identifier_learning_rate) for spec in words] == [(240, 1e-3), (120, 1e-2)]
+    slower = complete(method=Method.TEXTUAL_INVERSION, per_layer=True, steps=70, identifier_learning_rate=2e-3)
+    assert (slower.steps, slower.identifier_learning_rate) == (70, 2e-3)
     lora = complete(method=Method.LORA, rank=16)
     assert (lora.rank, lora.alpha, lora.targets) == (16, 16.0, LORA_TARGETS)
     assert complete(method=Method.LORA, alpha=4.0).alpha == 4.0
