@@ -107,18 +107,7 @@ class ServiceSet:
         self._adapters = AdapterService(
             stores.adapters, base.layout, limits, self.scheduler, clock, formats, stores.folders.remove
         )
-        speeds = open_speeds(settings.store.cache_path)
-        self._fine_tunes = FineTuneService(
-            stores.jobs,
-            stores.folders,
-            limits,
-            default_identifier=settings.model.default_identifier,
-            check_words=make_word_check(base),
-            fit_targets=make_target_fit(parts.rows),
-            estimate=lambda spec: speeds.estimate(base.base_hash, spec),
-            on_retry=metrics.job_retries.inc,
-            removal=JobRemoval(stores.database, stores.adapters.storage.quota),
-        )
+        self._fine_tunes = _fine_tunes(settings, stores, metrics, parts)
         self._metrics, self._clock = metrics, clock
         self._following: asyncio.Task[None] | None = None
         self._models = ModelService(base, engine, settings)
@@ -157,3 +146,18 @@ class ServiceSet:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await asyncio.to_thread(self.scheduler.close)
+
+
+def _fine_tunes(settings: Settings, stores: Stores, metrics: Metrics, parts: ServingParts) -> FineTuneService:
+    base, speeds = parts.base, open_speeds(settings.store.cache_path)
+    return FineTuneService(
+        stores.jobs,
+        stores.folders,
+        settings.limits,
+        default_identifier=settings.model.default_identifier,
+        check_words=make_word_check(base),
+        fit_targets=make_target_fit(parts.rows),
+        estimate=lambda spec: speeds.estimate(base.base_hash, spec),
+        on_retry=metrics.job_retries.inc,
+        removal=JobRemoval(stores.database, stores.adapters.storage.quota),
+    )

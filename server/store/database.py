@@ -197,6 +197,8 @@ def _on_connect(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> 
     cursor = connection.cursor()
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
+    # What a person has had deleted is overwritten, not only left out: free pages would keep sample pictures for months.
+    cursor.execute("PRAGMA secure_delete=ON")
     cursor.close()
 
 

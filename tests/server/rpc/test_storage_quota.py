@@ -1,6 +1,8 @@
 """How much a tenant may store: refused before anything is written, told with its numbers, never counted twice."""
 
 import io
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +23,13 @@ from whole_server import LiveServer, RpcStubs, fake_parts, live_server, refusal
 
 from hueshift.adapters.errors import ResourceExhausted
 from hueshift.engines.base_model import BaseModel
+from hueshift.server.store.adapter_store import AdapterStore
+from hueshift.server.store.blobs import BlobStore
 from hueshift.server.store.database import Database
 from hueshift.server.store.job_quotas import JobQuotas
 from hueshift.server.store.job_records import NewJob
 from hueshift.server.store.job_store import JobStore
-from hueshift.server.store.stored_bytes import Storage, StorageQuota, Stored
+from hueshift.server.store.stored_bytes import Storage, StorageQuota, Stored, check_storage
 from hueshift.v1 import adapters_pb2 as pb
 from hueshift.v1 import finetune_pb2
 
@@ -181,4 +185,30 @@ def test_jobs_are_counted_by_what_is_kept_of_them(kind: str, request: pytest.Fix
     assert (store.usage("acme"), kept.usage("acme")) == (Stored(0, 0), Stored(0, 60))
     jobs.create(new("ft-2"), tenant_limit=9)
     assert (store.totals(), kept.totals()) == (Stored(0, 60), Stored(0, 120))
+    database.close()
+
+
+def test_on_postgres_two_that_store_at_once_wait_for_each_other(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    where = fresh_database(request.getfixturevalue("postgres_server"), "at_once")
+    clock = FakeClock()
+    database = Database(where, clock)
+    quota = StorageQuota(most=SIZE + 10)
+    store = AdapterStore(database, BlobStore(tmp_path / "blobs"), clock, quota)
+    both = threading.Barrier(2)
+
+    def attempt(seed: int) -> bool:
+        adapter, data = small_file(seed)
+        both.wait(10)
+        try:
+            with store.write() as connection:
+                check_storage(connection, quota, "acme", len(data))
+                # Long enough for the other one to look, if it could.
+                time.sleep(0.3)
+                store.publish("acme", f"a{seed}", "", {}, data, adapter, connection=connection)
+        except ResourceExhausted:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(attempt, range(2))) == [False, True]
     database.close()

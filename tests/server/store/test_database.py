@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason, ResourceExhausted, Unavailable
@@ -210,3 +210,15 @@ def test_processes_that_meet_at_an_empty_file_all_get_their_rows_in(tmp_path: Pa
     database = Database(file, SystemClock())
     assert len(keys(database)) == 40
     database.close()
+
+
+def test_what_is_deleted_is_overwritten(tmp_path: Path) -> None:
+    file, secret = tmp_path / "h.db", "a face of somebody" * 1000
+    database = Database(file, SystemClock())
+    add(database, "old")
+    with database.write() as connection:
+        connection.execute(update(idempotency).values(result={"secret": secret}))
+    with database.write() as connection:
+        connection.execute(delete(idempotency))
+    database.close()
+    assert b"a face of" not in file.read_bytes()
