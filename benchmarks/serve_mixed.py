@@ -18,6 +18,7 @@ from hueshift.adapters.adapter import AdapterKind
 from hueshift.engines.conditioning import CrossInputs, make_conditioner
 from hueshift.engines.cuda_setup import planner_of
 from hueshift.engines.denoise import advance, start_sample
+from hueshift.engines.half_decoder import serving_decoder
 from hueshift.engines.interface import Plan
 from hueshift.engines.pictures import PictureFormat
 from hueshift.engines.residency import SlotCache
@@ -103,7 +104,7 @@ async def serve(kit: Any, engine: Any, kind: AdapterKind, tenants: int, register
         engine,
         kit.base,
         make_conditioner(kit.base, kit.factors),
-        VaeStage(kit.base),
+        VaeStage(kit.base, half=serving_decoder(kit.base, fuse=True)),
         SlotCache(engine, cache, observer),
         metrics,
         SystemClock(),
@@ -197,7 +198,7 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
 def _swap_times(kit: Any, engine: Any) -> list[float]:
     """(c): seconds of each picture when one user is served at a time, its adapter merged into the weights."""
     times = []
-    vae = VaeStage(kit.base)
+    vae = VaeStage(kit.base, half=serving_decoder(kit.base, fuse=True))
     for number in range(max(2, kit.scale.requests // 8)):
         row = kit.rows.compose([(kit.adapter(number, AdapterKind.SPECTRAL), 1.0)], kit.factors, kit.norms)
         begin = time.perf_counter()

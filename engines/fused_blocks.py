@@ -87,7 +87,7 @@ class PixelLinear(nn.Module):
 
 
 class FusedResnet(nn.Module):
-    """diffusers' ResnetBlock2D as Stable Diffusion has it; see `fits`."""
+    """diffusers' ResnetBlock2D as Stable Diffusion and its autoencoder have it; see `fits`."""
 
     def __init__(self, block: ResnetBlock2D) -> None:
         super().__init__()
@@ -98,10 +98,9 @@ class FusedResnet(nn.Module):
 
     @staticmethod
     def fits(block: ResnetBlock2D) -> bool:
-        """True for a block that changes no size and adds the time embedding once, between its convolutions."""
+        """True for a block that changes no size and adds the time embedding, if any, between its convolutions."""
         return (
             block.time_embedding_norm == "default"
-            and block.time_emb_proj is not None
             and not block.skip_time_act
             and block.upsample is None
             and block.downsample is None
@@ -110,10 +109,11 @@ class FusedResnet(nn.Module):
             and all(isinstance(norm, FusedGroupNorm) for norm in (block.norm1, block.norm2))
         )
 
-    def forward(self, x: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None, *_: Any, **__: Any) -> Tensor:
         """Map [N, c_in, h, w] and an embedding [N, width] to [N, c_out, h, w], channels_last."""
         hidden, bias = convolve(self.conv1, self.norm1(x))
-        embedded = self.time_emb_proj(functional.silu(temb))
+        # An autoencoder's blocks have none.
+        embedded = None if temb is None else self.time_emb_proj(functional.silu(temb))
         hidden, bias = convolve(self.conv2, self.norm2(hidden, embedded, bias))
         kept = x if self.conv_shortcut is None else self.conv_shortcut(x)
         layout = torch.channels_last
@@ -155,7 +155,8 @@ def fuse_blocks(unet: nn.Module, rows: SlabRows) -> int:
 
 
 def _fused(parent: nn.Module, key: str, child: nn.Module | None, rows: SlabRows) -> nn.Module | None:
-    if isinstance(child, nn.GroupNorm | RowGroupNorm):
+    # An autoencoder's attention normalises tokens.
+    if isinstance(child, nn.GroupNorm | RowGroupNorm) and key != "group_norm":
         # A block's norms go with SiLU, those of attention without.
         return FusedGroupNorm(child, rows, silu=isinstance(parent, ResnetBlock2D))
     if isinstance(child, RowLayerNorm):

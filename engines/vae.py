@@ -5,17 +5,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cuda_lane import GraphLane, make_beside
+from hueshift.engines.half_decoder import HalfDecoder
 
 Pixels = npt.NDArray[np.uint8]
 
 
 # Pixels decoded in one call: the decoder's widest layers take about 2 KB for each in fp32.
 _MOST_PIXELS = 2**22
+_log = structlog.get_logger()
 
 
 class VaeStage:
@@ -25,13 +28,18 @@ class VaeStage:
     side, one by one, and blended: memory stays that of a tile, and colours may differ by a few levels, because the
     decoder's norms see a tile at a time.
 
+    With a `half` decoder pictures are decoded by it, and in the base's own dtype again where it overflowed.
+
     With a `lane` pictures are encoded there, beside denoising steps, and handed over finished. Decoding runs on the
     caller's stream, who takes the pixels to the host anyway.
     """
 
-    def __init__(self, base: BaseModel, *, tile_above: int = 0, lane: GraphLane | None = None) -> None:
+    def __init__(
+        self, base: BaseModel, *, tile_above: int = 0, lane: GraphLane | None = None, half: HalfDecoder | None = None
+    ) -> None:
         self._vae: Any = base.vae
         self._lane = lane
+        self._half = half
         self._factor = base.latent_factor
         self._tile_above = tile_above
         self._scale = float(base.vae.config.scaling_factor)
@@ -51,8 +59,14 @@ class VaeStage:
         return np.ascontiguousarray(np.concatenate(parts))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self._vae.decode(latents.to(self._device, self._dtype) / self._scale).sample
-        return pixels.float()
+        scaled = latents.to(self._device, self._dtype) / self._scale
+        if self._half is not None:
+            pixels = self._half(scaled).float()
+            if bool(torch.isfinite(pixels).all()):
+                return pixels
+            _log.warning("decoder_overflow", pictures=latents.shape[0], again_in=str(self._dtype))
+        own: Tensor = self._vae.decode(scaled).sample
+        return own.float()
 
     def _decode_tiled(self, latents: Tensor) -> Tensor:
         """Mean of the tiles over each pixel, weighted by ramps that fall towards a tile's edges."""

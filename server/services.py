@@ -15,8 +15,10 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import lane_of
+from hueshift.engines.cuda_options import KernelUse
 from hueshift.engines.cuda_setup import planner_of
 from hueshift.engines.encoder_layers import encoder_parameters
+from hueshift.engines.half_decoder import serving_decoder
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.residency import SlotCache
 from hueshift.engines.residency_host import HostCache, RowCache
@@ -88,7 +90,12 @@ class ServiceSet:
             engine,
             base,
             conditioner,
-            VaeStage(base, tile_above=settings.engine.vae_tiling_above, lane=vae_lane),
+            VaeStage(
+                base,
+                tile_above=settings.engine.vae_tiling_above,
+                lane=vae_lane,
+                half=serving_decoder(base, fuse=settings.engine.kernels != KernelUse.OFF),
+            ),
             slots,
             metrics,
             clock,
