@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hueshift.engines.adapted_layers import RowGroupNorm, RowLayerNorm
@@ -92,6 +94,17 @@ class TrainingUNet:
         context, added = self._split(context)
         with self._products(sample.device):
             return self._unet.forward_rows(sample, timesteps, context, spectral, lowrank, added)
+
+    def repeat_pixels(self) -> None:
+        """From now on upsample by repeating pixels, for a compiler: the same values, and a way back that adds in order.
+
+        Torch's nearest neighbours add by index on their way back, when compiled. On a CUDA device that is in no certain
+        order, and on a CPU inductor of torch 2.13 ran it after what reads the sums.
+        """
+        for module in self._unet.unet.modules():
+            if isinstance(module, Upsample2D) and module.interpolate:
+                module.interpolate = False
+                module.register_forward_pre_hook(_repeat_input)
 
     def _split(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
         return (context, None) if self._reader is None else self._reader.split(context)
@@ -185,6 +198,18 @@ def _lower_weights(unet: nn.Module) -> None:
         if not isinstance(module, nn.GroupNorm | nn.LayerNorm | RowGroupNorm | RowLayerNorm):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _repeat_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Upsample what an Upsample2D is given: to twice the size, or to the size that it is given too."""
+    pixels: Tensor = args[0]
+    size = args[1] if len(args) > 1 else None
+    if size is not None:
+        return functional.interpolate(pixels, size=size, mode="nearest"), *args[1:]
+    count, channels, height, width = pixels.shape
+    # Channels last, as convolutions have it here: so it is one copy.
+    spread = pixels.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    return spread.reshape(count, 2 * height, 2 * width, channels).permute(0, 3, 1, 2), *args[1:]
 
 
 class _Called(nn.Module):

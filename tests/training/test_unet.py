@@ -132,3 +132,45 @@ def test_weights_held_in_bfloat16_give_what_autocast_gives(tiny: Tiny, method: M
     assert all(parameter.dtype is torch.float32 for parameter in base.unet.parameters())
     held = {parameter.dtype for parameter in low._unet.parameters() if parameter.dim() > 1}
     assert held == {torch.bfloat16}
+
+
+def operations(tensor: Tensor) -> set[str]:
+    """Names of all that torch goes back through."""
+    found: set[str] = set()
+    left: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.add(node.name())
+            left += [function for function, _ in node.next_functions]
+    return found
+
+
+def test_repeated_pixels_are_nearest_neighbours(tiny: Tiny) -> None:
+    spec = make_spec()
+    unet, learnable = make_tiny_unet(*tiny, spec), make_learnable(spec, *tiny)
+    sample, steps, context = inputs(tiny[0])
+    context.requires_grad_()
+    outputs, gradients, names = [], [], []
+    for _ in range(2):
+        outputs.append(unet(sample, steps, context, learnable.base_rows()))
+        names.append(operations(outputs[-1]))
+        gradients += torch.autograd.grad([outputs[-1].square().sum()], [context])
+        # A second time it must not repeat them again.
+        unet.repeat_pixels()
+        unet.repeat_pixels()
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-6 * float(gradients[0].abs().max()))
+    assert [any("Upsample" in name for name in found) for found in names] == [True, False]
+
+
+def test_pixels_are_repeated_to_an_odd_size_too(tiny: Tiny) -> None:
+    unet, rows = make_tiny_unet(*tiny, make_spec(Method.LORA, rank=1)), Rows()
+    sample = torch.randn(1, 4, 10, 7, generator=torch.Generator().manual_seed(2))
+    _, steps, context = inputs(tiny[0])
+    with torch.no_grad():
+        before = unet(sample, steps[:1], context[:1], rows)
+        unet.repeat_pixels()
+        assert torch.equal(unet(sample, steps[:1], context[:1], rows), before)

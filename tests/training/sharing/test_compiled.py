@@ -33,6 +33,9 @@ class Unet:
 
     checkpointing = False
 
+    def repeat_pixels(self) -> None:
+        """It has none to repeat."""
+
     def __call__(self, noisy: Tensor, timesteps: Tensor, context: Tensor, rows: Rows) -> Tensor:
         """Run it."""
         return plain(noisy, timesteps, context, rows)
