@@ -153,7 +153,8 @@ def test_repeated_pixels_are_nearest_neighbours(tiny: Tiny) -> None:
     unet, learnable = make_tiny_unet(*tiny, spec), make_learnable(spec, *tiny)
     sample, steps, context = inputs(tiny[0])
     context.requires_grad_()
-    outputs, gradients, names = [], [], []
+    outputs, names = [], []
+    gradients: list[Tensor] = []
     for _ in range(2):
         outputs.append(unet(sample, steps, context, learnable.base_rows()))
         names.append(operations(outputs[-1]))
