@@ -14,7 +14,7 @@ from torch.nn import functional
 from hueshift.kernels.checks import check_index, check_shape
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.factored_linear import check_factors, factored_linear, second_product
-from hueshift.kernels.launch import Launch, jit, tl
+from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.product import product_launch, product_reference, shape_class
 from hueshift.kernels.tiles import blocks
@@ -67,10 +67,8 @@ def scale_and_expand(shrunk: Tensor, u: Tensor, sigma: Tensor, index: Tensor, bi
     check_index("index", index, 0, sigma.shape[0])
     samples, rank, height, width = shrunk.shape
     pixels = shrunk.permute(0, 2, 3, 1).reshape(samples, height * width, rank)
-    if shrunk.device.type != "cuda":
-        y = expand_reference(pixels, u, sigma, index, bias)
-    else:
-        y = expand(pixels, u, sigma, index, bias)
+    work = expand if on_gpu(shrunk) else expand_reference
+    y = work(pixels, u, sigma, index, bias)
     return y.view(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)
 
 

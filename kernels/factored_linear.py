@@ -19,6 +19,7 @@ from hueshift.kernels.checks import (
     check_inner_contiguous,
     check_shape,
 )
+from hueshift.kernels.launch import on_gpu
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.product import product_launch, product_reference, shape_class
 
@@ -43,7 +44,7 @@ def factored_linear(
     check_contiguous("x", x)
     samples, tokens, _ = x.shape
     rows = x.view(samples * tokens, x.shape[2])
-    if x.device.type != "cuda":
+    if not on_gpu(x):
         return reference(x, u, vh, sigma, index, bias)
     config = choose(x.device, KERNEL, shape_class(tokens, u.shape[1]))
     scaled = torch.empty(rows.shape[0], u.shape[1], dtype=x.dtype, device=x.device)

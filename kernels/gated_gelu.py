@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hueshift.kernels.checks import HALF_TYPES, REFERENCE_TYPES, check_contiguous, check_dtype, check_shape
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, tl
+from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.tiles import blocks
 
@@ -31,7 +31,7 @@ def gated_gelu(x: Tensor) -> Tensor:
     if x.shape[2] % 2:
         raise KernelArgumentError(f"x has {x.shape[2]} columns (needed: an even number, values and gates side by side)")
     check_contiguous("x", x)
-    if x.device.type != "cuda":
+    if not on_gpu(x):
         return reference(x)
     out = x.new_empty(*x.shape[:2], x.shape[2] // 2)
     gelu_launch(out, x).run()

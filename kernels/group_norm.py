@@ -28,7 +28,7 @@ from hueshift.kernels.checks import (
     check_shape,
 )
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, tl
+from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.tiles import blocks
 
@@ -58,7 +58,7 @@ def group_norm(
     NaN (see checks.check_index). CPU tensors take the reference. Raises KernelArgumentError on what does not fit.
     """
     check_arguments(x, weight, bias, groups, eps, index, shift, shift_bias)
-    if x.device.type != "cuda":
+    if not on_gpu(x):
         return reference(x, weight, bias, groups, eps, index=index, shift=shift, shift_bias=shift_bias, silu=silu)
     y = torch.empty_like(x)
     for launch in launches(y, x, weight, bias, groups, eps, index, shift, shift_bias, silu=silu):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hueshift.kernels.errors import KernelUnavailableError
 
-__all__ = ["Launch", "block_descriptor", "jit", "multiprocessors", "tl", "triton"]
+__all__ = ["Launch", "block_descriptor", "jit", "multiprocessors", "on_gpu", "tl", "triton"]
 
 try:
     import triton
@@ -64,6 +64,11 @@ class Launch:
     def device(self) -> torch.device:
         """Where the tensors lie."""
         return next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Tell whether kernels run on `tensor`; elsewhere the public functions take their references."""
+    return tensor.device.type == "cuda"
 
 
 def block_descriptor(tensor: Tensor, block: tuple[int, int]) -> Any:

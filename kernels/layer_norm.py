@@ -22,7 +22,7 @@ from hueshift.kernels.checks import (
     check_shape,
 )
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, tl
+from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.tiles import blocks
 
@@ -40,7 +40,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, index: Tenso
     for float64), rounded once. CPU tensors take the reference. Raises KernelArgumentError on what does not fit.
     """
     check_arguments(x, weight, bias, eps, index)
-    if x.device.type != "cuda":
+    if not on_gpu(x):
         return reference(x, weight, bias, eps, index)
     out = torch.empty_like(x)
     norm_launch(out, x, weight, bias, eps, index).run()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hueshift.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
-from hueshift.kernels.launch import Launch, block_descriptor, jit, multiprocessors, tl
+from hueshift.kernels.launch import Launch, block_descriptor, jit, multiprocessors, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.lowrank_residual import check_arguments, lowrank_residual
 from hueshift.kernels.product import load_block, shape_class, tma_fits
@@ -42,7 +42,7 @@ def lowrank_linear(
     KernelArgumentError on what does not fit.
     """
     check_dense(x, weight, bias)
-    if x.device.type != "cuda" or not fuses(x, weight, a, b):
+    if not on_gpu(x) or not fuses(x, weight, a, b):
         return reference(x, weight, bias, a, b, index, scales, mask)
     y = x.new_empty(*x.shape[:2], weight.shape[0])
     check_arguments(y, x, a, b, index, scales, mask)

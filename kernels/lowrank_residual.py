@@ -23,7 +23,7 @@ from hueshift.kernels.checks import (
     check_shape,
 )
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, multiprocessors, tl
+from hueshift.kernels.launch import Launch, jit, multiprocessors, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.tiles import blocks
 
@@ -46,7 +46,7 @@ def lowrank_residual(
     as -1 (see checks.check_index). CPU tensors take the reference. Raises KernelArgumentError on what does not fit.
     """
     check_arguments(y, x, a, b, index, scales, mask)
-    if y.device.type != "cuda":
+    if not on_gpu(y):
         return reference(y, x, a, b, index, scales, mask)
     for launch in launches(y, x, a, b, index, scales, mask):
         launch.run()

@@ -18,7 +18,7 @@ from hueshift.kernels.checks import (
     check_shape,
 )
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, tl
+from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.tiles import blocks
 
@@ -33,7 +33,7 @@ def residual_add(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     KernelArgumentError on what does not fit.
     """
     check_arguments(x, y, bias)
-    if x.device.type != "cuda":
+    if not on_gpu(x):
         return reference(x, y, bias)
     out = torch.empty_like(x, memory_format=packed_format(x))
     add_launch(out, x, y, bias).run()

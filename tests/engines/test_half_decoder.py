@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hueshift.engines import half_decoder
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.fused_blocks import FusedGroupNorm, FusedResnet
+from hueshift.engines.fused_blocks import FusedGroupNorm, FusedResnet, fuse_blocks
 from hueshift.engines.half_decoder import HalfDecoder, make_half_decoder, serving_decoder
 from hueshift.engines.vae import VaeStage
 
@@ -49,7 +49,7 @@ def test_half_precision_is_within_a_level(base_model: BaseModel, latents: Tensor
 def test_a_fused_decoder_that_draws_something_else_is_not_used(
     base_model: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = half_decoder.fuse_blocks
+    whole = fuse_blocks
 
     def break_one(decoder: nn.Module, rows: Any) -> int:
         count = whole(decoder, rows)

@@ -19,6 +19,10 @@ from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS
 from hueshift.kernels.matrix_hazards import overwritten_operands, unguarded_copies
 
 
+# What test files import by name; a process of its own has to be told.
+SUPPORT = Path(__file__).resolve().parent.parent / "support"
+
+
 class Interpret(Protocol):
     """Calls a function of a test file in a process where Triton interprets."""
 
@@ -36,7 +40,12 @@ def interpret() -> Iterator[Interpret]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        },
     )
     sent, received = worker.stdin, worker.stdout
     if sent is None or received is None:

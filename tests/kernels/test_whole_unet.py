@@ -1,0 +1,108 @@
+"""A whole small UNet with every kernel interpreted, as the CUDA engine calls it, against torch's form.
+
+Each kernel has tests of its own; this one finds what lies between them: views, strides, layouts and launch
+configurations as they meet in a network.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_unet import SD1_LIKE, tiny_parts
+
+from hueshift.adapters.adapter import AdapterKind
+from hueshift.engines.adapted_unet import AdaptedUNet
+from hueshift.engines.cuda_attention import AttentionTable
+from hueshift.engines.cuda_layers import slab_rows
+from hueshift.engines.cuda_unet import CudaUNet
+from hueshift.engines.interface import Plan
+from hueshift.engines.slabs import Slabs
+from hueshift.kernels import (
+    factored_conv,
+    factored_linear,
+    gated_gelu,
+    group_norm,
+    layer_norm,
+    lowrank_linear,
+    lowrank_residual,
+    residual_add,
+)
+from hueshift.kernels.launch import Launch
+
+SLOTS = 4
+# Adapters by slot.
+KINDS = {1: AdapterKind.SPECTRAL, 3: AdapterKind.LOWRANK}
+
+
+def interpreted(plan: str, dtype: str, side: list[int]) -> dict[str, float]:
+    """Run one call of a mixed batch both ways; return the error, and how often each kernel was launched."""
+    parts = tiny_parts(SD1_LIKE)
+    kind = getattr(torch, dtype)
+    slabs = Slabs(parts.rows, parts.factors, parts.norms, SLOTS, lowrank_dtype=kind)
+    for slot, adapter in KINDS.items():
+        slabs.load(slot, parts.row((parts.random_adapter(slot, adapter), 1.0)))
+    index = torch.tensor([0, 3] if plan == Plan.DENSE else [1, 3])
+    branches = torch.where(index == 3, index, -1)
+    inputs = parts.inputs(2, side=(side[0], side[1]))
+    plain = AdaptedUNet(parts.base, parts.factors, parts.rows, Plan(plan))
+    spectral = None if plan == Plan.DENSE else slabs.spectral
+    network = CudaUNet(
+        parts.base,
+        parts.factors,
+        parts.rows,
+        Plan(plan),
+        slab_rows=slab_rows(parts.rows, slabs.spectral, slabs.lowrank),
+        spectral=slabs.spectral,
+        lowrank=slabs.lowrank,
+        attention=AttentionTable(),
+        kernels=True,
+        fuse=True,
+        dtype=kind,
+    )
+    launched: dict[str, float] = {}
+    run = Launch.run
+
+    def count(launch: Launch) -> None:
+        name = launch.kernel.fn.__name__ if hasattr(launch.kernel, "fn") else launch.kernel.__name__
+        launched[name] = launched.get(name, 0.0) + 1
+        run(launch)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        expected = plain(*inputs, index, spectral, slabs.lowrank.float())
+        for module in _kernel_modules():
+            patch.setattr(module, "on_gpu", lambda tensor: True)
+        patch.setattr(Launch, "run", count)
+        sample, timestep, cross = (part.to(kind) for part in inputs)
+        found = network.compute(sample, timestep, cross, index, branches, None)
+    return {"error": float((found.float() - expected).abs().max() / expected.abs().max()), **launched}
+
+
+def _kernel_modules() -> list[Any]:
+    return [
+        factored_conv,
+        factored_linear,
+        gated_gelu,
+        group_norm,
+        layer_norm,
+        lowrank_linear,
+        lowrank_residual,
+        residual_add,
+    ]
+
+
+# The larger side gives pictures that whole tiles of 128 pixels fit into, then some that they do not.
+@pytest.mark.parametrize(
+    ("plan", "dtype", "side", "bound", "kernels"),
+    [
+        (Plan.FACTORED, "float16", [24, 16], 2e-2,
+         {"_product_kernel", "_scale_kernel", "_norm_kernel", "_apply_kernel", "_residual_kernel"}),
+        (Plan.DENSE, "float32", [16, 16], 1e-4, {"_linear_kernel", "_norm_kernel", "_add_kernel", "_gelu_kernel"}),
+    ],
+)  # fmt: skip
+def test_a_whole_unet_on_interpreted_kernels_equals_torchs(
+    interpret: Callable[..., dict[str, float]], plan: Plan, dtype: str, side: list[int], bound: float, kernels: set[str]
+) -> None:
+    found = interpret(__file__, "interpreted", plan=plan.value, dtype=dtype, side=side)
+    assert found["error"] <= bound
+    assert set(found) >= kernels, found
