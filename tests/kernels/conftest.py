@@ -18,7 +18,6 @@ from hueshift.kernels.launch import Launch
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS
 from hueshift.kernels.matrix_hazards import overwritten_operands, unguarded_copies
 
-
 # What test files import by name; a process of its own has to be told.
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
 
