@@ -39,12 +39,14 @@ RUN apt-get update \
  && useradd --system --uid 10001 --create-home --home-dir /var/lib/hueshift hueshift \
  && install -d -o hueshift -g hueshift /data /cache
 COPY --from=build /opt/hueshift /opt/hueshift
-# PYTHONSAFEPATH keeps the working directory off the module path. Triton compiles into its cache, bounded by the volume.
+# PYTHONSAFEPATH keeps the working directory off the module path. Triton and torch.compile compile into caches, bounded by
+# the volume.
 ENV PATH=/opt/hueshift/bin:$PATH \
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     TRITON_CACHE_DIR=/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     HUESHIFT_SERVER__HOST=0.0.0.0 \
     HUESHIFT_SERVER__METRICS_HOST=0.0.0.0 \
     HUESHIFT_STORE__PATH=/data \

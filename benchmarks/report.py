@@ -31,6 +31,8 @@ TARGETS = {
     "residual_add": "All sums at the ends of resnets, transformers and their blocks, batch 16, with the bias of a "
     "convolution before them. No target but the bytes.",
     "sampler_step": "Guidance and sampler update in one pass. Target: within 1.3 times of a device copy.",
+    "attention": "All attentions of one kind and head size in a pass of the UNet, batch 16, by backend: what "
+    "`engine.attention` is chosen by. No target.",
     "lag_mask": "Attention masks of all cross-attention blocks, 8 samples.",
     "shared_training": "Whole steps of svdiff jobs, in bfloat16: one against making every weight in every step, then "
     "several that share their steps against one at a time; launched kernel by kernel, then (-graph) as one CUDA graph, "

@@ -42,6 +42,7 @@ STEMS = (
     "residual_add",
     "sampler_step",
     "lag_mask",
+    "attention",
     "shared_training",
     *ENGINE_STEMS,
 )
