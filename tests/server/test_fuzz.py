@@ -228,6 +228,10 @@ async def test_two_thousand_wrong_messages_do_no_harm(live: LiveServer, base_mod
         answer = await health.Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     assert await owner.images(seeds=[5]) == before
+    # The loop lets go of a request a moment after its last picture is sent.
+    async with asyncio.timeout(5):
+        while live.services.scheduler.snapshot().live:  # noqa: ASYNC110 (the loop has a thread of its own)
+            await asyncio.sleep(0.01)
     snapshot = live.services.scheduler.snapshot()
     assert (snapshot.live, snapshot.waiting, snapshot.active, snapshot.slot_uses) == (0, 0, 0, 0)
     assert live.frame.gate.inside == 0
