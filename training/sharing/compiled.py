@@ -97,8 +97,8 @@ class FallingBack:
     """Runs middles of one UNet compiled, and plain those that cannot be. For one thread at a time, as the UNet.
 
     The first time that a shape comes both ways run, and the plain one's numbers are used. What was compiled is kept if
-    it computed the same. That is no formality: without `repeat_pixels` what torch 2.13 made of a tiny UNet on a CPU lost
-    all gradients that come through its upsampler, 13 % of the whole, with every loss right.
+    it computed the same. That is no formality: without `repeat_pixels`, what torch 2.13 made of a tiny UNet on a CPU
+    lost all gradients that come through its upsampler, 13 % of the whole, with every loss right.
     """
 
     def __init__(self, unet: TrainingUNet, compiler: Compiler) -> None:
