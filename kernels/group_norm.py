@@ -167,40 +167,48 @@ def launches(
         "eps": eps,
     }
     group = channels // groups
-    kind = {"INDEXED": index is not None, "SHIFTED": shift is not None, "SHIFT_BIAS": shift_bias is not None}
     # A constant, so that the compiler knows which channels of a group begin on a 16-byte boundary.
-    grouped: dict[str, Any] = {**kind, "GROUP": group, "PADDED": 1 << (group - 1).bit_length()}
-    warps, stages = config.num_warps, config.num_stages
+    grouped = {
+        "INDEXED": index is not None,
+        "SHIFTED": shift is not None,
+        "SHIFT_BIAS": shift_bias is not None,
+        "GROUP": group,
+        "PADDED": 1 << (group - 1).bit_length(),
+    }
     if "CHUNK" not in config.constants:
         constants = {**grouped, "SILU": silu, "BLOCK_P": config["BLOCK_P"]}
         whole = {"y_ptr": y, "x_ptr": x, **inputs}
-        return [Launch(_norm_kernel, (groups, samples), whole, constants, warps, stages)]
+        return [Launch(_norm_kernel, (groups, samples), whole, constants, config.num_warps, config.num_stages)]
+    return _in_three(y, x, groups, inputs, grouped, silu, config)
+
+
+def _in_three(
+    y: Tensor,
+    x: Tensor,
+    groups: int,
+    inputs: dict[str, Any],
+    grouped: dict[str, Any],
+    silu: bool,
+    config: LaunchConfig,
+) -> list[Launch]:
+    samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     chunks, columns = blocks(pixels, config["CHUNK"]), blocks(channels, config["BLOCK_C"])
     partial = torch.empty(samples, 2, chunks, channels, dtype=torch.float32, device=x.device)
     factors = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     tile = {"BLOCK_P": config["BLOCK_P"], "BLOCK_C": config["BLOCK_C"]}
     sizes = {"pixels": pixels, "channels": channels}
-    many = {**grouped, "CHUNK": config["CHUNK"], "CHUNKS": 1 << (chunks - 1).bit_length()}
-    measure = Launch(
-        _moments_kernel,
-        (chunks, columns, samples),
-        {"partial_ptr": partial, "x_ptr": x, **sizes},
-        {**tile, "CHUNK": config["CHUNK"]},
-        warps,
-        stages,
-    )
-    combine = Launch(
-        _factors_kernel, (groups, samples), {"factors_ptr": factors, "partial_ptr": partial, **inputs}, many, 4, 1
-    )
-    apply = Launch(
-        _apply_kernel,
-        (blocks(pixels, config["BLOCK_P"]), columns, samples),
-        {"y_ptr": y, "x_ptr": x, "factors_ptr": factors, **sizes},
-        {**tile, "SILU": silu},
-        warps,
-        1,
-    )
-    return [measure, combine, apply]
+    chunked = {"CHUNK": config["CHUNK"]}
+    measured = {"partial_ptr": partial, "x_ptr": x, **sizes}
+    combined = {"factors_ptr": factors, "partial_ptr": partial, **inputs}
+    many = {**grouped, **chunked, "CHUNKS": 1 << (chunks - 1).bit_length()}
+    applied = {"y_ptr": y, "x_ptr": x, "factors_ptr": factors, **sizes}
+    whole_pass = (blocks(pixels, config["BLOCK_P"]), columns, samples)
+    warps = config.num_warps
+    return [
+        Launch(_moments_kernel, (chunks, columns, samples), measured, {**tile, **chunked}, warps, config.num_stages),
+        Launch(_factors_kernel, (groups, samples), combined, many, 4, 1),
+        Launch(_apply_kernel, whole_pass, applied, {**tile, "SILU": silu}, warps, 1),
+    ]
 
 
 def shape_class(pixels: int) -> str:
