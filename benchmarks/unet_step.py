@@ -24,7 +24,11 @@ CLASSES = (
     ("attention", r"fmha|flash|attention|sdpa|softmax|bmm"),
     ("convolution", r"conv|implicit|winograd|cudnn|dgrad|fprop|nchw|nhwc"),
     ("gemm", r"gemm|cutlass|cublas|matmul|addmm|linear|aten::mm|_product_kernel|_residual|xmma|wgmma|nvjet"),
-    ("elementwise", r"elementwise|triton_|norm|copy|cat|index|vectorized|reduce|silu|gelu|mul|add|memcpy|memset|fill"),
+    (
+        "elementwise",
+        r"elementwise|triton_|norm|_moments_|_factors_|_apply_|_scale_|copy|cat|index|vectorized|reduce|silu|gelu|mul|add"
+        r"|memcpy|memset|fill",
+    ),
 )
 
 
