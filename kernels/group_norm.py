@@ -35,6 +35,8 @@ from hueshift.kernels.tiles import blocks
 KERNEL = "group_norm"
 # Up to here a group's pixels (SD1.5: 80 channels of 256) stay in a multiprocessor's L1 between two passes.
 FEW_PIXELS = 256
+# What one program combines: more would not fit in its registers. An autoencoder's pictures have longer chunks instead.
+MOST_CHUNKS = 512
 CLASSES = ("few_pixels", "many_pixels")
 
 
@@ -192,12 +194,15 @@ def _in_three(
     config: LaunchConfig,
 ) -> list[Launch]:
     samples, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    chunks, columns = blocks(pixels, config["CHUNK"]), blocks(channels, config["BLOCK_C"])
+    chunk = config["CHUNK"]
+    while blocks(pixels, chunk) > MOST_CHUNKS:
+        chunk *= 2
+    chunks, columns = blocks(pixels, chunk), blocks(channels, config["BLOCK_C"])
     partial = torch.empty(samples, 2, chunks, channels, dtype=torch.float32, device=x.device)
     factors = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     tile = {"BLOCK_P": config["BLOCK_P"], "BLOCK_C": config["BLOCK_C"]}
     sizes = {"pixels": pixels, "channels": channels}
-    chunked = {"CHUNK": config["CHUNK"]}
+    chunked = {"CHUNK": chunk}
     measured = {"partial_ptr": partial, "x_ptr": x, **sizes}
     combined = {"factors_ptr": factors, "partial_ptr": partial, **inputs}
     many = {**grouped, **chunked, "CHUNKS": 1 << (chunks - 1).bit_length()}
