@@ -147,7 +147,8 @@ def test_kernels_interpreted(
 def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
     # A few pixels of 1280 channels: groups of 40, five vectors of eight. Many pixels: all channels side by side. Then
     # an autoencoder's largest pictures, compiled for the first choice alone.
-    for shape in ((2, 1280, 8, 8), (2, 320, 64, 64), (1, 128, 1024, 1024), (1, 512, 256, 256)):
+    shapes: list[tuple[int, ...]] = [(2, 1280, 8, 8), (2, 320, 64, 64), (1, 128, 1024, 1024), (1, 512, 256, 256)]
+    for shape in shapes:
         x = torch.empty(shape, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
         channels = shape[1]
         bias, slab = torch.zeros(channels, dtype=torch.float16), torch.zeros(3, channels)
