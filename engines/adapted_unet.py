@@ -105,7 +105,8 @@ class AdaptedUNet(nn.Module):
             return out, self.guides.picture()
         finally:
             self.guides.end()
-            self.call_rows.masks = {}
+            # The same dict: layers on the kernels look the masks up in it.
+            self.call_rows.masks.clear()
 
     def forward_rows(
         self,

@@ -4,7 +4,7 @@ The figures go to disk (engines/cost_store.py), so only the first start on a GPU
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import structlog
@@ -18,7 +18,7 @@ from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.cuda_options import KernelUse
-from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan
+from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan, no_guides
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
 
@@ -67,7 +67,7 @@ def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[
     torch's form of each plan that is not `known`: raises FailedPrecondition (ENGINE_PARITY) if they are wrong.
     """
     found: dict[Plan, bool] = {}
-    for plan in (Plan.DENSE, Plan.FACTORED):
+    for plan in SLAB_PLANS:
         if engine.options.kernels is KernelUse.OFF:
             found[plan] = False
         elif engine.options.kernels is KernelUse.ON:
@@ -187,7 +187,13 @@ def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:
     engine.load_row(slot, EngineRow(base.spectral.cpu() * change, branch))
     index = torch.tensor([slot if number % 2 else BASE_SLOT for number in range(rows)])
     latents, timesteps, cross, _ = example_inputs(engine.base, rows)
-    out = engine.denoise(plan, latents, timesteps, cross, index, example_added(engine.base, rows))
+    added = example_added(engine.base, rows)
+    if plan is Plan.FULL:
+        # Masks of ones, but masks: at a map's median the last bit moves whole positions in two forms that are right.
+        guides = replace(no_guides(cross), reference=torch.arange(rows) // 2 * 2)
+        out, _ = engine.denoise_guided(latents, timesteps, cross, index, guides, added)
+    else:
+        out = engine.denoise(plan, latents, timesteps, cross, index, added)
     engine.load_row(slot, EngineRow())
     return out.float().cpu()
 

@@ -17,6 +17,7 @@ from hueshift.engines.adapted_layers import (
     BranchedLinear,
     FactoredConv,
     FactoredLinear,
+    transformer_of,
 )
 from hueshift.engines.rows import RowLayout
 from hueshift.kernels.compiled import CompiledOps, compiled_ops
@@ -26,7 +27,7 @@ from hueshift.kernels.compiled import CompiledOps, compiled_ops
 class SlabRows:
     """`sigma` [slots, rank] fp32 of each matrix, and [slots, size] of each norm: its weights; `branches`:
     A [slots, rank, cols] and B [slots, rows, rank] of each target in the UNet's dtype. `slots` [N] says each sample's
-    slot, `branch_slots` [N] the same or -1 for no branch; both are set for a call.
+    slot, `branch_slots` [N] the same or -1 for no branch; both are set for a call. `masks` as in CallRows.
     """
 
     sigma: Mapping[str, Tensor]
@@ -34,6 +35,7 @@ class SlabRows:
     ones: Tensor
     slots: Tensor | None = None
     branch_slots: Tensor | None = None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
     ops: CompiledOps = field(default_factory=compiled_ops)
 
     def add_branch(self, name: str, out: Tensor, x: Tensor) -> Tensor:
@@ -46,8 +48,12 @@ class SlabRows:
             tokens, result = as_tokens(x).contiguous(), as_tokens(out)
         else:
             tokens, result = _three(x), _three(out)
-        self.ops.lowrank_residual(result, tokens, *branch, self.branch_slots, self.ones, None)
+        self.ops.lowrank_residual(result, tokens, *branch, self.branch_slots, self.ones, self.mask(name))
         return as_pixels(result, out) if x.dim() == 4 else result.view(out.shape)
+
+    def mask(self, name: str) -> Tensor | None:
+        """What confines the branch of a layer, [N, tokens] fp32, if it is in a transformer that has its mask by now."""
+        return self.masks.get(transformer_of(name)) if self.masks else None
 
     def indices(self) -> Tensor:
         """Slots of the call's samples."""
@@ -128,7 +134,8 @@ class KernelBranched(nn.Module):
         # diffusers hands proj_out pixels in the other layout, which costs a copy here.
         tokens = (as_tokens(x) if x.dim() == 4 else _three(x)).contiguous()
         weight = self.weight.flatten(1)
-        out = rows.ops.lowrank_linear(tokens, weight, self.bias, *branch, rows.branch_indices(), rows.ones, None)
+        index, mask = rows.branch_indices(), rows.mask(self.name)
+        out = rows.ops.lowrank_linear(tokens, weight, self.bias, *branch, index, rows.ones, mask)
         return as_pixels(out, x) if x.dim() == 4 else out.view(*x.shape[:-1], out.shape[-1])
 
 

@@ -7,7 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
@@ -42,31 +41,14 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class GuidedNetwork:
-    """The network of Plan.FULL, which gathers its rows from the slabs `spectral` and `lowrank` and reads guides.
+    """The network of Plan.FULL. It is never compiled: its masks are our kernels."""
 
-    Everything in it has the shape of the call, whoever asks for something: a row without LAG has a mask of ones, and
-    one that shares with nobody is its own reference. So one graph runs any guides, as buffers like all else.
-    """
-
-    unet: AdaptedUNet
-    spectral: Tensor
-    lowrank: Tensor
+    unet: CudaUNet
     role: str = Plan.FULL.value
 
     def call(self, views: CallViews) -> None:
         """Run on the buffers and write their `out` and `mask`."""
-        out, mask = self.unet.forward_guided(
-            views.sample,
-            views.timestep,
-            views.cross,
-            views.slots,
-            views.guides,
-            self.spectral,
-            self.lowrank,
-            views.added,
-        )
-        views.out.copy_(out)
-        views.mask.copy_(mask)
+        self.unet.call_guided(views)
 
 
 class NetworkSet:
@@ -89,6 +71,7 @@ class NetworkSet:
         self.added_width = added_width(rows.layout)
         kernels = options.kernels is KernelUse.ON
         self._chosen = {plan: self.make(plan, kernels=kernels) for plan in (Plan.DENSE, Plan.FACTORED)}
+        self._full: GuidedNetwork | None = None
         self._merged: list[Network] = []
         self._compiled: dict[str, Network] = {}
 
@@ -103,13 +86,12 @@ class NetworkSet:
         share_parameters(network, self._chosen[Plan.DENSE].unet)
         return Network(BASE_ROLE, network, network.compute)
 
-    @cached_property
+    @property
     def full(self) -> GuidedNetwork:
-        """The network of Plan.FULL, on the factored one's memory. It is never compiled: its masks are our kernels."""
-        network = AdaptedUNet(self._base, self._factors, self._rows, Plan.FULL)
-        network.to(device=self._slabs.lowrank.device, dtype=self._dtype)
-        share_parameters(network, self._chosen[Plan.FACTORED].unet)
-        return GuidedNetwork(network, self._slabs.spectral, self._slabs.lowrank)
+        """The network of Plan.FULL, on the factored one's memory, and in its form where none was chosen."""
+        if self._full is None:
+            self._full = self._make_full(kernels=self._chosen[Plan.FACTORED].unet.on_kernels)
+        return self._full
 
     def merged(self, held: WeightSlot) -> Network:
         """The network of a copy of weights."""
@@ -117,24 +99,15 @@ class NetworkSet:
 
     def make(self, plan: Plan, *, kernels: bool, role: str | None = None) -> Network:
         """A network of a slab plan, its adapted layers on the Triton kernels or in torch's form."""
-        unet = CudaUNet(
-            self._base,
-            self._factors,
-            self._rows,
-            plan,
-            slab_rows=self._slab_rows,
-            spectral=self._slabs.spectral,
-            lowrank=self._slabs.lowrank,
-            attention=self._options.attention,
-            kernels=kernels,
-            fuse=kernels and self._fuses,
-            dtype=self._dtype,
-        )
+        unet = self._unet(self._rows, plan, kernels=kernels, fuse=kernels and self._fuses)
         return Network(role or plan.value, unet, unet.compute)
 
     def choose(self, plan: Plan, *, kernels: bool) -> None:
         """Serve a plan in this form from now on. Its graphs must be forgotten."""
-        if self._chosen[plan].unet.on_kernels != kernels:
+        if plan is Plan.FULL:
+            if self._full is None or self._full.unet.on_kernels != kernels:
+                self._full = self._make_full(kernels=kernels)
+        elif self._chosen[plan].unet.on_kernels != kernels:
             made = self.make(plan, kernels=kernels)
             share_parameters(made.unet, self._chosen[plan].unet)
             self._chosen[plan] = made
@@ -198,19 +171,29 @@ class NetworkSet:
             return self.base
         return next(network for network in (*self._chosen.values(), *self._merged) if network.role == role)
 
+    def _make_full(self, *, kernels: bool) -> GuidedNetwork:
+        # torch.compile never sees it, so nothing else would fuse it.
+        network = self._unet(self._rows, Plan.FULL, kernels=kernels, fuse=kernels)
+        share_parameters(network, self._chosen[Plan.FACTORED].unet)
+        return GuidedNetwork(network)
+
     def _plain(self) -> CudaUNet:
         """The dense network without branches: its adapter is in its weights."""
+        rows = RowLayout(self._rows.layout, (), self._rows.lowrank_rank, text_side=False)
+        return self._unet(rows, Plan.DENSE, kernels=False, fuse=False)
+
+    def _unet(self, rows: RowLayout, plan: Plan, *, kernels: bool, fuse: bool) -> CudaUNet:
         return CudaUNet(
             self._base,
             self._factors,
-            RowLayout(self._rows.layout, (), self._rows.lowrank_rank, text_side=False),
-            Plan.DENSE,
+            rows,
+            plan,
             slab_rows=self._slab_rows,
             spectral=self._slabs.spectral,
             lowrank=self._slabs.lowrank,
             attention=self._options.attention,
-            kernels=False,
-            fuse=False,
+            kernels=kernels,
+            fuse=fuse,
             dtype=self._dtype,
         )
 

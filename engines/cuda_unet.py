@@ -1,5 +1,7 @@
 """The UNet of one plan as the CUDA engine calls it: static inputs, layers in torch's form or on the Triton kernels."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,10 @@ from hueshift.engines.svd_cache import SpectralFactors
 
 
 class CudaUNet(AdaptedUNet):
-    """An AdaptedUNet of the dense or factored plan on the engine's slabs.
+    """An AdaptedUNet of one plan on the engine's slabs. `slab_rows` are views of them, which the engine owns.
 
     With `kernels` linear layers, convolutions and branches run on the Triton kernels, else in torch's form; with `fuse`
-    so do residual blocks, norms and gates. `slab_rows` are views of the slabs that the engine owns.
+    so do residual blocks, norms and gates. `attention` is of no use to Plan.FULL, which has its own.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class CudaUNet(AdaptedUNet):
     ) -> None:
         super().__init__(base, factors, rows, plan)
         self.to(device=lowrank.device, dtype=dtype)
-        self.slab_rows = slab_rows
-        self.spectral = spectral if plan is Plan.FACTORED else None
+        # Of its own, with what is set for a call: the masks are those that its attention leaves behind.
+        self.slab_rows = replace(slab_rows, masks=self.call_rows.masks)
+        self.spectral = None if plan is Plan.DENSE else spectral
         self.lowrank = lowrank
-        set_attention(self.unet, attention)
+        if plan is not Plan.FULL:
+            set_attention(self.unet, attention)
         self.on_kernels = kernels
-        self.kernel_layers = use_kernels(self, slab_rows) if kernels else 0
+        self.kernel_layers = use_kernels(self, self.slab_rows) if kernels else 0
         if self.kernel_layers:
             # What the kernels read where it lies need not be gathered.
             self._branches = []
@@ -74,3 +78,25 @@ class CudaUNet(AdaptedUNet):
         """Run once on inputs as CallViews has them; this is what torch.compile takes. Returns [N, C, h, w]."""
         self.slab_rows.slots, self.slab_rows.branch_slots = slots, branches
         return self.forward(sample, timestep, cross, slots, self.spectral, self.lowrank, added)
+
+    def call_guided(self, views: CallViews) -> None:
+        """Run Plan.FULL on the buffers and write their `out` and `mask`.
+
+        Everything in it has the shape of the call, whoever asks for something: a row without LAG has a mask of ones,
+        and one that shares with nobody is its own reference. So one graph runs any guides, as buffers like all else.
+        """
+        if self.spectral is None:
+            raise RuntimeError("the full plan reads singular values")
+        self.slab_rows.slots, self.slab_rows.branch_slots = views.slots, views.branches
+        out, mask = self.forward_guided(
+            views.sample,
+            views.timestep,
+            views.cross,
+            views.slots,
+            views.guides,
+            self.spectral,
+            self.lowrank,
+            views.added,
+        )
+        views.out.copy_(out)
+        views.mask.copy_(mask)

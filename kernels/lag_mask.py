@@ -20,7 +20,7 @@ from hueshift.kernels.checks import (
     check_shape,
 )
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, tl
+from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.tiles import blocks
 
@@ -43,7 +43,7 @@ def lag_mask(q: Tensor, k: Tensor, chosen: Tensor, scale: float) -> Tensor:
 def attention_share(q: Tensor, k: Tensor, chosen: Tensor, scale: float) -> Tensor:
     """Return [N, T] fp32: the probability on the chosen tokens, averaged over heads. Arguments as in `lag_mask`."""
     check_arguments(q, k, chosen)
-    if q.device.type != "cuda":
+    if not on_gpu(q):
         return share_reference(q, k, chosen, scale)
     share = torch.empty(q.shape[0], q.shape[2], dtype=torch.float32, device=q.device)
     share_launch(share, q, k, chosen, scale).run()
@@ -60,7 +60,7 @@ def binarise(share: Tensor) -> Tensor:
     check_contiguous("share", share)
     if share.shape[1] > MAX_POSITIONS:
         raise KernelArgumentError(f"share has {share.shape[1]} positions (allowed: up to {MAX_POSITIONS})")
-    if share.device.type != "cuda":
+    if not on_gpu(share):
         return binarise_reference(share)
     mask = torch.empty_like(share)
     median_launch(mask, share).run()

@@ -7,14 +7,15 @@ import torch
 from host_cuda import built_engine, cuda_engine
 from structlog.testing import capture_logs
 from tiny_unet import TinyParts
+from torch import Tensor
 
 from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines import calibration
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import HostLane
-from hueshift.engines.cuda_layers import KernelFactoredLinear
+from hueshift.engines.cuda_layers import KernelFactoredLinear, SlabRows
 from hueshift.engines.cuda_options import KernelUse
-from hueshift.engines.interface import BASE_SLOT, Plan
+from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, Plan
 from hueshift.engines.torch_engine import TorchEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,8 +50,10 @@ def assert_draws_as_torch(parts: TinyParts, engine: CudaEngine, plan: Plan, rows
 @pytest.mark.usefixtures("faster")
 def test_kernels_that_are_faster_are_chosen(tiny: TinyParts) -> None:
     engine = cuda_engine(tiny, HostLane())
-    assert calibration.choose_forms(engine, None) == {Plan.DENSE: True, Plan.FACTORED: True}
+    assert calibration.choose_forms(engine, None) == {Plan.DENSE: True, Plan.FACTORED: True, Plan.FULL: True}
     assert engine.networks.of(Plan.FACTORED).unet.kernel_layers > 0
+    assert engine.networks.full.unet.kernel_layers > 0
+    assert engine.networks.full.unet.fused_blocks > 0
     # What was tried is gone.
     assert torch.equal(torch.as_tensor(engine.row(1).spectral), torch.as_tensor(engine.row(BASE_SLOT).spectral))
 
@@ -58,12 +61,33 @@ def test_kernels_that_are_faster_are_chosen(tiny: TinyParts) -> None:
 @pytest.mark.usefixtures("faster", "broken")
 def test_kernels_that_are_fast_and_wrong_are_not_chosen(tiny: TinyParts) -> None:
     engine = cuda_engine(tiny, HostLane())
-    assert calibration.choose_forms(engine, None) == {Plan.DENSE: True, Plan.FACTORED: False}
+    assert calibration.choose_forms(engine, None) == {Plan.DENSE: True, Plan.FACTORED: False, Plan.FULL: False}
     assert engine.networks.of(Plan.FACTORED).unet.kernel_layers == 0
+    assert engine.networks.full.unet.kernel_layers == 0
     # Nor is any graph left that was captured of them while they were tried.
     assert len(engine.graphs) == 0
     for _ in range(3):
         assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+        assert_draws_as_torch(tiny, engine, Plan.FULL, 4)
+
+
+@pytest.mark.usefixtures("faster")
+def test_the_full_plan_has_a_form_of_its_own(tiny: TinyParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = SlabRows.add_branch
+
+    def wrong(rows: SlabRows, name: str, out: Tensor, x: Tensor) -> Tensor:
+        return right(rows, name, out if rows.mask(name) is None else out * 1.5, x)
+
+    monkeypatch.setattr(SlabRows, "add_branch", wrong)
+    engine = cuda_engine(tiny, HostLane(), weight_slots=0)
+    chosen = calibration.choose_forms(engine, None)
+    assert chosen == {Plan.DENSE: True, Plan.FACTORED: True, Plan.FULL: False}
+    assert engine.networks.full.unet.kernel_layers == 0
+    # And as a later start finds it.
+    again = cuda_engine(tiny, HostLane(), weight_slots=0)
+    assert calibration.choose_forms(again, chosen) == chosen
+    assert again.networks.of(Plan.FACTORED).unet.kernel_layers > 0
+    assert again.networks.full.unet.kernel_layers == 0
 
 
 @pytest.mark.usefixtures("broken")
@@ -88,11 +112,11 @@ def test_forced_kernels_that_are_right_serve_and_are_compared_once(tiny: TinyPar
         assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
         return [log["plan"] for log in logs if log["event"] == "layer_form"]
 
-    assert plans_compared() == ["dense", "factored"]
+    assert plans_compared() == ["dense", "factored", "full"]
     assert plans_compared() == []
 
 
 @pytest.mark.usefixtures("broken")
 def test_kernels_that_are_off_are_not_asked(tiny: TinyParts) -> None:
     engine = cuda_engine(tiny, HostLane(), kernels=KernelUse.OFF, weight_slots=0)
-    assert calibration.choose_forms(engine, None) == {Plan.DENSE: False, Plan.FACTORED: False}
+    assert calibration.choose_forms(engine, None) == dict.fromkeys(SLAB_PLANS, False)

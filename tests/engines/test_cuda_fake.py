@@ -148,9 +148,13 @@ def test_whole_steps_of_mixed_samples_never_make_the_host_wait(parts: TinyParts,
     assert gpu.waits == []
 
 
-@pytest.mark.parametrize("parts", ["sd1", "sd2", "sdxl"], indirect=True)
-def test_guided_calls_can_be_captured(parts: TinyParts, gpu: FakeGpu) -> None:
-    engine = make_engine(parts, gpu, weight_slots=0)
+@pytest.mark.parametrize(
+    ("parts", "kernels"),
+    [("sd1", KernelUse.OFF), ("sd1", KernelUse.ON), ("sd2", KernelUse.OFF), ("sdxl", KernelUse.ON)],
+    indirect=["parts"],
+)
+def test_guided_calls_can_be_captured(parts: TinyParts, gpu: FakeGpu, kernels: KernelUse) -> None:
+    engine = make_engine(parts, gpu, weight_slots=0, kernels=kernels)
     engine.load_row(1, parts.row((parts.random_adapter(1, AdapterKind.LOWRANK), 1.0)))
     latents, timesteps, cross = (part.to(GPU) for part in parts.inputs(3))
     added = parts.added(3)
@@ -168,6 +172,12 @@ def test_guided_calls_can_be_captured(parts: TinyParts, gpu: FakeGpu) -> None:
     assert engine.graphs.captures == 1
     assert gpu.waits == []
     assert set(gpu.products) == {torch.float16}
+    if kernels is KernelUse.ON:
+        assert set(gpu.launched) == set(LAUNCHERS) - {"lowrank_linear"}
+        # to_q of a first block comes before its transformer's mask, proj_out after it.
+        assert 0 < gpu.masked["lowrank_residual"] < gpu.launched["lowrank_residual"]
+    else:
+        assert not gpu.launched
 
 
 @pytest.mark.parametrize("parts", ["sdxl"], indirect=True)

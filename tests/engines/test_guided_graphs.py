@@ -54,8 +54,13 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
     assert torch.equal(found[1], expected[1])
 
 
-def test_captured_calls_equal_the_eager_form_with_whatever_guides(tiny: TinyParts, reference: TorchEngine) -> None:
-    engine = cuda_engine(tiny, RecordingLane(), max_batch=8, weight_slots=0)
+@pytest.mark.parametrize("kernels", [KernelUse.OFF, KernelUse.ON])
+def test_captured_calls_equal_the_eager_form_with_whatever_guides(
+    tiny: TinyParts, reference: TorchEngine, kernels: KernelUse
+) -> None:
+    engine = cuda_engine(tiny, RecordingLane(), max_batch=8, weight_slots=0, kernels=kernels)
+    unet = engine.networks.full.unet
+    assert (unet.kernel_layers > 0, unet.fused_blocks > 0) == ((kernels is KernelUse.ON,) * 2)
     load_adapters(tiny, engine)
     # Eight rows leave guides behind that name rows which the smaller calls after them have not.
     for seed, rows in enumerate((8, 5, 5, 5, 8, 8, 5, 6, 5)):

@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_unet import SD1_LIKE, tiny_parts
+from tiny_unet import SD1_LIKE, TOKENS, tiny_parts
 
 from hueshift.adapters.adapter import AdapterKind
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.cuda_attention import AttentionTable
+from hueshift.engines.cuda_buffers import CallBuffers, CallShape
 from hueshift.engines.cuda_layers import slab_rows
 from hueshift.engines.cuda_unet import CudaUNet
-from hueshift.engines.interface import Plan
+from hueshift.engines.interface import Guides, Plan
 from hueshift.engines.slabs import Slabs
 from hueshift.kernels import (
     factored_conv,
     factored_linear,
     gated_gelu,
     group_norm,
+    lag_mask,
     layer_norm,
     lowrank_linear,
     lowrank_residual,
@@ -62,6 +64,20 @@ def interpreted(plan: str, dtype: str, side: list[int]) -> dict[str, float]:
     )
     launched: dict[str, float] = {}
     run = Launch.run
+    # The first row confined to a word, the second by the first one's mask and with its attention.
+    zero = torch.zeros(2, dtype=torch.int64)
+    guides = Guides(torch.eye(2, TOKENS), zero, zero)
+    views = CallBuffers(
+        rows=2,
+        area=side[0] * side[1],
+        channels=4,
+        cross=(TOKENS, inputs[2].shape[2]),
+        added=0,
+        device=zero.device,
+        dtype=kind,
+    ).at(CallShape(2, side[0], side[1]))
+    views.fill(*inputs, None, index, branches)
+    views.fill_guides(guides)
 
     def count(launch: Launch) -> None:
         name = launch.kernel.fn.__name__ if hasattr(launch.kernel, "fn") else launch.kernel.__name__
@@ -69,13 +85,20 @@ def interpreted(plan: str, dtype: str, side: list[int]) -> dict[str, float]:
         run(launch)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        expected = plain(*inputs, index, spectral, slabs.lowrank.float())
+        if plan == Plan.FULL:
+            expected, mask = plain.forward_guided(*inputs, index, guides, slabs.spectral, slabs.lowrank.float())
+        else:
+            expected = plain(*inputs, index, spectral, slabs.lowrank.float())
         for module in _kernel_modules():
             patch.setattr(module, "on_gpu", lambda tensor: True)
         patch.setattr(Launch, "run", count)
-        sample, timestep, cross = (part.to(kind) for part in inputs)
-        found = network.compute(sample, timestep, cross, index, branches, None)
-    return {"error": float((found.float() - expected).abs().max() / expected.abs().max()), **launched}
+        if plan == Plan.FULL:
+            network.call_guided(views)
+            launched["moved"] = float((views.mask != mask).sum())
+            launched["confined"] = float((mask < 1).sum())
+        else:
+            network.call(views)
+    return {"error": float((views.out - expected).abs().max() / expected.abs().max()), **launched}
 
 
 def _kernel_modules() -> list[Any]:
@@ -84,6 +107,7 @@ def _kernel_modules() -> list[Any]:
         factored_linear,
         gated_gelu,
         group_norm,
+        lag_mask,
         layer_norm,
         lowrank_linear,
         lowrank_residual,
@@ -98,6 +122,7 @@ def _kernel_modules() -> list[Any]:
         (Plan.FACTORED, "float16", [24, 16], 2e-2,
          {"_product_kernel", "_scale_kernel", "_norm_kernel", "_apply_kernel", "_residual_kernel"}),
         (Plan.DENSE, "float32", [16, 16], 1e-4, {"_linear_kernel", "_norm_kernel", "_add_kernel", "_gelu_kernel"}),
+        (Plan.FULL, "float32", [8, 8], 1e-4, {"_share_kernel", "_median_kernel", "_residual_kernel", "_add_kernel"}),
     ],
 )  # fmt: skip
 def test_a_whole_unet_on_interpreted_kernels_equals_torchs(
@@ -106,3 +131,6 @@ def test_a_whole_unet_on_interpreted_kernels_equals_torchs(
     found = interpret(__file__, "interpreted", plan=plan.value, dtype=dtype, side=side)
     assert found["error"] <= bound
     assert set(found) >= kernels, found
+    if plan is Plan.FULL:
+        assert found["confined"] > 0
+        assert found["moved"] == 0

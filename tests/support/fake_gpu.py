@@ -48,7 +48,7 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
     """While it is active, everything on `cuda:0` is fake.
 
     `waits` names the operators that make the host wait for the device; `products` counts matrix products and
-    convolutions by dtype; `launched` counts the kernels' operators.
+    convolutions by dtype; `launched` counts the kernels' operators, `masked` those that were given a mask.
     """
 
     def __init__(self) -> None:
@@ -56,6 +56,7 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.waits: list[str] = []
         self.products: Counter[torch.dtype] = Counter()
         self.launched: Counter[str] = Counter()
+        self.masked: Counter[str] = Counter()
         self.capturing = False
         # Kept, or another storage could come to lie at its address.
         self._pinned: dict[int, Any] = {}
@@ -143,6 +144,7 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
     def _launch(self, name: str, func: Any, args: tuple[Any, ...]) -> Any:
         """Let the launcher check its arguments as on a GPU, and hold the operator's fake result against its own."""
         self.launched[name] += 1
+        self.masked[name] += name.startswith("lowrank") and args[-1] is not None
         real, fake = LAUNCHERS[name](*args), func(*args)
         if name == "lowrank_residual":
             assert real is args[0]
