@@ -22,6 +22,7 @@ from hueshift.engines.merged_slots import BASE_ROLE, MergedSlots, WeightSlot
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.weightless import check_shared, share_parameters, without_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,6 @@ class NetworkSet:
     def base(self) -> Network:
         """The base's own weights, without branches."""
         network = self._plain()
-        share_parameters(network, self._chosen[Plan.DENSE].unet)
         return Network(BASE_ROLE, network, network.compute)
 
     @property
@@ -97,10 +97,12 @@ class NetworkSet:
         """The network of a copy of weights."""
         return next(network for network in self._merged if network.role == held.role)
 
-    def make(self, plan: Plan, *, kernels: bool, role: str | None = None) -> Network:
-        """A network of a slab plan, its adapted layers on the Triton kernels or in torch's form."""
-        unet = self._unet(self._rows, plan, kernels=kernels, fuse=kernels and self._fuses)
-        return Network(role or plan.value, unet, unet.compute)
+    def make(self, plan: Plan, *, kernels: bool, source: nn.Module | None = None) -> Network:
+        """A network of a slab plan, its adapted layers on the Triton kernels or in torch's form, on weights of its own
+        or on those of `source`, a network of the same plan.
+        """
+        unet = self._unet(self._rows, plan, kernels=kernels, fuse=kernels and self._fuses, source=source)
+        return Network(plan.value, unet, unet.compute)
 
     def choose(self, plan: Plan, *, kernels: bool) -> None:
         """Serve a plan in this form from now on. Its graphs must be forgotten."""
@@ -108,9 +110,7 @@ class NetworkSet:
             if self._full is None or self._full.unet.on_kernels != kernels:
                 self._full = self._make_full(kernels=kernels)
         elif self._chosen[plan].unet.on_kernels != kernels:
-            made = self.make(plan, kernels=kernels)
-            share_parameters(made.unet, self._chosen[plan].unet)
-            self._chosen[plan] = made
+            self._chosen[plan] = self.make(plan, kernels=kernels, source=self._chosen[plan].unet)
             self._compiled.pop(plan.value, None)
 
     def fuse_plain(self) -> None:
@@ -129,12 +129,7 @@ class NetworkSet:
     def make_merged(self, lane: GraphLane, options: CudaOptions) -> MergedSlots:
         """Networks with weights of their own, and what writes those."""
         pristine = self._chosen[Plan.DENSE].unet
-        networks: list[nn.Module] = []
-        for _ in range(options.weight_slots):
-            plain = self._plain()
-            # At once, or each would hold a whole copy of the weights until all of them are there.
-            share_parameters(plain, pristine)
-            networks.append(plain)
+        networks: list[nn.Module] = [self._plain() for _ in range(options.weight_slots)]
         capture = options.compile is not CompileKind.NONE
         layout = self._rows.layout
         made = MergedSlots(layout, self._rows, self._factors, pristine, networks, lane, capture=capture)
@@ -173,19 +168,25 @@ class NetworkSet:
 
     def _make_full(self, *, kernels: bool) -> GuidedNetwork:
         # torch.compile never sees it, so nothing else would fuse it.
-        network = self._unet(self._rows, Plan.FULL, kernels=kernels, fuse=kernels)
-        share_parameters(network, self._chosen[Plan.FACTORED].unet)
-        return GuidedNetwork(network)
+        source = self._chosen[Plan.FACTORED].unet
+        return GuidedNetwork(self._unet(self._rows, Plan.FULL, kernels=kernels, fuse=kernels, source=source))
 
     def _plain(self) -> CudaUNet:
-        """The dense network without branches: its adapter is in its weights."""
+        """The dense network without branches, on the dense plan's weights: its adapter is in its own, if it has any."""
         rows = RowLayout(self._rows.layout, (), self._rows.lowrank_rank, text_side=False)
-        return self._unet(rows, Plan.DENSE, kernels=False, fuse=False)
+        return self._unet(rows, Plan.DENSE, kernels=False, fuse=False, source=self._chosen[Plan.DENSE].unet)
 
-    def _unet(self, rows: RowLayout, plan: Plan, *, kernels: bool, fuse: bool) -> CudaUNet:
-        return CudaUNet(
-            self._base,
-            self._factors,
+    @cached_property
+    def _shapes(self) -> tuple[BaseModel, SpectralFactors]:
+        return without_weights(self._base, self._factors)
+
+    def _unet(
+        self, rows: RowLayout, plan: Plan, *, kernels: bool, fuse: bool, source: nn.Module | None = None
+    ) -> CudaUNet:
+        base, factors = (self._base, self._factors) if source is None else self._shapes
+        made = CudaUNet(
+            base,
+            factors,
             rows,
             plan,
             slab_rows=self._slab_rows,
@@ -196,14 +197,7 @@ class NetworkSet:
             fuse=fuse,
             dtype=self._dtype,
         )
-
-
-def share_parameters(network: nn.Module, source: nn.Module) -> None:
-    """Let `network` use the memory of `source` for every parameter of the same name and size."""
-    given = dict(source.named_parameters())
-    for name, parameter in list(network.named_parameters()):
-        other = given.get(name)
-        if other is not None and other.numel() == parameter.numel() and other.dtype == parameter.dtype:
-            shared = other.detach() if other.shape == parameter.shape else other.detach().view(parameter.shape)
-            parent, _, key = name.rpartition(".")
-            setattr(network.get_submodule(parent), key, nn.Parameter(shared, requires_grad=False))
+        if source is not None:
+            share_parameters(made, source)
+            check_shared(made, self._slabs.lowrank.device)
+        return made

@@ -76,7 +76,6 @@ def build_cuda(
     engine = _make_with_room(make, options, lane, reserve)
     identity = describe(engine)
     known = read_costs(cache_dir, identity)
-    # For a moment this takes a second copy of the factors: now there is room.
     kernels = choose_forms(engine, known.kernels if known is not None else None)
     with kept_free(lane, reserve):
         calls = warm_all(engine, progress)

@@ -14,6 +14,7 @@ from hueshift.engines.fused_blocks import fuse_blocks
 from hueshift.engines.interface import Plan
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.weightless import is_weightless
 
 
 class CudaUNet(AdaptedUNet):
@@ -39,7 +40,8 @@ class CudaUNet(AdaptedUNet):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(base, factors, rows, plan)
-        self.to(device=lowrank.device, dtype=dtype)
+        # One without weights is given them by whoever made it.
+        self.to(device=None if is_weightless(self) else lowrank.device, dtype=dtype)
         # Of its own, with what is set for a call: the masks are those that its attention leaves behind.
         self.slab_rows = replace(slab_rows, masks=self.call_rows.masks)
         self.spectral = None if plan is Plan.DENSE else spectral

@@ -17,7 +17,7 @@ from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
 from hueshift.engines.denoise import Region, Sample, advance, start_sample
-from hueshift.engines.interface import EngineRow, Guides, Plan
+from hueshift.engines.interface import SLAB_PLANS, EngineRow, Guides, Plan
 from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.kernels.spectral_plan import SpectralLayer, SpectralPlan, plan_spectral
 
@@ -105,6 +105,25 @@ def test_merged_weights_keep_their_packed_factors_alone(
     assert engine.weight_slots == 2
     assert given
     assert [ref for ref in given if ref() is not None] == []
+
+
+@pytest.mark.parametrize("parts", ["sd1", "sdxl"], indirect=True)
+def test_networks_after_the_first_take_no_memory(parts: TinyParts, gpu: FakeGpu) -> None:
+    networks = make_engine(parts, gpu, kernels=KernelUse.OFF, weight_slots=0).networks
+    factors = sum(tensor.numel() for tensor in (*parts.factors.u.values(), *parts.factors.vh.values()))
+    assert gpu.allocated > 2 * factors
+    gpu.allocated = 0
+    assert networks.base.unet.plan is Plan.DENSE
+    for kernels in (False, True, False):
+        for plan in SLAB_PLANS:
+            networks.choose(plan, kernels=kernels)
+        pointers = {
+            name: parameter.data_ptr() for name, parameter in networks.of(Plan.FACTORED).unet.named_parameters()
+        }
+        assert {name: part.data_ptr() for name, part in networks.full.unet.named_parameters()} == pointers
+        assert all(part.device == GPU for part in networks.of(Plan.DENSE).unet.parameters())
+    networks.fuse_plain()
+    assert gpu.allocated == 0
 
 
 @pytest.mark.parametrize("parts", ["sd1"], indirect=True)

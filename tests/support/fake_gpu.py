@@ -48,7 +48,8 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
     """While it is active, everything on `cuda:0` is fake.
 
     `waits` names the operators that make the host wait for the device; `products` counts matrix products and
-    convolutions by dtype; `launched` counts the kernels' operators, `masked` those that were given a mask.
+    convolutions by dtype; `launched` counts the kernels' operators, `masked` those that were given a mask; `allocated`
+    are the bytes of all storages that operators made on it.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.products: Counter[torch.dtype] = Counter()
         self.launched: Counter[str] = Counter()
         self.masked: Counter[str] = Counter()
+        self.allocated = 0
         self.capturing = False
         # Kept, or another storage could come to lie at its address.
         self._pinned: dict[int, Any] = {}
@@ -87,9 +89,9 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
                 return found
         name = func.name().partition("::")[2].partition(".")[0]
         self._look(name, tensors, args, kwargs)
-        if func.namespace == "hueshift":
-            return self._launch(name, func, args)
-        return func(*args, **kwargs)
+        found = self._launch(name, func, args) if func.namespace == "hueshift" else func(*args, **kwargs)
+        self._count(tensors, tree_leaves(found))
+        return found
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -106,6 +108,15 @@ class FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.products[query.dtype] += 1
         samples, heads, positions, width = query.shape
         return query.new_empty(samples, positions, heads, width).transpose(1, 2)
+
+    def _count(self, given: list[Tensor], found: list[Any]) -> None:
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in found:
+            if isinstance(tensor, Tensor) and tensor.device == GPU:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known:
+                    known.add(storage._cdata)
+                    self.allocated += storage.nbytes()
 
     def _look(self, name: str, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         on_gpu = [tensor for tensor in tensors if tensor.device == GPU]
