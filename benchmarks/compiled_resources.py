@@ -30,6 +30,7 @@ from hueshift.kernels import (
     lowrank_residual,
     residual_add,
     sampler_step,
+    slot_linear,
     spectral_reassemble,
 )
 from hueshift.kernels.cross_compile import Compiled, compile_launch
@@ -44,7 +45,7 @@ from hueshift.kernels.spectral_plan import build_tables as spectral_tables
 H200_MULTIPROCESSORS = 132
 HALF = torch.float16
 # Launches whose programs walk a list of tiles: as many programs as are asked for, whatever the work.
-PERSISTENT = ("_reassemble_kernel", "_merge_kernel", "_product_kernel", "_linear_kernel")
+PERSISTENT = ("_reassemble_kernel", "_merge_kernel", "_product_kernel", "_linear_kernel", "_slot_kernel")
 
 Variant = tuple[str, Launch]
 Variants = Callable[[LaunchConfig, str], Iterator[Variant]]
@@ -136,6 +137,13 @@ def factored_conv_variants(config: LaunchConfig, chosen: str) -> Iterator[Varian
             yield f"{tokens} tokens", launch
 
 
+def slot_linear_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
+    """SD1.5's attention on its two larger pictures."""
+    tokens, width = (4096, 320) if chosen == "narrow_tiles" else (1024, 640)
+    x, weights, index = empty(2, tokens, width), empty(3, width, width), torch.zeros(2, dtype=torch.int64)
+    yield f"{tokens} tokens", slot_linear.linear_launch(torch.empty_like(x), x, weights, index, empty(width), config)
+
+
 def group_norm_variants(config: LaunchConfig, chosen: str) -> Iterator[Variant]:
     """SD1.5's largest and smallest pictures with everything on: slots' weights, both shifts, SiLU."""
     side, channels = (64, 320) if chosen == "many_pixels" else (16, 1280)
@@ -191,6 +199,7 @@ VARIANTS: dict[str, Variants] = {
     "lowrank_linear": linear_variants,
     "factored_linear": factored_linear_variants,
     "factored_conv": factored_conv_variants,
+    "slot_linear": slot_linear_variants,
     "group_norm": group_norm_variants,
     "layer_norm": layer_norm_variants,
     "gated_gelu": gelu_variants,

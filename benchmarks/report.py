@@ -24,6 +24,8 @@ TARGETS = {
     "factored_linear": "All linear layers with per-sample singular values, batch 16. "
     "Target, with factored_conv: at most 15 % over the dense UNet, both compiled.",
     "factored_conv": "All convolutions with per-sample singular values, batch 16.",
+    "slot_linear": "The linear layers on large pictures with each sample's own weight, batch 16 with 8 adapters; `over "
+    "dense` is against one weight for everybody.",
     "group_norm": "All norms before convolutions and transformers, with SiLU and time embedding, batch 16, against "
     "torch's with its two changes of layout.",
     "layer_norm": "All norms of transformers with each sample's own weights, batch 16. No target but the bytes.",

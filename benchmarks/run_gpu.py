@@ -36,6 +36,7 @@ STEMS = (
     "lowrank_linear",
     "factored_linear",
     "factored_conv",
+    "slot_linear",
     "group_norm",
     "layer_norm",
     "gated_gelu",
