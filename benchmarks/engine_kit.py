@@ -1,7 +1,11 @@
 """What the engine's benchmarks are run with: a model with random weights, engines over it, adapters, and the clock.
 
-Random weights take as long as trained ones. `full` is SD1.5's architecture on a CUDA device; `tiny` runs the same code
-in seconds on a CPU, for the tests, and its figures mean nothing.
+Random weights take as long as trained ones. The full scales are SD1.5's and SDXL's architectures on a CUDA device; the
+tiny ones run the same code in seconds on a CPU, for the tests, and their figures mean nothing.
+
+By its weights, SDXL takes 44 GB of a device: in fp32 the base with its decoder and encoders 14, in fp16 diffusers' UNet
+5.1, the dense and the merged one 4.5 each, the factors 6.3, and packed for merging 9.7; 13 more while a call is checked
+in fp32, and what graphs and activations take. On the host the factors take 15 GB.
 """
 
 import copy
@@ -16,10 +20,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, LowRankFactors
-from hueshift.engines.base_model import BaseModel, read_layout
+from hueshift.engines.base_model import BaseModel, XlParts, read_layout
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import CudaLane, GraphLane, HostLane
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
@@ -27,6 +31,7 @@ from hueshift.engines.cuda_setup import build_cuda
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.rows import RowLayout, read_norms
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.torch_engine import example_added
 from hueshift.models.embedded import EMBEDDED_MODEL
 
 LOWRANK_TARGETS = ("to_q", "to_out.0", "proj_out")
@@ -35,7 +40,9 @@ SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large and how long: networks' configurations, UNet rows, repeats, and the serving load."""
+    """How large and how long: networks' configurations, UNet rows, repeats, and the serving load. `text_2` is SDXL's
+    second text encoder, and says that it is SDXL.
+    """
 
     name: str
     unet: Mapping[str, Any]
@@ -49,6 +56,8 @@ class Scale:
     tenants: tuple[int, ...]
     adapters: tuple[int, ...]
     rank: int = 4
+    tokens: int = 77
+    text_2: Mapping[str, Any] | None = None
 
 
 FULL = Scale(
@@ -68,6 +77,37 @@ FULL = Scale(
     requests=96,
     tenants=(1, 2, 4, 8, 16),
     adapters=(10, 1000, 10_000),
+)
+FULL_XL = replace(
+    FULL,
+    name="sdxl",
+    unet={
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    text_2={
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+    # Its config forces fp32 for decoding.
+    vae={**FULL.vae, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    rows=(2, 8),
+    # Buckets by torch.compile would take longer than all the rest.
+    compiles=(CompileKind.GRAPH,),
+    repeats=20,
 )
 TINY = Scale(
     name="tiny",
@@ -95,7 +135,27 @@ TINY = Scale(
     requests=4,
     tenants=(1, 2),
     adapters=(3,),
+    tokens=8,
 )
+TINY_XL = replace(
+    TINY,
+    name="tinyxl",
+    unet={
+        **FULL_XL.unet,
+        "sample_size": 8,
+        "cross_attention_dim": 40,
+        "attention_head_dim": (1, 2, 4),
+        "block_out_channels": (16, 16, 32),
+        "transformer_layers_per_block": (1, 1, 2),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+    },
+    text_2={**TINY.text, "hidden_size": 24, "projection_dim": 20, "hidden_act": "gelu"},
+    vae={**TINY.vae, "scaling_factor": 0.13025, "force_upcast": True},
+)
+SCALES = {scale.name: scale for scale in (FULL, FULL_XL, TINY, TINY_XL)}
 
 
 @dataclass
@@ -112,19 +172,16 @@ class EngineKit:
         """The model, in fp32, as a server loads it."""
         torch.manual_seed(0)
         scale = self.scale
-        tokens = 77 if scale.name == "sd15" else 8
         tokenizer: Any = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
-        tokenizer.model_max_length = tokens
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=tokens, pad_token_id=tokenizer.pad_token_id, **ends,
-            **scale.text,
-        )  # fmt: skip
+        tokenizer.model_max_length = scale.tokens
         unet: Any = UNet2DConditionModel(**scale.unet)
         vae: Any = AutoencoderKL(**scale.vae)
-        text: Any = CLIPTextModel(config)
-        for module in (unet, vae, text):
+        encoders: list[Any] = [CLIPTextModel(self._text_config(tokenizer, scale.text))]
+        if scale.text_2 is not None:
+            encoders.append(CLIPTextModelWithProjection(self._text_config(tokenizer, scale.text_2)))
+        for module in (unet, vae, *encoders):
             module.to(self.device).eval().requires_grad_(False)
+        widths = tuple(encoder.config.hidden_size for encoder in encoders)
         name = f"{scale.name}-random"
         identity = hashlib.sha256(name.encode()).hexdigest()
         levels = len(unet.config.block_out_channels)
@@ -135,14 +192,25 @@ class EngineKit:
             base_hash=identity,
             unet=unet,
             vae=vae,
-            text_encoder=text,
+            text_encoder=encoders[0],
             tokenizer=tokenizer,
             schedule=NoiseSchedule.from_config(SCHEDULER),
-            layout=read_layout(unet, identity, config.hidden_size),
+            layout=read_layout(unet, identity, sum(widths), widths if scale.text_2 is not None else ()),
             latent_channels=4,
             latent_factor=factor,
             sample_size=unet.config.sample_size,
             size_multiple=factor * 2 ** (levels - 1),
+            xl=None if scale.text_2 is None else XlParts(encoders[1], tokenizer),
+        )
+
+    def _text_config(self, tokenizer: Any, given: Mapping[str, Any]) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=self.scale.tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **given,
         )
 
     @cached_property
@@ -183,9 +251,18 @@ class EngineKit:
         latents = torch.zeros(count, 4, side, side, device=self.device, dtype=self.dtype)
         latents = latents.contiguous(memory_format=torch.channels_last)
         context = torch.zeros(count, self.base.max_tokens, width, device=self.device, dtype=self.dtype)
+        added: dict[str, Tensor] = {}
+        if self.base.xl is not None:
+            pooled = self.base.xl.text_encoder.config.projection_dim
+            added["text_embeds"] = torch.zeros(count, pooled, device=self.device, dtype=self.dtype)
+            added["time_ids"] = torch.zeros(count, 6, device=self.device, dtype=self.dtype)
         with torch.no_grad():
-            unet(latents, 500, encoder_hidden_states=context)
+            unet(latents, 500, encoder_hidden_states=context, added_cond_kwargs=added)
         return True
+
+    def added(self, count: int) -> Tensor | None:
+        """What rows of SDXL take beside example inputs."""
+        return example_added(self.base, count)
 
     def lane(self) -> GraphLane:
         """A lane of the device."""
@@ -256,11 +333,11 @@ def _decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.float().contiguous(), sigma.float(), vh.float().contiguous()
 
 
-def full_kit(device: torch.device, cache: Path, about: Mapping[str, Any]) -> EngineKit:
-    """The kit that measures."""
-    return EngineKit(FULL, device, cache, about)
+def full_kit(device: torch.device, cache: Path, about: Mapping[str, Any], model: str = FULL.name) -> EngineKit:
+    """The kit that measures a model."""
+    return EngineKit(SCALES[model], device, cache, about)
 
 
-def tiny_kit(cache: Path, about: Mapping[str, Any]) -> EngineKit:
+def tiny_kit(cache: Path, about: Mapping[str, Any], scale: str = TINY.name) -> EngineKit:
     """The kit that shows that everything runs."""
-    return EngineKit(TINY, torch.device("cpu"), cache, about)
+    return EngineKit(SCALES[scale], torch.device("cpu"), cache, about)

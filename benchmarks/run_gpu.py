@@ -4,11 +4,14 @@
 
 Every case is checked against float64 before it is timed, and appends one JSON row to FOLDER/STEM.jsonl (default
 benchmarks/results; `python -P benchmarks/report.py` then rewrites docs/benchmarks.md). With --sweep every launch
-configuration of the table is timed and the rows go to FOLDER/sweep/. From a checkout that is not installed:
+configuration of the table is timed and the rows go to FOLDER/sweep/. Without --models the kernels are timed at both
+models' shapes and the engine with sd15 alone: SDXL's has 794 matrices to decompose, and runs where it is asked for
+(`unet_step attach --models sdxl`). From a checkout that is not installed:
 PYTHONPATH=.typing python3 -P benchmarks/run_gpu.py
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import subprocess
@@ -29,6 +32,8 @@ from hueshift.kernels.launch import triton
 FOLDER = Path(__file__).resolve().parent
 # These measure the whole engine and make their rows themselves, from a kit (engine_kit.py).
 ENGINE_STEMS = ("unet_step", "attach", "serve_mixed", "tensorrt_step")
+# Of these the others serve SD1.5: diffusers' pipelines and TensorRT's plans of it.
+ENGINE_MODELS = {"sd15": ENGINE_STEMS, "sdxl": ("unet_step", "attach")}
 STEMS = (
     "spectral_reassemble",
     "lowrank_merge",
@@ -184,19 +189,25 @@ def measure_cases(stem: str, cases: Iterator[Case], run: Run) -> Iterator[dict[s
         yield row
 
 
-def run_engine_stems(stems: Sequence[str], run: Run, folder: Path) -> None:
+def run_engine_stems(stems: Sequence[str], run: Run, folder: Path, model: str) -> None:
     """Run the engine's benchmarks on the first CUDA device; one model and its decomposition serve them all."""
+    left_out = [stem for stem in stems if stem not in ENGINE_MODELS[model]]
+    if left_out:
+        print(f"{model}: {', '.join(left_out)} left out; there is {', '.join(ENGINE_MODELS[model])}")
+    stems = [stem for stem in stems if stem not in left_out]
     if not stems:
         return
     with tempfile.TemporaryDirectory() as cache:
-        kit = load_benchmark("engine_kit").full_kit(run.device, Path(cache), run.about)
+        kit = load_benchmark("engine_kit").full_kit(run.device, Path(cache), run.about, model)
         for stem in stems:
             try:
                 run_engine(stem, kit, folder)
             # The next benchmark has its own engine.
             except Exception:
                 traceback.print_exc()
-                run.failed.append(stem)
+                run.failed.append(f"{stem} {model}")
+            # Engines, and the UNets of SDXL, refer to themselves.
+            gc.collect()
             torch.cuda.empty_cache()
 
 
@@ -216,7 +227,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Benchmark the kernels on this machine's GPU.")
     parser.add_argument("stems", nargs="*", metavar="STEM", help=f"which (default: all of {', '.join(STEMS)})")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, help="default: both for the kernels, sd15 for the engine's benchmarks"
+    )
     parser.add_argument("--sweep", action="store_true", help="time every launch configuration of the table")
     parser.add_argument("--out", type=Path, default=FOLDER / "results")
     parser.add_argument("--commit", default=None, help="for a copy of the tree without git")
@@ -245,13 +258,14 @@ def main(
     torch.manual_seed(0)
     device = device or torch.device("cuda")
     run = Run(device, timer, environment(options.commit or current_commit(), device), options.sweep)
-    models = {model: weights(model) for model in options.models}
+    models = {model: weights(model) for model in options.models or MODELS}
     folder = options.out / "sweep" if options.sweep else options.out
     folder.mkdir(parents=True, exist_ok=True)
     # In this order: training steps come last, because they choose kernels for the whole process that repeat themselves.
     wanted = [stem for stem in STEMS if not options.stems or stem in options.stems]
     if not options.sweep:
-        run_engine_stems([stem for stem in wanted if stem in ENGINE_STEMS], run, folder)
+        for model in options.models or MODELS[:1]:
+            run_engine_stems([stem for stem in wanted if stem in ENGINE_STEMS], run, folder, model)
     for stem in [stem for stem in wanted if stem not in ENGINE_STEMS]:
         if stem in STEP_STEMS and options.sweep:
             continue

@@ -4,6 +4,7 @@ Every call is checked against torch in fp32 first, so that what is timed is righ
 of one step: shares of matrix products, convolutions, attention, elementwise work and gaps.
 """
 
+import gc
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.cuda_buffers import CallShape
+from hueshift.engines.device_errors import release_memory
 from hueshift.engines.interface import EngineRow, Plan
 from hueshift.engines.torch_engine import example_inputs
 
 BENCH = "unet_step"
-PLANS = (Plan.DENSE, Plan.FACTORED, Plan.MERGED)
+PLANS = (Plan.DENSE, Plan.FACTORED, Plan.FULL, Plan.MERGED)
 # The engines run in fp16: 2.5e-3 was measured for the factored form alone.
 TOLERANCE = 2e-2
 # In order: the first that fits a kernel's name counts.
@@ -38,7 +40,8 @@ def rows(kit: Any) -> Iterator[dict[str, Any]]:
     for compile in kit.scale.compiles:
         engine = kit.engine(compile=compile)
         slots = _load(kit, engine)
-        for plan in PLANS:
+        # The full plan is never compiled.
+        for plan in [plan for plan in PLANS if plan is not Plan.FULL or compile == kit.scale.compiles[0]]:
             for count in kit.scale.rows:
                 error = _check(kit, engine, plan, count, slots)
                 figures = _time(kit, engine, plan, count)
@@ -80,15 +83,16 @@ def _index(plan: Plan, count: int, slots: list[int]) -> torch.Tensor:
     if plan is Plan.MERGED:
         return torch.full((count,), 1)
     # Dense reads branches only, so it gets low-rank rows: the odd slots are spectral's under `slot % 2`.
-    fitting = [slot for slot in slots if plan is Plan.FACTORED or slot % 2 == 1]
+    fitting = [slot for slot in slots if plan is not Plan.DENSE or slot % 2 == 1]
     return torch.tensor([fitting[number // 2 % len(fitting)] for number in range(count)])
 
 
 def _check(kit: Any, engine: Any, plan: Plan, count: int, slots: list[int]) -> float:
     """The largest difference from torch in fp32 over the largest output. Raises SystemExit where it is too large."""
     latents, timesteps, cross, _ = example_inputs(kit.base, count)
-    index = _index(plan, count, slots)
-    found = engine.denoise(plan, latents, timesteps, cross, index).cpu()
+    index, added = _index(plan, count, slots), kit.added(count)
+    found = engine.denoise(plan, latents, timesteps, cross, index, added).cpu()
+    # Without guides the full plan draws what the factored one does.
     reference_plan = Plan.DENSE if plan is Plan.DENSE else Plan.FACTORED
     unet = AdaptedUNet(kit.base, kit.factors, kit.rows, reference_plan).to(kit.device, torch.float32)
     rows: list[EngineRow] = [engine.row(slot) for slot in index.tolist()]
@@ -97,7 +101,12 @@ def _check(kit: Any, engine: Any, plan: Plan, count: int, slots: list[int]) -> f
     order = torch.arange(count, device=kit.device)
     with torch.no_grad():
         inputs = [part.to(kit.device) for part in (latents, timesteps, cross)]
-        expected = unet(*inputs, order, None if reference_plan is Plan.DENSE else spectral, lowrank).cpu()
+        added = None if added is None else added.to(kit.device)
+        expected = unet(*inputs, order, None if reference_plan is Plan.DENSE else spectral, lowrank, added).cpu()
+    # SDXL's refers to itself, and would keep 14 GB of factors in fp32 until somebody looks.
+    del unet
+    gc.collect()
+    release_memory()
     error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not error <= TOLERANCE:
         raise SystemExit(f"{BENCH} {plan} at {count} rows: relative error {error:.2e} is over {TOLERANCE:.0e}")
@@ -120,7 +129,8 @@ def _time(kit: Any, engine: Any, plan: Plan, count: int) -> dict[str, float]:
 
 
 def _on_kernels(engine: Any, plan: Plan) -> bool:
-    return bool(engine.networks.of(plan).unet.kernel_layers)
+    network = engine.networks.full if plan is Plan.FULL else engine.networks.of(plan)
+    return bool(network.unet.kernel_layers)
 
 
 def _profile_row(kit: Any, engine: Any, plan: Plan, compile: str) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from recording_tensorrt import make_parts
 from tensorrt_world import World
 
+from hueshift.engines.base_model import read_layout
 from hueshift.engines.interface import BASE_SLOT
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -35,10 +38,19 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load("engine_kit").tiny_kit(tmp_path_factory.mktemp("costs"), ABOUT)
 
 
+@pytest.fixture(scope="module")
+def xl_kit(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SDXL's tiny kit."""
+    return load("engine_kit").tiny_kit(tmp_path_factory.mktemp("xl_costs"), ABOUT, "tinyxl")
+
+
 @pytest.mark.parametrize(
     ("stem", "cases"),
     [
-        ("unet_step", {"tiny-dense-b2-graph", "tiny-factored-b4-graph", "tiny-merged-b2-graph"}),
+        (
+            "unet_step",
+            {"tiny-dense-b2-graph", "tiny-factored-b4-graph", "tiny-full-b4-graph", "tiny-merged-b2-graph"},
+        ),
         ("attach", {"tiny-spectral-slot", "tiny-lowrank-rows", "tiny-spectral-host", "tiny-lowrank-file"}),
         ("serve_mixed", {"tiny-2tenants-zipf-spectral-3adapters", "tiny-1tenants-zipf-lowrank-3adapters"}),
     ],
@@ -66,6 +78,47 @@ def test_every_benchmark_gives_whole_rows(kit: Any, tmp_path: Path, stem: str, c
             assert 0 < row["p20"] <= row["ms"] <= row["p80"]
     page = load("report").render(tmp_path)
     assert all(case in page for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("stem", "cases"),
+    [
+        ("unet_step", {f"tinyxl-{plan}-b2-graph" for plan in ("dense", "factored", "full", "merged")}),
+        ("attach", {"tinyxl-spectral-slot", "tinyxl-lowrank-rows"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_sdxl_has_its_rows(xl_kit: Any, tmp_path: Path, stem: str, cases: set[str]) -> None:
+    assert xl_kit.base.xl is not None
+    assert cases <= {row["case"] for row in load("run_gpu").run_engine(stem, xl_kit, tmp_path)}
+
+
+def test_the_full_scale_of_sdxl_is_the_published_model() -> None:
+    kit, run_gpu = load("engine_kit"), load("run_gpu")
+    with torch.device("meta"):
+        layout = read_layout(UNet2DConditionModel(**kit.FULL_XL.unet), "", 2048)
+    assert [(layer.name, layer.weight_shape) for layer in layout.matrices] == [
+        (weight.name, weight.shape) for weight in run_gpu.read_weights("sdxl")
+    ]
+    assert len(layout.matrices) == 794
+
+
+def test_models_of_the_engine_are_chosen_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_gpu, ran = load("run_gpu"), []
+    monkeypatch.setattr(run_gpu, "run_engine", lambda stem, kit, folder: ran.append((stem, kit.scale.name)))
+
+    def run(*arguments: str) -> list[tuple[str, str]]:
+        ran.clear()
+        given = [*arguments, "--out", str(tmp_path), "--commit", "abc"]
+        assert run_gpu.main(given, device=torch.device("cpu"), weights=lambda model: []) == 0
+        return list(ran)
+
+    assert run("unet_step") == [("unet_step", "sd15")]
+    assert run("unet_step", "serve_mixed", "--models", "sdxl") == [("unet_step", "sdxl")]
+    assert "sdxl: serve_mixed left out" in capsys.readouterr().out
+    assert run("attach", "--models", "sd15", "sdxl") == [("attach", "sd15"), ("attach", "sdxl")]
 
 
 def test_requests_of_a_full_queue_wait_for_each_other() -> None:
