@@ -115,18 +115,20 @@ def measure_costs(engine: CudaEngine, calls: Mapping[GraphKey, Work], progress: 
 
 def measure_capacity(engine: CudaEngine, calls: Mapping[GraphKey, Work]) -> dict[tuple[int, int], int]:
     """UNet rows of one call that fit, by warmed size: the largest bucket that every slab plan could be captured at."""
-    capacity: dict[tuple[int, int], int] = {}
-    for size in engine.options.warm_sizes:
-        fitting = [
-            rows
-            for rows in engine.buckets
-            if all(GraphKey(plan.value, CallShape(rows, *size)) in calls for plan in SLAB_PLANS)
-        ]
-        capacity[size] = max(fitting, default=0)
+
+    def fits(rows: int, size: tuple[int, int]) -> bool:
+        return all(GraphKey(plan.value, CallShape(rows, *size)) in calls for plan in SLAB_PLANS)
+
+    sizes = engine.options.warm_sizes
+    return {size: max((rows for rows in engine.buckets if fits(rows, size)), default=0) for size in sizes}
+
+
+def tell_capacity(engine: CudaEngine) -> None:
+    """Say to the log and to the metrics what fits, as the engine has it."""
+    for (height, width), rows in engine.capacity.items():
         free = engine.lane.free_bytes()
-        engine.observer.capacity(size, capacity[size], free)
-        _log.info("engine_capacity", height=size[0], width=size[1], rows=capacity[size], free_bytes=free)
-    return capacity
+        engine.observer.capacity((height, width), rows, free)
+        _log.info("engine_capacity", height=height, width=width, rows=rows, free_bytes=free)
 
 
 def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:

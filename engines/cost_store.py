@@ -13,7 +13,7 @@ from hueshift.engines.cache_files import exclusive, write_atomically
 from hueshift.engines.cost_model import CostTable
 from hueshift.engines.interface import Plan
 
-_FORMAT = "hueshift.costs/1"
+_FORMAT = "hueshift.costs/2"
 # Measurements of one base on one GPU that are no longer today's but stay: of a version that may be gone back to, and of
 # servers with other settings that share the folder.
 _KEPT_FORMER = 4
@@ -22,10 +22,13 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration run found: the table, and for each plan whether the Triton kernels were faster there."""
+    """What a start found: the table, for each plan whether the Triton kernels were faster there, and the UNet rows of
+    one call that fit, by latent size.
+    """
 
     table: CostTable
     kernels: Mapping[Plan, bool] = field(default_factory=dict)
+    capacity: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 def read_costs(cache_dir: Path, identity: Mapping[str, str]) -> Calibration | None:
@@ -44,11 +47,12 @@ def read_costs(cache_dir: Path, identity: Mapping[str, str]) -> Calibration | No
             for plan, rows, height, width, ms in stored["steps"]
         }
         kernels = {Plan(plan): bool(used) for plan, used in stored["kernels"].items()}
+        capacity = {(int(height), int(width)): int(rows) for height, width, rows in stored["capacity"]}
         table = CostTable(steps, float(stored["merge_ms"]), float(stored["overhead_ms"]))
         # A folder that cannot be written is one that nothing is removed from.
         with suppress(OSError):
             file.touch()
-        return Calibration(table, kernels)
+        return Calibration(table, kernels, capacity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("costs_unreadable", file=file.name, error=str(error))
         return None
@@ -68,6 +72,7 @@ def write_costs(cache_dir: Path, identity: Mapping[str, str], calibration: Calib
         "merge_ms": str(table.merge_ms),
         "overhead_ms": table.overhead_ms,
         "kernels": {plan.value: used for plan, used in calibration.kernels.items()},
+        "capacity": [[*size, rows] for size, rows in sorted(calibration.capacity.items())],
     }
     file = costs_file(cache_dir, identity)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.calibration import choose_forms, measure_capacity, measure_costs, warm_all
+from hueshift.engines.calibration import choose_forms, measure_capacity, measure_costs, tell_capacity, warm_all
 from hueshift.engines.cost_code import measured_code
 from hueshift.engines.cost_store import Calibration, read_costs, write_costs
 from hueshift.engines.cuda_engine import CudaEngine
@@ -59,8 +59,8 @@ def build_cuda(
     The capacity is what fits beside all that others take while they work (engines/cuda_reserve.py).
 
     A `live` one is for a server whose requests are waiting for it: it is not warm, so every batch shape is captured
-    when it is called again; it knows its costs if an engine like it was measured here before; and it merges nothing,
-    because packing the factors takes as long as all the rest.
+    when it is called again; it knows its costs and what fits if an engine like it was measured here before, else it
+    tells no capacity; and it merges nothing, because packing the factors takes as long as all the rest.
 
     Where memory is too short for merged weights it goes on without. Raises FailedPrecondition: ENGINE_UNAVAILABLE if
     an attention backend is missing, ENGINE_PARITY if the kernels are forced and draw something else than torch.
@@ -79,20 +79,26 @@ def build_cuda(
     kernels = choose_forms(engine, known.kernels if known is not None else None)
     with kept_free(lane, reserve):
         calls = warm_all(engine, progress)
-    if known is None:
-        known = Calibration(measure_costs(engine, calls, progress), kernels)
-        write_costs(cache_dir, identity, known)
-    engine.costs = known.table
-    engine.capacity = measure_capacity(engine, calls)
+    measured = measure_costs(engine, calls, progress) if known is None else known.table
+    engine.costs, engine.capacity = measured, measure_capacity(engine, calls)
+    tell_capacity(engine)
+    found = Calibration(measured, kernels, engine.capacity)
+    # What fits may be another at each start. The last is kept for an engine that is made while requests wait.
+    if found != known:
+        write_costs(cache_dir, identity, found)
     return engine
 
 
 def _live(make: Callable[[CudaOptions], CudaEngine], options: CudaOptions, cache_dir: Path) -> CudaEngine:
     engine = make(replace(options, weight_slots=0))
-    # It has the costs of what the options ask for: those of merged weights are of no use to it, and no harm.
-    known = read_costs(cache_dir, describe(engine) | {"weight_slots": str(options.weight_slots)})
+    # It has the costs of what the options ask for: those of merged weights are of no use to it, and no harm. Where they
+    # had no room the engine that was measured went on without, as this one does.
+    identity = describe(engine)
+    known = read_costs(cache_dir, identity | {"weight_slots": str(options.weight_slots)})
+    known = known or read_costs(cache_dir, identity)
     if known is not None:
-        engine.costs = known.table
+        engine.costs, engine.capacity = known.table, known.capacity
+        tell_capacity(engine)
     if known is not None or options.kernels is KernelUse.ON:
         choose_forms(engine, known.kernels if known is not None else None)
     return engine

@@ -256,7 +256,7 @@ def test_what_cannot_be_run_is_refused(tiny: TinyParts) -> None:
 def test_an_engine_is_measured_once_and_remembers(tiny: TinyParts, tmp_path: Path) -> None:
     stages: list[str] = []
 
-    def build() -> CudaEngine:
+    def build(*, live: bool = False) -> CudaEngine:
         return build_cuda(
             tiny.base,
             tiny.factors,
@@ -268,8 +268,10 @@ def test_an_engine_is_measured_once_and_remembers(tiny: TinyParts, tmp_path: Pat
             lane=HostLane(),
             cache_dir=tmp_path,
             progress=lambda stage, done, total: stages.append(stage),
+            live=live,
         )
 
+    assert build(live=True).capacity == {}
     first = build()
     assert first.costs is not None
     assert {plan for plan, _, _ in first.costs.step_ms} == set(Plan)
@@ -284,16 +286,19 @@ def test_an_engine_is_measured_once_and_remembers(tiny: TinyParts, tmp_path: Pat
     planner = planner_of(second)
     assert planner is not None
     assert planner.capacity == {(8, 8): 2}
+    # One that takes over has captured nothing that would say it.
+    third = build(live=True)
+    assert (third.capacity, third.costs) == (second.capacity, second.costs)
 
 
 def test_costs_of_another_identity_or_damaged_are_not_read(tmp_path: Path) -> None:
     identity = {"gpu": "a", "torch": "2"}
-    calibration = Calibration(CostTable({(Plan.DENSE, 2, (8, 8)): 1.5}), {Plan.DENSE: True})
+    calibration = Calibration(CostTable({(Plan.DENSE, 2, (8, 8)): 1.5}), {Plan.DENSE: True}, {(8, 8): 2, (8, 16): 0})
     assert read_costs(tmp_path, identity) is None
     write_costs(tmp_path, identity, calibration)
     found = read_costs(tmp_path, identity)
     assert found is not None
-    assert (found.table, found.kernels) == (calibration.table, calibration.kernels)
+    assert found == calibration
     assert read_costs(tmp_path, {**identity, "torch": "3"}) is None
     for damage in ("", "{}", "[]", '{"format": "hueshift.costs/1"}'):
         costs_file(tmp_path, identity).write_text(damage, encoding="utf-8")

@@ -158,11 +158,15 @@ def answer(service: ModelService) -> model_pb2.Model:
     return asyncio.run(service.GetModel(model_pb2.GetModelRequest(), context)).model
 
 
-def test_what_was_measured_at_a_former_start_divides_batches_again(tiny: TinyParts, tmp_path: Path) -> None:
+# Merged weights may have had no room where it was measured.
+@pytest.mark.parametrize("weight_slots", ["1", "0"])
+def test_what_was_measured_at_a_former_start_divides_batches_again(
+    tiny: TinyParts, tmp_path: Path, weight_slots: str
+) -> None:
     warm = second_of(tiny, tmp_path)
     table = CostTable({(Plan.DENSE, 2, (8, 8)): 1.5, (Plan.FACTORED, 2, (8, 8)): 2.0})
-    known = Calibration(table, {Plan.DENSE: True, Plan.FACTORED: False})
-    write_costs(tmp_path, describe(warm) | {"weight_slots": "1"}, known)
+    known = Calibration(table, {Plan.DENSE: True, Plan.FACTORED: False}, {(8, 8): 1})
+    write_costs(tmp_path, describe(warm) | {"weight_slots": weight_slots}, known)
     engine, _ = engine_of(tiny, lambda: second_of(tiny, tmp_path))
     assert planner_of(engine) is None
     runner = StepRunner(
@@ -171,6 +175,9 @@ def test_what_was_measured_at_a_former_start_divides_batches_again(tiny: TinyPar
     assert [runner.divides] == [False]
     engine.denoise(Plan.DENSE, *tiny.inputs(1), torch.tensor([0]))
     assert [runner.divides] == [True]
+    # And what fits is told, and held to.
+    assert describe_capacity(engine, 8).sizes[0].rows == 1
+    assert runner.limits[8, 8] == 1
     serving = engine.serving
     assert isinstance(serving, CudaEngine)
     assert serving.networks.of(Plan.DENSE).unet.kernel_layers > 0
