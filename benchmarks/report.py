@@ -42,8 +42,8 @@ TARGETS = {
     "Targets: twice as fast; 8 jobs, three times the jobs per hour.",
     "export_large": "Writing the dense graph of a whole UNet beyond 2 GiB, one weight at a time; then onnx.checker and "
     "TensorRT's parser read it. No target.",
-    "unet_step": "One captured call of the engine by plan, UNet batch and way of compiling, SD1.5 at 512 px. "
-    "Target: the compiled dense step at batch 2 at most 7.3 ms.",
+    "unet_step": "One captured call of the engine by plan, UNet batch and way of compiling, SD1.5 at 512 px, SDXL at "
+    "1024. Target: SD1.5's compiled dense step at batch 2 at most 7.3 ms.",
     "unet_profile": "Where one such call's time goes, as shares; `next gain` is the largest beside matrix products and "
     "convolutions.",
     "tensorrt_step": "One call of the TensorRT engine by plan and UNet batch, copies in and out included, SD1.5 at 512 "
