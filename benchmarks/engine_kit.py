@@ -273,7 +273,13 @@ class EngineKit:
     ) -> CudaEngine:
         """A warm engine that measured itself."""
         native = (self.base.sample_size, self.base.sample_size)
-        defaults = CudaOptions(warm_sizes=(native,), max_area=native[0] * native[1], compile=compile, weight_slots=1)
+        defaults = CudaOptions(
+            warm_sizes=(native,),
+            max_area=native[0] * native[1],
+            compile=compile,
+            weight_slots=1,
+            slot_weight_bytes=None,
+        )
         if self.device.type != "cuda":
             defaults = replace(defaults, kernels=KernelUse.OFF)
         return build_cuda(

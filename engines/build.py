@@ -63,6 +63,7 @@ class EngineOptions:
     attention: str = "sdpa"
     kernels: str = "auto"
     merged_slots: int = 2
+    slot_weights_bytes: int | None = None
     warm_sizes: tuple[tuple[int, int], ...] = ()
     most_graphs: int = 64
     vae_tiling_above: int = 1024
@@ -186,6 +187,7 @@ def cuda_options(base: BaseModel, options: EngineOptions) -> CudaOptions:
         attention=parse_attention(options.attention),
         kernels=_word("engine.kernels", KernelUse, options.kernels),
         weight_slots=options.merged_slots,
+        slot_weight_bytes=options.slot_weights_bytes,
         graphs=options.most_graphs,
         tile_above=options.vae_tiling_above,
     )

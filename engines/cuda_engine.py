@@ -126,6 +126,7 @@ class CudaEngine:
         on_host = all(part is None or part.device.type == "cpu" for part in (row.spectral, row.lowrank))
         with copies.apart() if on_host else copies.running():
             self._slabs.load(slot, row)
+            self.networks.slot_weights.write(slot, self.row(slot))
         arrived = self._arriving[slot] = copies.mark()
         self._branches[slot] = NO_BRANCH if row.lowrank is None else slot
         if self._merged is not None:

@@ -28,6 +28,7 @@ class SlabRows:
     """`sigma` [slots, rank] fp32 of each matrix, and [slots, size] of each norm: its weights; `branches`:
     A [slots, rank, cols] and B [slots, rows, rank] of each target in the UNet's dtype. `slots` [N] says each sample's
     slot, `branch_slots` [N] the same or -1 for no branch; both are set for a call. `masks` as in CallRows.
+    `own_weights` [slots, rows, cols] are whole weights of every slot, of the layers that have them (slot_weights.py).
     """
 
     sigma: Mapping[str, Tensor]
@@ -36,6 +37,7 @@ class SlabRows:
     slots: Tensor | None = None
     branch_slots: Tensor | None = None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    own_weights: Mapping[str, Tensor] = field(default_factory=dict)
     ops: CompiledOps = field(default_factory=compiled_ops)
 
     def add_branch(self, name: str, out: Tensor, x: Tensor) -> Tensor:
@@ -139,6 +141,29 @@ class KernelBranched(nn.Module):
         return as_pixels(out, x) if x.dim() == 4 else out.view(*x.shape[:-1], out.shape[-1])
 
 
+class SlotLinear(nn.Module):
+    """A layer whose weight is each slot's own, branch included (kernels/slot_linear.py); a 1x1 convolution on pixels.
+
+    It keeps the parameters of the layer it replaces: other networks share them.
+    """
+
+    def __init__(self, layer: FactoredLinear | FactoredConv | BranchedLinear | BranchedConv, rows: SlabRows) -> None:
+        super().__init__()
+        self.name = layer.name
+        self.rows = rows
+        for name, parameter in layer.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        if layer.bias is None:
+            self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, ..., cols] to [N, ..., rows], or [N, cols, h, w] to [N, rows, h, w]."""
+        rows = self.rows
+        tokens = (as_tokens(x) if x.dim() == 4 else _three(x)).contiguous()
+        out = rows.ops.slot_linear(tokens, rows.own_weights[self.name], rows.indices(), self.bias)
+        return as_pixels(out, x) if x.dim() == 4 else out.view(*x.shape[:-1], out.shape[-1])
+
+
 def use_kernels(network: nn.Module, rows: SlabRows, *, few_filters: int = 8) -> int:
     """Put the kernels' layers in the place of the plain ones of an AdaptedUNet and return how many.
 
@@ -146,7 +171,9 @@ def use_kernels(network: nn.Module, rows: SlabRows, *, few_filters: int = 8) -> 
     """
     made: dict[int, nn.Module] = {}
     for layer in network.modules():
-        if isinstance(layer, FactoredLinear):
+        if isinstance(layer, _ADAPTED) and layer.name in rows.own_weights:
+            made[id(layer)] = SlotLinear(layer, rows)
+        elif isinstance(layer, FactoredLinear):
             made[id(layer)] = KernelFactoredLinear(layer, rows)
         elif isinstance(layer, FactoredConv) and layer.vh.shape[0] >= few_filters:
             made[id(layer)] = KernelFactoredConv(layer, rows)
@@ -157,6 +184,9 @@ def use_kernels(network: nn.Module, rows: SlabRows, *, few_filters: int = 8) -> 
             if isinstance(child, AdaptedLayer) and id(child) in made:
                 parent._modules[key] = made[id(child)]
     return len(made)
+
+
+_ADAPTED = FactoredLinear | FactoredConv | BranchedLinear | BranchedConv
 
 
 def as_tokens(x: Tensor) -> Tensor:

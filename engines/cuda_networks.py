@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from hueshift.adapters.layout import MatrixLayer
 from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
@@ -21,6 +22,7 @@ from hueshift.engines.interface import Plan
 from hueshift.engines.merged_slots import BASE_ROLE, MergedSlots, WeightSlot
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
+from hueshift.engines.slot_weights import SlotWeights, choose_layers
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.weightless import check_shared, share_parameters, without_weights
 
@@ -67,11 +69,14 @@ class NetworkSet:
     ) -> None:
         self._base, self._factors, self._rows, self._slabs = base, factors, rows, slabs
         self._options, self._dtype, self._observer = options, dtype, observer
-        self._slab_rows = slab_rows(rows, slabs.spectral, slabs.lowrank)
+        self.slot_weights = self._make_slot_weights()
+        views = slab_rows(rows, slabs.spectral, slabs.lowrank)
+        self._slab_rows = replace(views, own_weights=self.slot_weights.weights)
         self.cross_width = CrossLayout(rows.layout).width
         self.added_width = added_width(rows.layout)
         kernels = options.kernels is KernelUse.ON
         self._chosen = {plan: self.make(plan, kernels=kernels) for plan in (Plan.DENSE, Plan.FACTORED)}
+        self.slot_weights.prepare(dict(self._chosen[Plan.DENSE].unet.named_parameters()), factors)
         self._full: GuidedNetwork | None = None
         self._merged: list[Network] = []
         self._compiled: dict[str, Network] = {}
@@ -165,6 +170,15 @@ class NetworkSet:
         if role == BASE_ROLE:
             return self.base
         return next(network for network in (*self._chosen.values(), *self._merged) if network.role == role)
+
+    def _make_slot_weights(self) -> SlotWeights:
+        options, slots, lowrank = self._options, self._slabs.slots, self._slabs.lowrank
+        layers: list[MatrixLayer] = []
+        if options.kernels is not KernelUse.OFF and options.slot_weight_bytes:
+            levels, side = len(self._base.unet.config.block_out_channels), self._base.sample_size
+            most = options.slot_weight_bytes
+            layers = choose_layers(self._rows.layout, levels, side, slots, self._dtype.itemsize, most)
+        return SlotWeights(layers, self._rows, slots, lowrank.device, self._dtype)
 
     def _make_full(self, *, kernels: bool) -> GuidedNetwork:
         # torch.compile never sees it, so nothing else would fuse it.

@@ -36,9 +36,10 @@ class KernelUse(StrEnum):
 class CudaOptions:
     """`warm_sizes` are latent sizes (h, w) that are captured at start and stay; `max_area` the most latent positions of
     a picture; `graphs` the most captures of other shapes; `weight_slots` the mixes that can be merged at a time.
-    `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start. Without a
-    `dtype` networks run in fp16 on a GPU and in fp32 on a CPU. Pictures with a side above `tile_above` pixels (0: none)
-    are decoded in tiles (engines/vae.py).
+    `slot_weight_bytes` is the most memory for whole weights of every slot (slot_weights.py); None: a tenth of what is
+    free. `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start.
+    Without a `dtype` networks run in fp16 on a GPU and in fp32 on a CPU. Pictures with a side above `tile_above` pixels
+    (0: none) are decoded in tiles (engines/vae.py).
     """
 
     warm_sizes: tuple[tuple[int, int], ...]
@@ -48,6 +49,7 @@ class CudaOptions:
     attention: AttentionTable = field(default_factory=AttentionTable)
     kernels: KernelUse = KernelUse.AUTO
     weight_slots: int = 0
+    slot_weight_bytes: int | None = 0
     graphs: int = 64
     dtype: torch.dtype | None = None
     tile_above: int = 0

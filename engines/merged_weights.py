@@ -40,8 +40,8 @@ class _Branch:
 class WeightWriter:
     """Writes rows into the `out` tensors of `matrices` and into `norms`, weights [size] by layer.
 
-    `like` shares its packed singular vectors (SD1.5: 2.2 GB in fp16): its matrices must be the same ones with other
-    `out` tensors, and both must write on one stream.
+    Branches of layers that are not among them are left out. `like` shares its packed singular vectors (SD1.5: 2.2 GB in
+    fp16): its matrices must be the same ones with other `out` tensors, and both must write on one stream.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class WeightWriter:
             self._row, self._lowrank, self._one = like._row, like._lowrank, like._one
         places = {matrix.name: matrix for matrix in matrices}
         self._branches = [
-            _make_branch(target, places[target.name].is_transposed, device, dtype) for target in rows.targets
+            _make_branch(target, places[target.name].is_transposed, device, dtype)
+            for target in rows.targets
+            if target.name in places
         ]
         self._merge = None
         if self._branches:

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hueshift.kernels import factored_conv, factored_linear, lowrank_linear, lowrank_residual
+from hueshift.kernels import factored_conv, factored_linear, lowrank_linear, lowrank_residual, slot_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class CompiledOps:
     factored_linear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     scale_and_expand: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     lowrank_linear: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    slot_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @cache
@@ -80,4 +81,12 @@ def compiled_ops() -> CompiledOps:
     ) -> Tensor:
         return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
 
-    return CompiledOps(residual, linear, expand, branched)
+    @torch.library.custom_op("hueshift::slot_linear", mutates_args=())
+    def own(x: Tensor, weights: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+        return slot_linear.slot_linear(x, weights, index, bias)
+
+    @own.register_fake
+    def _(x: Tensor, weights: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[1], weights.shape[1])
+
+    return CompiledOps(residual, linear, expand, branched, own)

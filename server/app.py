@@ -93,6 +93,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         attention=chosen.attention,
         kernels=chosen.kernels,
         merged_slots=chosen.merged_slots,
+        slot_weights_bytes=chosen.slot_weights_bytes,
         warm_sizes=chosen.warm_sizes,
         most_graphs=chosen.most_graphs,
         vae_tiling_above=chosen.vae_tiling_above,

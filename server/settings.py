@@ -118,6 +118,12 @@ class EngineSettings(_Section):
         le=64,
         description="Adapter mixes whose merged weights torch on CUDA holds; each is a copy of the UNet.",
     )
+    slot_weights_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="Memory for every slot's own weights of the layers on large pictures, which makes mixed batches "
+        "cheaper with torch on CUDA; none: a tenth of what is free, 0: never.",
+    )
     vae_tiling_above: int = Field(
         1024, ge=0, description="Pictures with a longer side in pixels are decoded in tiles, to save memory; 0: never."
     )

@@ -85,8 +85,28 @@ def test_every_network_can_be_captured(
     assert gpu.waits == []
     # A product in fp32 would take twice the time or more, and nobody would see it in the picture.
     assert set(gpu.products) == {torch.float16}
-    expected = set(LAUNCHERS) if kernels is KernelUse.ON else set()
+    expected = set(LAUNCHERS) - {"slot_linear"} if kernels is KernelUse.ON else set()
     assert set(gpu.launched) == expected - (set() if "dense" in roles else {"lowrank_linear"})
+
+
+@pytest.mark.parametrize("parts", ["sd1", "sd2"], indirect=True)
+def test_slots_with_weights_of_their_own_can_be_captured_and_are_written_beside_the_steps(
+    parts: TinyParts, gpu: FakeGpu
+) -> None:
+    engine = make_engine(parts, gpu, kernels=KernelUse.ON, weight_slots=0, slot_weight_bytes=1 << 24)
+    assert {part.device for part in engine.networks.slot_weights.weights.values()} == {GPU}
+    views = engine.buffers.at(CallShape(3, 8, 8))
+    gpu.waits.clear()
+    gpu.launched.clear()
+    for plan in (Plan.DENSE, Plan.FACTORED):
+        with torch.no_grad(), gpu.capture():
+            engine.networks.of(plan).call(views)
+    assert gpu.launched["slot_linear"] > 0
+    row = parts.row((parts.random_adapter(1), 1.0))
+    assert row.spectral is not None
+    for slot in (1, 2, 1):
+        engine.load_row(slot, EngineRow(row.spectral.pin_memory()))
+    assert gpu.waits == []
 
 
 @pytest.mark.parametrize("parts", ["sd1"], indirect=True)
@@ -192,7 +212,7 @@ def test_guided_calls_can_be_captured(parts: TinyParts, gpu: FakeGpu, kernels: K
     assert gpu.waits == []
     assert set(gpu.products) == {torch.float16}
     if kernels is KernelUse.ON:
-        assert set(gpu.launched) == set(LAUNCHERS) - {"lowrank_linear"}
+        assert set(gpu.launched) == set(LAUNCHERS) - {"lowrank_linear", "slot_linear"}
         # to_q of a first block comes before its transformer's mask, proj_out after it.
         assert 0 < gpu.masked["lowrank_residual"] < gpu.launched["lowrank_residual"]
     else:

@@ -52,14 +52,14 @@ def interpreted(size: list[int], dtype: str, bias: bool, constants: dict[str, An
     arguments = make(samples, tokens, depth, width, getattr(torch, dtype))
     y = torch.full((samples, tokens, width), float("nan"), dtype=arguments["x"].dtype)
     config = LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "TMA": True, **constants}, 4, 2, 1, "")
-    given = [arguments[name] for name in ("x", "weights", "index")]
+    x, weights, index = (arguments[name] for name in ("x", "weights", "index"))
     used = arguments["bias"] if bias else None
-    linear_launch(y, *given, bias=used, config=config).run()
+    linear_launch(y, x, weights, index, used, config).run()
     if not bias:
         arguments["bias"].zero_()
     error = relative_error(y, exact(arguments)) if y.numel() else 0.0
-    arguments["index"][-1:] = 3
-    linear_launch(y, *given, bias=used, config=config).run()
+    index[-1:] = 3
+    linear_launch(y, x, weights, index, used, config).run()
     wrong = y.isnan()
     return {"error": error, "nan": float(bool(wrong[-1:].all()) and not bool(wrong[:-1].any()))}
 
@@ -122,8 +122,7 @@ def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
 
 def run_launch(y: Tensor, arguments: Arguments, config: LaunchConfig) -> None:
     """Run one configuration."""
-    given = [arguments[name] for name in ("x", "weights", "index", "bias")]
-    linear_launch(y, *given, config=config).run()
+    linear_launch(y, **arguments, config=config).run()
 
 
 @pytest.mark.gpu

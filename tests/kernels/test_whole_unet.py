@@ -5,6 +5,7 @@ configurations as they meet in a network.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from hueshift.engines.cuda_attention import AttentionTable
 from hueshift.engines.cuda_buffers import CallBuffers, CallShape
 from hueshift.engines.cuda_layers import slab_rows
 from hueshift.engines.cuda_unet import CudaUNet
-from hueshift.engines.interface import Guides, Plan
+from hueshift.engines.interface import EngineRow, Guides, Plan
 from hueshift.engines.slabs import Slabs
+from hueshift.engines.slot_weights import SlotWeights, choose_layers
 from hueshift.kernels import (
     factored_conv,
     factored_linear,
@@ -29,6 +31,7 @@ from hueshift.kernels import (
     lowrank_linear,
     lowrank_residual,
     residual_add,
+    slot_linear,
 )
 from hueshift.kernels.launch import Launch
 
@@ -37,7 +40,7 @@ SLOTS = 4
 KINDS = {1: AdapterKind.SPECTRAL, 3: AdapterKind.LOWRANK}
 
 
-def interpreted(plan: str, dtype: str, side: list[int]) -> dict[str, float]:
+def interpreted(plan: str, dtype: str, side: list[int], own: bool) -> dict[str, float]:
     """Run one call of a mixed batch both ways; return the error, and how often each kernel was launched."""
     parts = tiny_parts(SD1_LIKE)
     kind = getattr(torch, dtype)
@@ -49,12 +52,21 @@ def interpreted(plan: str, dtype: str, side: list[int]) -> dict[str, float]:
     inputs = parts.inputs(2, side=(side[0], side[1]))
     plain = AdaptedUNet(parts.base, parts.factors, parts.rows, Plan(plan))
     spectral = None if plan == Plan.DENSE else slabs.spectral
+    views_of_slabs = slab_rows(parts.rows, slabs.spectral, slabs.lowrank)
+    if own:
+        layers = choose_layers(parts.rows.layout, 2, side[0], SLOTS, kind.itemsize, 1 << 24)
+        weights = SlotWeights(layers, parts.rows, SLOTS, index.device, kind)
+        pristine = {f"unet.{name}": part.to(kind) for name, part in parts.base.unet.named_parameters()}
+        weights.prepare(pristine, parts.factors)
+        for slot in KINDS:
+            weights.write(slot, EngineRow(slabs.spectral[slot], slabs.lowrank[slot]))
+        views_of_slabs = replace(views_of_slabs, own_weights=weights.weights)
     network = CudaUNet(
         parts.base,
         parts.factors,
         parts.rows,
         Plan(plan),
-        slab_rows=slab_rows(parts.rows, slabs.spectral, slabs.lowrank),
+        slab_rows=views_of_slabs,
         spectral=slabs.spectral,
         lowrank=slabs.lowrank,
         attention=AttentionTable(),
@@ -112,23 +124,33 @@ def _kernel_modules() -> list[Any]:
         lowrank_linear,
         lowrank_residual,
         residual_add,
+        slot_linear,
     ]
 
 
 # The larger side gives pictures that whole tiles of 128 pixels fit into, then some that they do not.
 @pytest.mark.parametrize(
-    ("plan", "dtype", "side", "bound", "kernels"),
+    ("plan", "dtype", "side", "own", "bound", "kernels"),
     [
-        (Plan.FACTORED, "float16", [24, 16], 2e-2,
+        (Plan.FACTORED, "float16", [24, 16], False, 2e-2,
          {"_product_kernel", "_scale_kernel", "_norm_kernel", "_apply_kernel", "_residual_kernel"}),
-        (Plan.DENSE, "float32", [16, 16], 1e-4, {"_linear_kernel", "_norm_kernel", "_add_kernel", "_gelu_kernel"}),
-        (Plan.FULL, "float32", [8, 8], 1e-4, {"_share_kernel", "_median_kernel", "_residual_kernel", "_add_kernel"}),
+        (Plan.FACTORED, "float32", [8, 8], True, 1e-4, {"_slot_kernel", "_product_kernel"}),
+        (Plan.DENSE, "float32", [16, 16], False, 1e-4,
+         {"_linear_kernel", "_norm_kernel", "_add_kernel", "_gelu_kernel"}),
+        (Plan.FULL, "float32", [8, 8], False, 1e-4,
+         {"_share_kernel", "_median_kernel", "_residual_kernel", "_add_kernel"}),
     ],
 )  # fmt: skip
 def test_a_whole_unet_on_interpreted_kernels_equals_torchs(
-    interpret: Callable[..., dict[str, float]], plan: Plan, dtype: str, side: list[int], bound: float, kernels: set[str]
+    interpret: Callable[..., dict[str, float]],
+    plan: Plan,
+    dtype: str,
+    side: list[int],
+    own: bool,
+    bound: float,
+    kernels: set[str],
 ) -> None:
-    found = interpret(__file__, "interpreted", plan=plan.value, dtype=dtype, side=side)
+    found = interpret(__file__, "interpreted", plan=plan.value, dtype=dtype, side=side, own=own)
     assert found["error"] <= bound
     assert set(found) >= kernels, found
     if plan is Plan.FULL:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hueshift.engines.cuda_lane import HostLane, Work
-from hueshift.kernels import factored_conv, factored_linear, lowrank_linear, lowrank_residual
+from hueshift.kernels import factored_conv, factored_linear, lowrank_linear, lowrank_residual, slot_linear
 from hueshift.kernels.launch import Launch
 
 GPU = torch.device("cuda:0")
@@ -37,6 +37,7 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "scale_and_expand": factored_conv.scale_and_expand,
     "lowrank_residual": lowrank_residual.lowrank_residual,
     "lowrank_linear": lowrank_linear.lowrank_linear,
+    "slot_linear": slot_linear.slot_linear,
 }
 
 
