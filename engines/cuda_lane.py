@@ -79,6 +79,10 @@ class GraphLane(Protocol):
         """Bytes of the device that nothing holds, caches of the allocator included; None if that is not known."""
         ...
 
+    def total_bytes(self) -> int | None:
+        """Bytes of the device's memory; None if that is not known."""
+        ...
+
     def peak_bytes(self, work: Work) -> int:
         """Run `work`, wait for it, and return the most memory that it took at a time; 0 if that is not known."""
         ...
@@ -174,6 +178,10 @@ class CudaLane:
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
+    def total_bytes(self) -> int:
+        """All that the device has."""
+        return int(torch.cuda.mem_get_info(self.device)[1])
+
     def peak_bytes(self, work: Work) -> int:
         """What torch had to ask the driver for beside what it had: blocks of other streams are not lent to this one."""
         torch.cuda.synchronize(self.device)
@@ -257,6 +265,10 @@ class HostLane:
 
     def free_bytes(self) -> int | None:
         """Not known: the host's memory belongs to all processes."""
+        return None
+
+    def total_bytes(self) -> int | None:
+        """Not known, as what is free."""
         return None
 
     def peak_bytes(self, work: Work) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,8 @@ class NetworkSet:
         options, slots, lowrank = self._options, self._slabs.slots, self._slabs.lowrank
         layers: list[MatrixLayer] = []
         if options.kernels is not KernelUse.OFF and options.slot_weight_bytes:
-            levels, side = len(self._base.unet.config.block_out_channels), self._base.sample_size
+            unet: Any = self._base.unet
+            levels, side = len(unet.config.block_out_channels), self._base.sample_size
             most = options.slot_weight_bytes
             layers = choose_layers(self._rows.layout, levels, side, slots, self._dtype.itemsize, most)
         return SlotWeights(layers, self._rows, slots, lowrank.device, self._dtype)

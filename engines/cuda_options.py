@@ -36,8 +36,8 @@ class KernelUse(StrEnum):
 class CudaOptions:
     """`warm_sizes` are latent sizes (h, w) that are captured at start and stay; `max_area` the most latent positions of
     a picture; `graphs` the most captures of other shapes; `weight_slots` the mixes that can be merged at a time.
-    `slot_weight_bytes` is the most memory for whole weights of every slot (slot_weights.py); None: a tenth of what is
-    free. `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start.
+    `slot_weight_bytes` is the most memory for whole weights of every slot (slot_weights.py); None: a tenth of the
+    device's. `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start.
     Without a `dtype` networks run in fp16 on a GPU and in fp32 on a CPU. Pictures with a side above `tile_above` pixels
     (0: none) are decoded in tiles (engines/vae.py).
     """

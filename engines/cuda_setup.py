@@ -26,7 +26,8 @@ from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.kernels.launch import triton
 
 Progress = Callable[[str, int, int], None]
-# Of free memory, for whole weights of every slot where the settings say nothing: 14 GB of an H200; SD1.5 takes 7.
+# Of the device's memory, for whole weights of every slot where the settings say nothing: 14 GB of an H200, of which
+# SD1.5 takes 7.
 _SLOT_WEIGHTS_SHARE = 10
 _log = structlog.get_logger()
 
@@ -69,8 +70,8 @@ def build_cuda(
     """
 
     if options.slot_weight_bytes is None:
-        free = lane.free_bytes() or 0
-        options = replace(options, slot_weight_bytes=free // _SLOT_WEIGHTS_SHARE)
+        # Of what there is and not of what is free: the same at every start, for measured costs to be found again.
+        options = replace(options, slot_weight_bytes=(lane.total_bytes() or 0) // _SLOT_WEIGHTS_SHARE)
 
     def make(options: CudaOptions) -> CudaEngine:
         given = (base, factors, rows, norms)

@@ -15,7 +15,6 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import lane_of
-from hueshift.engines.cuda_options import KernelUse
 from hueshift.engines.cuda_setup import planner_of
 from hueshift.engines.encoder_layers import encoder_parameters
 from hueshift.engines.half_decoder import serving_decoder
@@ -94,7 +93,7 @@ class ServiceSet:
                 base,
                 tile_above=settings.engine.vae_tiling_above,
                 lane=vae_lane,
-                half=serving_decoder(base, fuse=settings.engine.kernels != KernelUse.OFF),
+                half=serving_decoder(base, fuse=settings.engine.kernels != "off"),
             ),
             slots,
             metrics,

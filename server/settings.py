@@ -122,7 +122,7 @@ class EngineSettings(_Section):
         None,
         ge=0,
         description="Memory for every slot's own weights of the layers on large pictures, which makes mixed batches "
-        "cheaper with torch on CUDA; none: a tenth of what is free, 0: never.",
+        "cheaper with torch on CUDA; none: a tenth of the device's, 0: never.",
     )
     vae_tiling_above: int = Field(
         1024, ge=0, description="Pictures with a longer side in pixels are decoded in tiles, to save memory; 0: never."

@@ -34,6 +34,10 @@ class MemoryLane(HostLane):
         """What is left."""
         return self.total - self.held - self.pool
 
+    def total_bytes(self) -> int | None:
+        """All of it."""
+        return self.total
+
     def peak_bytes(self, work: Work) -> int:
         """All results of it."""
         return result_bytes(work)
