@@ -81,6 +81,10 @@ def compiled_ops() -> CompiledOps:
     ) -> Tensor:
         return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
 
+    return CompiledOps(residual, linear, expand, branched, _register_slot_linear())
+
+
+def _register_slot_linear() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
     @torch.library.custom_op("hueshift::slot_linear", mutates_args=())
     def own(x: Tensor, weights: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
         return slot_linear.slot_linear(x, weights, index, bias)
@@ -89,4 +93,4 @@ def compiled_ops() -> CompiledOps:
     def _(x: Tensor, weights: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
         return x.new_empty(x.shape[0], x.shape[1], weights.shape[1])
 
-    return CompiledOps(residual, linear, expand, branched, own)
+    return own

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_unet import SD1_LIKE, TOKENS, tiny_parts
+from tiny_unet import SD1_LIKE, TOKENS, TinyParts, tiny_parts
 
 from hueshift.adapters.adapter import AdapterKind
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.cuda_attention import AttentionTable
 from hueshift.engines.cuda_buffers import CallBuffers, CallShape
-from hueshift.engines.cuda_layers import slab_rows
+from hueshift.engines.cuda_layers import SlabRows, slab_rows
 from hueshift.engines.cuda_unet import CudaUNet
 from hueshift.engines.interface import EngineRow, Guides, Plan
 from hueshift.engines.slabs import Slabs
@@ -40,6 +40,39 @@ SLOTS = 4
 KINDS = {1: AdapterKind.SPECTRAL, 3: AdapterKind.LOWRANK}
 
 
+def slot_views(parts: TinyParts, slabs: Slabs, dtype: torch.dtype, side: int) -> SlabRows:
+    """Slabs beside whole weights of the slots that were loaded."""
+    layers = choose_layers(parts.rows.layout, 2, side, SLOTS, dtype.itemsize, 1 << 24)
+    weights = SlotWeights(layers, parts.rows, SLOTS, slabs.spectral.device, dtype)
+    weights.prepare(
+        {f"unet.{name}": part.to(dtype) for name, part in parts.base.unet.named_parameters()}, parts.factors
+    )
+    for slot in KINDS:
+        weights.write(slot, EngineRow(slabs.spectral[slot], slabs.lowrank[slot]))
+    return replace(slab_rows(parts.rows, slabs.spectral, slabs.lowrank), own_weights=weights.weights)
+
+
+def make_network(parts: TinyParts, slabs: Slabs, plan: Plan, dtype: torch.dtype, own_side: int | None) -> CudaUNet:
+    """The network as the CUDA engine makes it, with weights of slots for pictures of a side if one is given."""
+    if own_side is None:
+        slab_views = slab_rows(parts.rows, slabs.spectral, slabs.lowrank)
+    else:
+        slab_views = slot_views(parts, slabs, dtype, own_side)
+    return CudaUNet(
+        parts.base,
+        parts.factors,
+        parts.rows,
+        plan,
+        slab_rows=slab_views,
+        spectral=slabs.spectral,
+        lowrank=slabs.lowrank,
+        attention=AttentionTable(),
+        kernels=True,
+        fuse=True,
+        dtype=dtype,
+    )
+
+
 def interpreted(plan: str, dtype: str, side: list[int], own: bool) -> dict[str, float]:
     """Run one call of a mixed batch both ways; return the error, and how often each kernel was launched."""
     parts = tiny_parts(SD1_LIKE)
@@ -52,28 +85,7 @@ def interpreted(plan: str, dtype: str, side: list[int], own: bool) -> dict[str, 
     inputs = parts.inputs(2, side=(side[0], side[1]))
     plain = AdaptedUNet(parts.base, parts.factors, parts.rows, Plan(plan))
     spectral = None if plan == Plan.DENSE else slabs.spectral
-    views_of_slabs = slab_rows(parts.rows, slabs.spectral, slabs.lowrank)
-    if own:
-        layers = choose_layers(parts.rows.layout, 2, side[0], SLOTS, kind.itemsize, 1 << 24)
-        weights = SlotWeights(layers, parts.rows, SLOTS, index.device, kind)
-        pristine = {f"unet.{name}": part.to(kind) for name, part in parts.base.unet.named_parameters()}
-        weights.prepare(pristine, parts.factors)
-        for slot in KINDS:
-            weights.write(slot, EngineRow(slabs.spectral[slot], slabs.lowrank[slot]))
-        views_of_slabs = replace(views_of_slabs, own_weights=weights.weights)
-    network = CudaUNet(
-        parts.base,
-        parts.factors,
-        parts.rows,
-        Plan(plan),
-        slab_rows=views_of_slabs,
-        spectral=slabs.spectral,
-        lowrank=slabs.lowrank,
-        attention=AttentionTable(),
-        kernels=True,
-        fuse=True,
-        dtype=kind,
-    )
+    network = make_network(parts, slabs, Plan(plan), kind, side[0] if own else None)
     launched: dict[str, float] = {}
     run = Launch.run
     # The first row confined to a word, the second by the first one's mask and with its attention.
