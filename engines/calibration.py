@@ -77,7 +77,7 @@ def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[
         else:
             found[plan] = known[plan] if known is not None and plan in known else _kernels_win(engine, plan)
         engine.networks.choose(plan, kernels=found[plan])
-    engine.networks.fuse_plain()
+    engine.networks.settle()
     return found
 
 

@@ -119,13 +119,17 @@ class NetworkSet:
             self._chosen[plan] = self.make(plan, kernels=kernels, source=self._chosen[plan].unet)
             self._compiled.pop(plan.value, None)
 
-    def fuse_plain(self) -> None:
-        """Run the blocks of the base and of merged weights on the Triton kernels, as the dense plan was found right
-        with. For a start: their graphs must not be there yet.
+    def settle(self) -> None:
+        """Follow the forms that were chosen: the base and merged weights run their blocks on the Triton kernels as the
+        dense plan was found right with, and weights of slots that no plan reads are let go. For a start: graphs of
+        those networks must not be there yet.
         """
         if self._fuses and self._chosen[Plan.DENSE].unet.on_kernels:
             for network in (self.base, *self._merged):
                 network.unet.fuse()
+        if not any(network.unet.on_kernels for network in self._chosen.values()):
+            self.slot_weights = SlotWeights((), self._rows, self._slabs.slots, self._slabs.lowrank.device, self._dtype)
+            self._slab_rows = replace(self._slab_rows, own_weights=self.slot_weights.weights)
 
     @property
     def _fuses(self) -> bool:

@@ -108,6 +108,8 @@ def _live(make: Callable[[CudaOptions], CudaEngine], options: CudaOptions, cache
         tell_capacity(engine)
     if known is not None or options.kernels is KernelUse.ON:
         choose_forms(engine, known.kernels if known is not None else None)
+    else:
+        engine.networks.settle()
     return engine
 
 

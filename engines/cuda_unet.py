@@ -44,7 +44,7 @@ class CudaUNet(AdaptedUNet):
         self.to(device=None if is_weightless(self) else lowrank.device, dtype=dtype)
         # Of its own, with what is set for a call: the masks are those that its attention leaves behind. What they
         # confine is the branch, which has to be there by itself.
-        own_weights = {} if plan is Plan.FULL else slab_rows.own_weights
+        own_weights = slab_rows.own_weights if kernels and plan is not Plan.FULL else {}
         self.slab_rows = replace(slab_rows, masks=self.call_rows.masks, own_weights=own_weights)
         self.spectral = None if plan is Plan.DENSE else spectral
         self.lowrank = lowrank

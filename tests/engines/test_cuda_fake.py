@@ -142,7 +142,7 @@ def test_networks_after_the_first_take_no_memory(parts: TinyParts, gpu: FakeGpu)
         }
         assert {name: part.data_ptr() for name, part in networks.full.unet.named_parameters()} == pointers
         assert all(part.device == GPU for part in networks.of(Plan.DENSE).unet.parameters())
-    networks.fuse_plain()
+    networks.settle()
     assert gpu.allocated == 0
 
 

@@ -45,7 +45,8 @@ def parts(request: pytest.FixtureRequest) -> TinyParts:
 
 def make_engine(parts: TinyParts, device: torch.device, cache: Path, **options: object) -> CudaEngine:
     """A warm engine of five slots and two weight slots."""
-    given: dict[str, object] = {"warm_sizes": ((8, 8),), "max_area": 256, "weight_slots": 2, **options}
+    given: dict[str, object] = {"warm_sizes": ((8, 8),), "max_area": 256, "weight_slots": 2}
+    given |= {"slot_weight_bytes": 1 << 24, **options}
     return build_cuda(
         parts.base,
         parts.factors,
@@ -77,12 +78,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.cpu() - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("kernels", [KernelUse.OFF, KernelUse.ON])
+@pytest.mark.parametrize(("kernels", "most"), [(KernelUse.OFF, 0), (KernelUse.ON, 0), (KernelUse.ON, 1 << 24)])
 @pytest.mark.parametrize("compile", [CompileKind.NONE, CompileKind.GRAPH, CompileKind.INDUCTOR])
 def test_every_plan_equals_torch(
-    parts: TinyParts, device: torch.device, tmp_path: Path, compile: CompileKind, kernels: KernelUse
+    parts: TinyParts, device: torch.device, tmp_path: Path, compile: CompileKind, kernels: KernelUse, most: int
 ) -> None:
-    engine, expected = make_engine(parts, device, tmp_path, compile=compile, kernels=kernels), reference(parts)
+    engine = make_engine(parts, device, tmp_path, compile=compile, kernels=kernels, slot_weight_bytes=most)
+    assert bool(engine.networks.slot_weights.weights) is bool(most)
+    expected = reference(parts)
     for slot, row in enumerate(adapter_rows(parts), 1):
         engine.load_row(slot, row)
         expected.load_row(slot, row)
@@ -141,7 +144,9 @@ def test_attention_backends_equal_torch(
 def test_a_thousand_swaps_under_load_leave_nothing_behind(
     parts: TinyParts, device: torch.device, tmp_path: Path
 ) -> None:
-    engine, rows = make_engine(parts, device, tmp_path), adapter_rows(parts)
+    engine, rows = make_engine(parts, device, tmp_path, kernels=KernelUse.ON), adapter_rows(parts)
+    own = {name: part[BASE_SLOT].clone() for name, part in engine.networks.slot_weights.weights.items()}
+    assert own
     inputs, base = [part.to(device) for part in parts.inputs(2)], torch.full((2,), BASE_SLOT)
     plans = (Plan.DENSE, Plan.FACTORED, Plan.MERGED)
 
@@ -187,6 +192,7 @@ def test_a_thousand_swaps_under_load_leave_nothing_behind(
         thread.join()
     after = [run(plan, base) for plan in plans]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(torch.equal(engine.networks.slot_weights.weights[name][BASE_SLOT], part) for name, part in own.items())
     assert engine.graphs.captures == captures
     assert engine.buffers.addresses == addresses
     # The other thread's two products may or may not be held when it is looked at.

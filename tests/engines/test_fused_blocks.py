@@ -156,14 +156,14 @@ def test_networks_are_fused_with_the_kernels_unless_torch_compiles_them(
     tiny: TinyParts, compile: CompileKind, kernels: KernelUse, fused: bool
 ) -> None:
     networks = make_engine(tiny, compile, kernels).networks
-    networks.fuse_plain()
+    networks.settle()
     for role in (Plan.DENSE.value, Plan.FACTORED.value, "merged 0", BASE_ROLE):
         assert bool(networks.named(role).unet.fused_blocks) is fused, role
 
 
 def test_merged_weights_are_read_by_fused_blocks(tiny: TinyParts) -> None:
     plain, fused = (make_engine(tiny, CompileKind.GRAPH, use) for use in (KernelUse.OFF, KernelUse.ON))
-    fused.networks.fuse_plain()
+    fused.networks.settle()
     inputs = tiny.inputs(2)
     found = []
     for engine in (plain, fused):

@@ -1,5 +1,8 @@
 """Whole weights of every slot: which layers have them, what is in them, and that pictures stay what they were."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_unet import TinyParts
@@ -126,6 +129,21 @@ def test_other_plans_and_forms_share_parameters_with_layers_that_do_not_read_the
     again = engine.denoise(Plan.FACTORED, *inputs, index)
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(merged[:1], expected[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_no_plan_reads_is_let_go(tiny: TinyParts) -> None:
+    engine = make_engine(tiny)
+    held = weakref.ref(next(iter(engine.networks.slot_weights.weights.values())))
+    engine.networks.settle()
+    assert held() is not None
+    for plan in (Plan.DENSE, Plan.FACTORED):
+        engine.networks.choose(plan, kernels=False)
+    engine.networks.settle()
+    gc.collect()
+    assert held() is None
+    load(tiny, engine)
+    inputs, index = tiny.inputs(2), torch.tensor([1, 3])
+    assert engine.denoise(Plan.FACTORED, *inputs, index).isfinite().all()
 
 
 @pytest.mark.parametrize(("most", "kernels"), [(0, KernelUse.ON), (1 << 24, KernelUse.OFF)])
