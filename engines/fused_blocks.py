@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -120,6 +121,45 @@ class FusedResnet(nn.Module):
         return residual_add(kept.contiguous(memory_format=layout), hidden.contiguous(memory_format=layout), bias)
 
 
+class FusedTransformer(nn.Module):
+    """diffusers' Transformer2DModel on pictures, without its two changes of layout; see `fits`."""
+
+    def __init__(self, block: Transformer2DModel) -> None:
+        super().__init__()
+        self.on_tokens = block.use_linear_projection
+        self.norm, self.proj_in = block.norm, block.proj_in
+        self.transformer_blocks, self.proj_out = block.transformer_blocks, block.proj_out
+
+    @staticmethod
+    def fits(block: Transformer2DModel) -> bool:
+        """True for one that reads a picture and gives one of as many channels."""
+        return block.is_input_continuous and isinstance(block.norm, FusedGroupNorm)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> tuple[Tensor]:
+        """Map [N, channels, h, w], with a context for cross-attention, to the same, channels_last."""
+        x = hidden_states.contiguous(memory_format=torch.channels_last)
+        normal = self.norm(x)
+        tokens = self.proj_in(as_tokens(normal)) if self.on_tokens else as_tokens(self.proj_in(normal))
+        for block in self.transformer_blocks:
+            tokens = block(
+                tokens,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                cross_attention_kwargs=cross_attention_kwargs,
+            )
+        out = as_pixels(self.proj_out(tokens), x) if self.on_tokens else self.proj_out(as_pixels(tokens, x))
+        return (residual_add(x, out.contiguous(memory_format=torch.channels_last)),)
+
+
 def convolve(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Convolve, and return apart what is still to be added to each channel: cuDNN's bias would be a pass of its own."""
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
@@ -144,6 +184,9 @@ def fuse_blocks(unet: nn.Module, rows: SlabRows) -> int:
     # Their norms are fused by now.
     for parent in list(unet.modules()):
         for key, child in list(parent._modules.items()):
+            if isinstance(child, Transformer2DModel) and FusedTransformer.fits(child):
+                parent._modules[key] = FusedTransformer(child)
+                replaced += 1
             if isinstance(child, ResnetBlock2D):
                 if FusedResnet.fits(child):
                     parent._modules[key] = FusedResnet(child)

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from tiny_unet import TinyParts
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from hueshift.engines.fused_blocks import (
     FusedGroupNorm,
     FusedLayerNorm,
     FusedResnet,
+    FusedTransformer,
     PixelLinear,
     fuse_blocks,
 )
@@ -121,18 +123,21 @@ def test_gates_and_products_on_pixels_equal_diffusers() -> None:
 
 
 @torch.no_grad()
-def test_a_whole_unet_equals_diffusers_and_keeps_the_names_of_its_weights(tiny: TinyParts) -> None:
-    unet: Any = UNet2DConditionModel.from_config(tiny.base.unet.config).eval()
+def test_a_whole_unet_equals_diffusers_and_keeps_the_names_of_its_weights(any_architecture: TinyParts) -> None:
+    parts = any_architecture
+    unet: Any = UNet2DConditionModel.from_config(parts.base.unet.config).eval()
     unet.to(memory_format=torch.channels_last)
     names = {name for name, _ in unet.named_parameters()}
     sample = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
-    context = torch.randn(2, 5, unet.config.cross_attention_dim)
-    expected = unet(sample, 500, encoder_hidden_states=context).sample
+    given: dict[str, Any] = {"encoder_hidden_states": torch.randn(2, 5, unet.config.cross_attention_dim)}
+    if unet.config.addition_embed_type:
+        given["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 20), "time_ids": torch.rand(2, 6)}
+    expected = unet(sample, 500, **given).sample
     assert fuse_blocks(unet, rows_of({}, [0, 0])) > 10
     kinds = {type(module) for module in unet.modules()}
-    assert kinds >= {FusedResnet, FusedGroupNorm, FusedGate, PixelLinear}
-    assert not kinds & {ResnetBlock2D, nn.GroupNorm, GEGLU}
-    torch.testing.assert_close(unet(sample, 500, encoder_hidden_states=context).sample, expected, rtol=1e-4, atol=1e-5)
+    assert kinds >= {FusedResnet, FusedTransformer, FusedGroupNorm, FusedGate}
+    assert not kinds & {ResnetBlock2D, Transformer2DModel, nn.GroupNorm, GEGLU}
+    torch.testing.assert_close(unet(sample, 500, **given).sample, expected, rtol=1e-4, atol=1e-5)
     assert {name for name, _ in unet.named_parameters()} == names
 
 
