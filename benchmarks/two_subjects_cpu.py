@@ -1,9 +1,9 @@
-"""A job on two subjects with Cut-Mix-Unmix, in part, and without it: figures as JSON, and a grid to look at.
+"""A job on two subjects with more and less of Cut-Mix-Unmix, and without it: figures as JSON, and a grid to look at.
 
     python -P benchmarks/two_subjects_cpu.py --data ../shared/data --out out/two-subjects
 
-A fox and a guitar, four pictures of each in four drawing styles, `svdiff` with its defaults for two subjects. All jobs
-have the same seed, and their pictures the same noise. Trained adapters stay in the folder of --out.
+A fox and a guitar, four pictures of each in four drawing styles, `svdiff` with its other defaults for two subjects.
+Jobs have the same seed unless they say so, and their pictures the same noise. Trained adapters stay in the folder of --out.
 
 A subject by itself is held against its true picture in a fifth style, and against the other's. Of pictures of both,
 each half is held against the middle halves (of which cut rows are made) of its subject's pictures and of the other's:
@@ -38,9 +38,12 @@ SUBJECTS = {
 }
 SEEDS = range(4)
 WAYS: dict[str, dict[str, Any]] = {
-    "with": {},
-    "cut rows alone": {"unmix_weight": 0.0},
     "without": {"cut_mix_probability": 0.0},
+    "few": {"cut_mix_probability": 0.15, "unmix_weight": 0.0},
+    "default": {},
+    "default, another seed": {"seed": 1},
+    "many": {"cut_mix_probability": 0.6},
+    "many, heavy": {"cut_mix_probability": 0.6, "unmix_weight": 20.0},
 }
 
 
@@ -106,7 +109,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with subjects/<name>/<style>.png")
     parser.add_argument("--out", type=Path, default=Path("out/two-subjects"))
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/hueshift").expanduser())
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

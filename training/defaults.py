@@ -114,10 +114,10 @@ _KINDS: Mapping[SubjectKind, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-# The paper's probability. Weight and layers it does not give where we could read it: on emoji-128 the mean squared
-# attention of a word over the other half is 0.0015 before training, so this weight makes it 0.03, beside a denoising
-# loss of 0.04 to 0.3.
-_SEVERAL: Mapping[str, Any] = MappingProxyType({"cut_mix_probability": 0.6, "unmix_weight": 20.0})
+# Half the paper's probability, whose 0.6 leaves too few whole pictures: on emoji-128 it halves what is learned of each
+# subject. Weight and layers the paper does not give where we could read it; 20 keeps both from being learned
+# (docs/training.md, two subjects in one job).
+_SEVERAL: Mapping[str, Any] = MappingProxyType({"cut_mix_probability": 0.3, "unmix_weight": 1.0})
 
 
 def check_identifier(identifier: str, tokenizer: Any, field: str = "identifier") -> int:
@@ -140,14 +140,15 @@ def method_defaults(
 ) -> dict[str, Any]:
     """Return the settings of a job of this method, kind and number of subjects that gives none, or `targets` alone.
 
-    With several subjects SVDiff cuts and mixes them; other methods do when asked. DreamBooth's rate depends on its
-    targets.
+    Several subjects take as many times the steps, each as many as alone; SVDiff cuts and mixes them, other methods do
+    when asked. DreamBooth's rate depends on its targets.
     """
     chosen = {**_COMMON, **_KINDS[subject_kind], **_METHODS[method], **_CHOSEN.get((method, subject_kind), {})}
     if targets is not None:
         chosen["targets"] = tuple(targets)
     if method is Method.DREAMBOOTH and chosen["targets"]:
         chosen["learning_rate"] = DREAMBOOTH_FEW_RATE
+    chosen["steps"] *= max(1, subjects)
     if subjects > 1 and method is Method.SVDIFF:
         chosen |= _SEVERAL
     return chosen

@@ -84,7 +84,7 @@ def test_settings_that_belong_together_are_filled_in_together() -> None:
     pissa = complete(method=Method.LORA, lora_init="pissa", precision=Precision.FP32)
     assert (pissa.lora_init, pissa.precision) == (LoraInit.PISSA, Precision.FP32)
     pair = complete(**PAIR)
-    assert (pair.cut_mix_probability, pair.unmix_weight) == (0.6, 20.0)
+    assert (pair.cut_mix_probability, pair.unmix_weight, pair.steps) == (0.3, 1.0, 240)
     apart = complete(**PAIR, cut_mix_probability=0.0)
     assert (apart.cut_mix_probability, apart.unmix_weight) == (0.0, 0.0)
     assert complete(**PAIR, method=Method.LORA).cut_mix_probability == 0
