@@ -3,7 +3,8 @@
     python -P benchmarks/two_subjects_cpu.py --data ../shared/data --out out/two-subjects
 
 A fox and a guitar, four pictures of each in four drawing styles, `svdiff` with its other defaults for two subjects.
-Jobs have the same seed unless they say so, and their pictures the same noise. Trained adapters stay in the folder of --out.
+Jobs have the same seed unless they say so, and their pictures the same noise. Trained adapters stay in the folder of
+--out.
 
 A subject by itself is held against its true picture in a fifth style, and against the other's. Of pictures of both,
 each half is held against the middle halves (of which cut rows are made) of its subject's pictures and of the other's:
@@ -40,6 +41,7 @@ SEEDS = range(4)
 WAYS: dict[str, dict[str, Any]] = {
     "without": {"cut_mix_probability": 0.0},
     "few": {"cut_mix_probability": 0.15, "unmix_weight": 0.0},
+    "without, another seed": {"cut_mix_probability": 0.0, "seed": 1},
     "default": {},
     "default, another seed": {"seed": 1},
     "many": {"cut_mix_probability": 0.6},
