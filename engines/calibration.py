@@ -17,7 +17,7 @@ from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import GraphLane, Work
-from hueshift.engines.cuda_options import KernelUse
+from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan, no_guides
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
@@ -79,6 +79,13 @@ def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[
         engine.networks.choose(plan, kernels=found[plan])
     engine.networks.settle()
     return found
+
+
+def check_compiled(engine: CudaEngine) -> None:
+    """Leave the networks of a plan uncompiled where torch.compile's kernels draw something else than torch's."""
+    if engine.options.compile is CompileKind.INDUCTOR:
+        for plan in (Plan.DENSE, Plan.FACTORED):
+            _check_compiled(engine, plan)
 
 
 def warm_all(engine: CudaEngine, progress: Progress) -> dict[GraphKey, Work]:
@@ -160,6 +167,24 @@ def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
     return _Trial(plan, rows, float(error), times.get(False), times.get(True))
 
 
+def _check_compiled(engine: CudaEngine, plan: Plan) -> None:
+    rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
+    engine.graphs.forget(plan.value)
+    plain = _example_output(engine, plan, rows)
+    engine.graphs.forget(plan.value)
+    engine.warm_one(plan.value, CallShape(rows, *engine.options.warm_sizes[0]))
+    compiled = _example_output(engine, plan, rows)
+    error = float((compiled - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
+    told = {"plan": plan.value, "rows": rows, "error": error}
+    # Written so that NaN does not pass.
+    if error <= _FORM_BOUND:
+        _log.info("compiled_form", **told)
+        return
+    _log.error("compiled_form_wrong", bound=_FORM_BOUND, serves="torch's kernels", **told)
+    engine.graphs.forget(plan.value)
+    engine.networks.leave_uncompiled(plan)
+
+
 def _refuse_wrong(trial: _Trial) -> None:
     """Raise FailedPrecondition (ENGINE_PARITY) on a form that was forced and is wrong."""
     if trial.right:
@@ -186,7 +211,8 @@ def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:
     # A tenth up or down, and branches of about a hundredth of a layer's output.
     change = 1 + 0.1 * (2 * torch.rand(layout.spectral_size, generator=generator) - 1)
     branch = 0.02 * torch.randn(layout.lowrank_size, generator=generator)
-    engine.load_row(slot, EngineRow(base.spectral.cpu() * change, branch))
+    # Rows with singular values are never the dense plan's, whose forms make different things of them.
+    engine.load_row(slot, EngineRow(None if plan is Plan.DENSE else base.spectral.cpu() * change, branch))
     index = torch.tensor([slot if number % 2 else BASE_SLOT for number in range(rows)])
     latents, timesteps, cross, _ = example_inputs(engine.base, rows)
     added = example_added(engine.base, rows)

@@ -81,6 +81,7 @@ class NetworkSet:
         self._full: GuidedNetwork | None = None
         self._merged: list[Network] = []
         self._compiled: dict[str, Network] = {}
+        self._uncompiled: set[str] = set()
 
     def of(self, plan: Plan) -> Network:
         """The network of a slab plan without guides."""
@@ -162,13 +163,22 @@ class NetworkSet:
     def compiled(self, role: str) -> Network:
         """The same as it is warmed for a shape: to be compiled at its next call if the options say so."""
         network = self.named(role)
-        if self._options.compile is not CompileKind.INDUCTOR:
+        if self._options.compile is not CompileKind.INDUCTOR or role in self._uncompiled:
             return network
         self._observer.compiled(role)
         if role not in self._compiled:
             compute = compile_network(network.compute, autotune=self._options.autotune)
             self._compiled[role] = replace(network, compute=compute)
         return self._compiled[role]
+
+    def leave_uncompiled(self, plan: Plan) -> None:
+        """Compile no network of a slab plan from now on; with the dense plan's go those that have their own weights."""
+        roles = [plan.value]
+        if plan is Plan.DENSE:
+            roles += [BASE_ROLE, *(network.role for network in self._merged)]
+        self._uncompiled.update(roles)
+        for role in roles:
+            self._compiled.pop(role, None)
 
     def named(self, role: str) -> Network:
         """The network of a role other than Plan.FULL's."""

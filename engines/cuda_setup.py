@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.calibration import choose_forms, measure_capacity, measure_costs, tell_capacity, warm_all
+from hueshift.engines.calibration import (
+    check_compiled,
+    choose_forms,
+    measure_capacity,
+    measure_costs,
+    tell_capacity,
+    warm_all,
+)
 from hueshift.engines.cost_code import measured_code
 from hueshift.engines.cost_store import Calibration, read_costs, write_costs
 from hueshift.engines.cuda_engine import CudaEngine
@@ -84,6 +91,7 @@ def build_cuda(
     identity = describe(engine)
     known = read_costs(cache_dir, identity)
     kernels = choose_forms(engine, known.kernels if known is not None else None)
+    check_compiled(engine)
     with kept_free(lane, reserve):
         calls = warm_all(engine, progress)
     measured = measure_costs(engine, calls, progress) if known is None else known.table

@@ -10,11 +10,13 @@ from tiny_unet import TinyParts
 from torch import Tensor
 
 from hueshift.adapters.errors import FailedPrecondition, Reason
-from hueshift.engines import calibration
+from hueshift.engines import calibration, cuda_networks
+from hueshift.engines.cuda_buffers import CallShape
+from hueshift.engines.cuda_compile import Compute
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import HostLane
 from hueshift.engines.cuda_layers import KernelFactoredLinear, SlabRows
-from hueshift.engines.cuda_options import KernelUse
+from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, Plan
 from hueshift.engines.torch_engine import TorchEngine
 
@@ -56,6 +58,39 @@ def test_kernels_that_are_faster_are_chosen(tiny: TinyParts) -> None:
     assert engine.networks.full.unet.fused_blocks > 0
     # What was tried is gone.
     assert torch.equal(torch.as_tensor(engine.row(1).spectral), torch.as_tensor(engine.row(BASE_SLOT).spectral))
+
+
+@pytest.mark.usefixtures("faster")
+def test_slots_with_weights_of_their_own_draw_the_same(tiny: TinyParts) -> None:
+    engine = cuda_engine(tiny, HostLane(), slot_weight_bytes=1 << 24)
+    with capture_logs() as logs:
+        assert calibration.choose_forms(engine, None) == {Plan.DENSE: True, Plan.FACTORED: True, Plan.FULL: True}
+    assert [line["error"] < 1e-4 for line in logs if line["event"] == "layer_form"] == [True] * 3
+    assert engine.networks.slot_weights.weights
+    assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_was_compiled_wrong_is_not_served(tiny: TinyParts, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    compiled: list[str] = []
+
+    def compile_network(compute: Compute, *, autotune: bool) -> Compute:
+        compiled.append("once")
+        return lambda *inputs: compute(*inputs) * (1.5 if wrong else 1.0)
+
+    monkeypatch.setattr(cuda_networks, "compile_network", compile_network)
+    engine = cuda_engine(tiny, HostLane(), compile=CompileKind.INDUCTOR, kernels=KernelUse.OFF)
+    with capture_logs() as logs:
+        calibration.check_compiled(engine)
+    events = [(line["event"], line["plan"]) for line in logs if line["event"].startswith("compiled_form")]
+    assert events == [("compiled_form_wrong" if wrong else "compiled_form", plan) for plan in ("dense", "factored")]
+    before = len(compiled)
+    assert before == 2
+    for role in ("dense", "factored", "merged base", "merged 0"):
+        engine.warm_one(role, CallShape(4, 8, 8))
+    # The two plans' are there already; none is made again where they were wrong.
+    assert len(compiled) - before == (0 if wrong else 2)
+    assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
 
 
 @pytest.mark.usefixtures("faster", "broken")
