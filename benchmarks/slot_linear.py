@@ -83,7 +83,7 @@ class Layers:
 
 def is_large(weight: Weight) -> bool:
     """True for a product that sees at least as many tokens as it has singular values, and does not read the prompt."""
-    if len(weight.shape) == 4 and (weight.shape[2:] != (1, 1) or "conv_shortcut" in weight.name):
+    if len(weight.shape) == 4 and weight.shape[2:] != (1, 1):
         return False
     tokens = weight.input[0] if len(weight.input) == 1 else weight.input[0] * weight.input[1]
     return tokens >= weight.rank and "time_emb" not in weight.name

@@ -1,7 +1,7 @@
 """A copy of the base UNet whose layers read adapter rows. It shares the base's weights and never changes them."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ class AdaptedUNet(nn.Module):
         self.plan = plan
         self.call_rows = CallRows(channels_last=channels_last)
         self.guides = CallGuides()
-        self.unet = _shared_copy(base.unet)
+        self.unet = copy_modules(base.unet, _alias)
         self._text_side = rows.text_side
         if added_width(rows.layout):
             self._take_added()
@@ -225,10 +225,13 @@ def _unsupported(name: str, layer: nn.Module) -> InvalidArgument:
     return InvalidArgument(Reason.MODEL_UNSUPPORTED, f"the UNet's layer {name} ({layer}) cannot be adapted")
 
 
-def _shared_copy(unet: nn.Module) -> nn.Module:
-    """Copy the modules but not the weights: each parameter of the copy is an alias on the base's storage."""
-    aliases: dict[int, object] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in unet.parameters()
-    }
-    aliases.update({id(buffer): buffer for buffer in unet.buffers()})
-    return copy.deepcopy(unet, aliases)
+def copy_modules(unet: nn.Module, parameter: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
+    """Copy the modules but not the weights: each parameter of the copy is what `parameter` makes of its own."""
+    known: dict[int, object] = {id(own): parameter(own) for own in unet.parameters()}
+    known.update({id(buffer): buffer for buffer in unet.buffers()})
+    return copy.deepcopy(unet, known)
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter on the same storage."""
+    return nn.Parameter(parameter.detach(), requires_grad=False)

@@ -150,8 +150,7 @@ def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
 
 def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
     """Run both forms of a plan; it is left on the kernels, without graphs."""
-    rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
-    shape = CallShape(rows, *engine.options.warm_sizes[0])
+    shape = _form_shape(engine)
     times: dict[bool, float] = {}
     outputs: dict[bool, Tensor] = {}
     for kernels in (False, True):
@@ -160,22 +159,21 @@ def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
             call = engine.warm_one(plan.value, shape)
             with torch.no_grad():
                 times[kernels] = _median_ms(engine.lane, call)
-        outputs[kernels] = _example_output(engine, plan, rows)
+        outputs[kernels] = _example_output(engine, plan, shape.rows)
         # The next form is called by the same key, and would be served by this one's graph.
         engine.graphs.forget(plan.value)
-    error = (outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max().clamp_min(1e-6)
-    return _Trial(plan, rows, float(error), times.get(False), times.get(True))
+    error = _difference(outputs[True], outputs[False])
+    return _Trial(plan, shape.rows, error, times.get(False), times.get(True))
 
 
 def _check_compiled(engine: CudaEngine, plan: Plan) -> None:
-    rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
+    shape = _form_shape(engine)
     engine.graphs.forget(plan.value)
-    plain = _example_output(engine, plan, rows)
+    plain = _example_output(engine, plan, shape.rows)
     engine.graphs.forget(plan.value)
-    engine.warm_one(plan.value, CallShape(rows, *engine.options.warm_sizes[0]))
-    compiled = _example_output(engine, plan, rows)
-    error = float((compiled - plain).abs().max() / plain.abs().max().clamp_min(1e-6))
-    told = {"plan": plan.value, "rows": rows, "error": error}
+    engine.warm_one(plan.value, shape)
+    error = _difference(_example_output(engine, plan, shape.rows), plain)
+    told = {"plan": plan.value, "rows": shape.rows, "error": error}
     # Written so that NaN does not pass.
     if error <= _FORM_BOUND:
         _log.info("compiled_form", **told)
@@ -199,6 +197,17 @@ def _refuse_wrong(trial: _Trial) -> None:
         "off",
         metadata={"plan": trial.plan.value, "error": f"{trial.error:.3g}"},
     )
+
+
+def _form_shape(engine: CudaEngine) -> CallShape:
+    """The call that two forms of a plan are compared at."""
+    rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
+    return CallShape(rows, *engine.options.warm_sizes[0])
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest output."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
 def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:

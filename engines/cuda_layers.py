@@ -133,12 +133,10 @@ class KernelBranched(nn.Module):
         """Map [N, ..., cols] to [N, ..., rows], or [N, cols, h, w] to [N, rows, h, w]."""
         rows = self.rows
         branch = rows.branches[self.name]
-        # diffusers hands proj_out pixels in the other layout, which costs a copy here.
-        tokens = (as_tokens(x) if x.dim() == 4 else _three(x)).contiguous()
-        weight = self.weight.flatten(1)
+        tokens, weight = _packed_tokens(x), self.weight.flatten(1)
         index, mask = rows.branch_indices(), rows.mask(self.name)
         out = rows.ops.lowrank_linear(tokens, weight, self.bias, *branch, index, rows.ones, mask)
-        return as_pixels(out, x) if x.dim() == 4 else out.view(*x.shape[:-1], out.shape[-1])
+        return _shaped_like(out, x)
 
 
 class SlotLinear(nn.Module):
@@ -159,9 +157,8 @@ class SlotLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, ..., cols] to [N, ..., rows], or [N, cols, h, w] to [N, rows, h, w]."""
         rows = self.rows
-        tokens = (as_tokens(x) if x.dim() == 4 else _three(x)).contiguous()
-        out = rows.ops.slot_linear(tokens, rows.own_weights[self.name], rows.indices(), self.bias)
-        return as_pixels(out, x) if x.dim() == 4 else out.view(*x.shape[:-1], out.shape[-1])
+        out = rows.ops.slot_linear(_packed_tokens(x), rows.own_weights[self.name], rows.indices(), self.bias)
+        return _shaped_like(out, x)
 
 
 def use_kernels(network: nn.Module, rows: SlabRows, *, few_filters: int = 8) -> int:
@@ -202,3 +199,13 @@ def as_pixels(tokens: Tensor, like: Tensor) -> Tensor:
 def _three(x: Tensor) -> Tensor:
     """View [N, ..., c] as [N, tokens, c]: a time embedding [N, c] is one token."""
     return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _packed_tokens(x: Tensor) -> Tensor:
+    """[N, tokens, c] of tokens or pixels; a copy of pixels that diffusers hands in the other layout."""
+    return (as_tokens(x) if x.dim() == 4 else _three(x)).contiguous()
+
+
+def _shaped_like(tokens: Tensor, x: Tensor) -> Tensor:
+    """View [N, tokens, c] as `x` is shaped but for its channels."""
+    return as_pixels(tokens, x) if x.dim() == 4 else tokens.view(*x.shape[:-1], tokens.shape[-1])

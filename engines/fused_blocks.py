@@ -26,12 +26,12 @@ from hueshift.kernels.residual_add import residual_add
 
 
 class FusedGroupNorm(nn.Module):
-    """Group norm with the layer's weights, or with those of each sample's slot, and SiLU after it if asked."""
+    """Group norm with the layer's weights or those of each sample's slot, and SiLU after it where `silu` is set."""
 
-    def __init__(self, layer: nn.GroupNorm | RowGroupNorm, rows: SlabRows, *, silu: bool = False) -> None:
+    def __init__(self, layer: nn.GroupNorm | RowGroupNorm, rows: SlabRows) -> None:
         super().__init__()
         self.rows = rows
-        self.silu = silu
+        self.silu = False
         self.eps = layer.eps
         self.name = layer.name if isinstance(layer, RowGroupNorm) else None
         self.groups = layer.groups if isinstance(layer, RowGroupNorm) else layer.num_groups
@@ -96,6 +96,8 @@ class FusedResnet(nn.Module):
         self.time_emb_proj = block.time_emb_proj
         self.norm2, self.conv2 = block.norm2, block.conv2
         self.conv_shortcut = block.conv_shortcut
+        for norm in (block.norm1, block.norm2):
+            norm.silu = True
 
     @staticmethod
     def fits(block: ResnetBlock2D) -> bool:
@@ -177,7 +179,7 @@ def fuse_blocks(unet: nn.Module, rows: SlabRows) -> int:
     replaced = 0
     for parent in list(unet.modules()):
         for key, child in list(parent._modules.items()):
-            made = _fused(parent, key, child, rows)
+            made = _fused(key, child, rows)
             if made is not None:
                 parent._modules[key] = made
                 replaced += 1
@@ -187,21 +189,17 @@ def fuse_blocks(unet: nn.Module, rows: SlabRows) -> int:
             if isinstance(child, Transformer2DModel) and FusedTransformer.fits(child):
                 parent._modules[key] = FusedTransformer(child)
                 replaced += 1
-            if isinstance(child, ResnetBlock2D):
-                if FusedResnet.fits(child):
-                    parent._modules[key] = FusedResnet(child)
-                    replaced += 1
-                else:
-                    _unfuse_silu(child)
+            if isinstance(child, ResnetBlock2D) and FusedResnet.fits(child):
+                parent._modules[key] = FusedResnet(child)
+                replaced += 1
     _fuse_output(unet)
     return replaced
 
 
-def _fused(parent: nn.Module, key: str, child: nn.Module | None, rows: SlabRows) -> nn.Module | None:
+def _fused(key: str, child: nn.Module | None, rows: SlabRows) -> nn.Module | None:
     # An autoencoder's attention normalises tokens.
     if isinstance(child, nn.GroupNorm | RowGroupNorm) and key != "group_norm":
-        # A block's norms go with SiLU, those of attention without.
-        return FusedGroupNorm(child, rows, silu=isinstance(parent, ResnetBlock2D))
+        return FusedGroupNorm(child, rows)
     if isinstance(child, RowLayerNorm):
         return FusedLayerNorm(child, rows)
     if type(child) is GEGLU:
@@ -214,12 +212,6 @@ def _fused(parent: nn.Module, key: str, child: nn.Module | None, rows: SlabRows)
 def _is_product(layer: nn.Conv2d) -> bool:
     plain = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((1, 1), (1, 1), (0, 0), (1, 1))
     return plain and layer.groups == 1
-
-
-def _unfuse_silu(block: ResnetBlock2D) -> None:
-    for norm in (block.norm1, block.norm2):
-        if isinstance(norm, FusedGroupNorm):
-            norm.silu = False
 
 
 def _fuse_output(unet: nn.Module) -> None:

@@ -8,17 +8,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from hueshift.adapters.layout import BaseLayout
 from hueshift.engines.cuda_lane import GraphLane, Mark, Work
 from hueshift.engines.interface import EngineRow
-from hueshift.engines.merged_weights import WeightWriter, WrittenMatrix, hollow
+from hueshift.engines.merged_weights import WeightWriter, WrittenMatrix, written_matrix
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text_side import is_text_side
-from hueshift.kernels.spectral_plan import SpectralLayer
 
 BASE_ROLE = "merged base"
 
@@ -175,14 +173,7 @@ def own_weights(
         if is_text_side(matrix.name):
             continue
         base, out = (weights[f"unet.{matrix.name}.weight"].detach() for weights in (pristine, parameters))
-        offset = layout.matrix_offsets[matrix.name]
-        if factors is None:
-            u, vh = hollow(out, matrix.rows, matrix.rank), hollow(out, matrix.rank, matrix.cols)
-            sigma = torch.zeros(matrix.rank, device=out.device)
-        else:
-            u, vh = (part[matrix.name].to(out.device, out.dtype).contiguous() for part in (factors.u, factors.vh))
-            sigma = factors.sigma[matrix.name].to(out.device)
-        matrices.append(WrittenMatrix(matrix.name, SpectralLayer(u, sigma, vh, base, out, offset)))
+        matrices.append(written_matrix(matrix, layout, factors, base, out))
     for norm in layout.norms:
         norms[norm.name] = parameters[f"unet.{norm.name}.weight"].detach()
     return matrices, norms

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hueshift.adapters.layout import BaseLayout
+from hueshift.adapters.layout import BaseLayout, MatrixLayer
 from hueshift.engines.interface import EngineRow
 from hueshift.engines.rows import LowRankTarget, RowLayout
+from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.kernels.lowrank_merge import LowRankFactors, MergeLayer, lowrank_merge, mix_adapters, plan_merge
 from hueshift.kernels.spectral_plan import SpectralLayer, SpectralPlan, plan_spectral, share_plan
 from hueshift.kernels.spectral_reassemble import spectral_reassemble
@@ -25,6 +26,22 @@ class WrittenMatrix:
     name: str
     layer: SpectralLayer
     is_transposed: bool = False
+
+
+def written_matrix(
+    matrix: MatrixLayer, layout: BaseLayout, factors: SpectralFactors | None, base: Tensor, out: Tensor
+) -> WrittenMatrix:
+    """The matrix that is written to `out`, from its pristine `base`; without `factors`, for a writer that shares
+    another's, their places are hollow.
+    """
+    if factors is None:
+        u, vh = hollow(out, matrix.rows, matrix.rank), hollow(out, matrix.rank, matrix.cols)
+        sigma = torch.zeros(matrix.rank, device=out.device)
+    else:
+        u, vh = (part[matrix.name].to(out.device, out.dtype).contiguous() for part in (factors.u, factors.vh))
+        sigma = factors.sigma[matrix.name].to(out.device)
+    offset = layout.matrix_offsets[matrix.name]
+    return WrittenMatrix(matrix.name, SpectralLayer(u, sigma, vh, base, out, offset))
 
 
 @dataclass(frozen=True, slots=True)

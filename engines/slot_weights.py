@@ -8,17 +8,17 @@ the place of 89 GFLOP a sample and step (counted).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
 from hueshift.engines.interface import BASE_SLOT, EngineRow
-from hueshift.engines.merged_weights import WeightWriter, WrittenMatrix
+from hueshift.engines.merged_weights import WeightWriter, written_matrix
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text_side import is_text_side
-from hueshift.kernels.spectral_plan import SpectralLayer
 
 # Elements of two bytes on a boundary of 16.
 _ALIGNED = 8
@@ -33,7 +33,7 @@ class SlotWeights:
     def __init__(
         self, layers: Sequence[MatrixLayer], rows: RowLayout, slots: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._layers, self._rows = tuple(layers), rows
+        self._layers, self._rows, self._slots = tuple(layers), rows, slots
         self.weights = {
             layer.name: torch.zeros(slots, layer.rows, layer.cols, device=device, dtype=dtype) for layer in layers
         }
@@ -44,36 +44,24 @@ class SlotWeights:
 
         `pristine` are the base's parameters by the network's names (`unet.<layer>.weight`).
         """
-        bases = {layer.name: pristine[f"unet.{layer.name}.weight"].detach() for layer in self._layers}
+        bases = {layer.name: pristine[f"unet.{layer.name}.weight"].detach().flatten(1) for layer in self._layers}
         for name, base in bases.items():
-            self.weights[name][BASE_SLOT].copy_(base.flatten(1))
-        slots = next(iter(self.weights.values())).shape[0] if self._layers else 0
-        for slot in range(BASE_SLOT + 1, slots):
-            first = self._writers[0] if self._writers else None
-            matrices = [
-                self._matrix(layer, bases[layer.name].flatten(1), factors, slot, hollow=first is not None)
-                for layer in self._layers
-            ]
-            self._writers.append(WeightWriter(self._rows.layout, self._rows, matrices, {}, like=first))
+            self.weights[name][BASE_SLOT].copy_(base)
+        layout, weights = self._rows.layout, self.weights
+        firsts = [
+            written_matrix(layer, layout, factors, bases[layer.name], weights[layer.name][BASE_SLOT + 1])
+            for layer in self._layers
+        ]
+        for slot in range(BASE_SLOT + 1, self._slots if firsts else 0):
+            like = self._writers[0] if self._writers else None
+            # Those after the first share its packed factors.
+            matrices = [replace(one, layer=replace(one.layer, out=weights[one.name][slot])) for one in firsts]
+            self._writers.append(WeightWriter(layout, self._rows, matrices, {}, like=like))
 
     def write(self, slot: int, row: EngineRow) -> None:
         """Queue the weights of a row that has both parts, on the current stream."""
         if self._writers:
             self._writers[slot - BASE_SLOT - 1].write(row)
-
-    def _matrix(
-        self, layer: MatrixLayer, base: Tensor, factors: SpectralFactors, slot: int, *, hollow: bool
-    ) -> WrittenMatrix:
-        out = self.weights[layer.name][slot]
-        offset = self._rows.layout.matrix_offsets[layer.name]
-        if hollow:
-            # Another's packed factors are used.
-            u, vh = (out.new_zeros(()).expand(*size) for size in ((layer.rows, layer.rank), (layer.rank, layer.cols)))
-            sigma = torch.zeros(layer.rank, device=out.device)
-        else:
-            u, vh = (part[layer.name].to(out.device, out.dtype).contiguous() for part in (factors.u, factors.vh))
-            sigma = factors.sigma[layer.name].to(out.device)
-        return WrittenMatrix(layer.name, SpectralLayer(u, sigma, vh, base, out, offset))
 
 
 def choose_layers(layout: BaseLayout, levels: int, side: int, slots: int, element: int, most: int) -> list[MatrixLayer]:

@@ -4,7 +4,6 @@ A network that was made from the weights themselves held its own copy of them fo
 factors 2.2 GB on the device, of SDXL's 7 GB, though all but the first network read what another one has.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
@@ -12,6 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from hueshift.engines.adapted_unet import copy_modules
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
 
@@ -20,13 +20,10 @@ _META = torch.device("meta")
 
 def without_weights(base: BaseModel, factors: SpectralFactors) -> tuple[BaseModel, SpectralFactors]:
     """The same with a UNet and factors on the meta device: modules, shapes and dtypes alone."""
-    known: dict[int, object] = {
-        id(parameter): nn.Parameter(_empty(parameter), requires_grad=False) for parameter in base.unet.parameters()
-    }
-    known.update({id(buffer): buffer for buffer in base.unet.buffers()})
+    unet = copy_modules(base.unet, lambda parameter: nn.Parameter(_empty(parameter), requires_grad=False))
     # As if laid out: whoever takes them would move them to the device of the weights otherwise.
     shapes = SpectralFactors(_all_empty(factors.u), {}, _all_empty(factors.vh), laid_out=True)
-    return replace(base, unet=copy.deepcopy(base.unet, known)), shapes
+    return replace(base, unet=unet), shapes
 
 
 def is_weightless(network: nn.Module) -> bool:

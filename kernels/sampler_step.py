@@ -18,7 +18,7 @@ from hueshift.kernels.checks import (
     check_shape,
 )
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.launch import Launch, jit, tl
+from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.tiles import blocks
 
@@ -47,7 +47,7 @@ def sampler_step(
     Raises KernelArgumentError on what does not fit.
     """
     check_arguments(x, prev, out, cond_rows, uncond_rows, guidance, coefficients, noise)
-    if x.device.type != "cuda":
+    if not on_gpu(x):
         reference(x, prev, out, cond_rows, uncond_rows, guidance, coefficients, noise)
         return
     step_launch(x, prev, out, cond_rows, uncond_rows, guidance, coefficients, noise).run()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from hueshift.adapters.layout import BaseLayout, MatrixLayer
+from hueshift.engines.slot_weights import choose_layers
 from hueshift.kernels.bench import Timing, Weight, floor_ms
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -62,6 +65,23 @@ def test_shapes_are_what_the_generator_gives(run_gpu: Any) -> None:
     shipped = json.loads((BENCHMARKS / "shapes" / "sd15.json").read_text(encoding="utf-8"))
     generator = load("make_shapes")
     assert generator.list_weights(generator.CONFIGS["sd15"]) == shipped
+
+
+def test_layers_with_weights_of_slots_are_those_that_the_engine_chooses(run_gpu: Any) -> None:
+    measured = load("slot_linear")
+    for model, levels, side in (("sd15", 4, 64), ("sdxl", 3, 128)):
+        weights: list[Weight] = run_gpu.read_weights(model)
+        layout = BaseLayout("0" * 64, tuple(MatrixLayer(w.name, w.shape) for w in weights), (), 768)
+        chosen = choose_layers(layout, levels, side, 64, 2, 1 << 40)
+        assert {w.name for w in weights if measured.is_large(w)} == {layer.name for layer in chosen}
+        if model == "sd15":
+            tokens = {w.name: prod(w.input) for w in weights}
+            # The figures of docs/design.md: megabytes and GFLOP of a slot, and GFLOP a sample that they are there for.
+            assert len(chosen) == 107
+            assert 2 * sum(x.rows * x.cols for x in chosen) / 1e6 == pytest.approx(110, abs=0.5)
+            assert 2 * sum(x.rows * x.cols * x.rank for x in chosen) / 1e9 == pytest.approx(63, abs=0.5)
+            spared = sum(2 * tokens[x.name] * (x.rank * (x.rows + x.cols) - x.rows * x.cols) for x in chosen)
+            assert spared / 1e9 == pytest.approx(89, abs=0.5)
 
 
 SMALL = [

@@ -4,9 +4,10 @@ Each kernel has tests of its own; this one finds what lies between them: views, 
 configurations as they meet in a network.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,18 +22,6 @@ from hueshift.engines.cuda_unet import CudaUNet
 from hueshift.engines.interface import EngineRow, Guides, Plan
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.slot_weights import SlotWeights, choose_layers
-from hueshift.kernels import (
-    factored_conv,
-    factored_linear,
-    gated_gelu,
-    group_norm,
-    lag_mask,
-    layer_norm,
-    lowrank_linear,
-    lowrank_residual,
-    residual_add,
-    slot_linear,
-)
 from hueshift.kernels.launch import Launch
 
 SLOTS = 4
@@ -125,19 +114,10 @@ def interpreted(plan: str, dtype: str, side: list[int], own: bool) -> dict[str, 
     return {"error": float((views.out - expected).abs().max() / expected.abs().max()), **launched}
 
 
-def _kernel_modules() -> list[Any]:
-    return [
-        factored_conv,
-        factored_linear,
-        gated_gelu,
-        group_norm,
-        lag_mask,
-        layer_norm,
-        lowrank_linear,
-        lowrank_residual,
-        residual_add,
-        slot_linear,
-    ]
+def _kernel_modules() -> list[ModuleType]:
+    """All modules that ask whether kernels run on a tensor."""
+    prefix = "hueshift.kernels."
+    return [module for name, module in sys.modules.items() if name.startswith(prefix) and hasattr(module, "on_gpu")]
 
 
 # The larger side gives pictures that whole tiles of 128 pixels fit into, then some that they do not.
