@@ -9,7 +9,6 @@ holds the file's lock, so a publication and a deletion of equal bytes cannot pas
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, BinaryIO
 
 from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select
@@ -34,7 +33,7 @@ from hueshift.server.store.adapter_records import (
 )
 from hueshift.server.store.adapter_rows import newest, pinned, published_by, read_adapter_row, read_revision, referenced
 from hueshift.server.store.blobs import BlobStore, BlobWriter, StagedBlob
-from hueshift.server.store.database import Database, lock
+from hueshift.server.store.database import Database, in_batches, lock
 from hueshift.server.store.job_removal import delete_jobs_of
 from hueshift.server.store.stored_bytes import Storage, StorageQuota
 from hueshift.server.store.tables import adapters, revisions
@@ -42,8 +41,6 @@ from hueshift.server.store.tables import adapters, revisions
 _CHUNK = 1024 * 1024
 # A request that names an old revision writes this seldom; what removes revisions waits much longer.
 USE_SECONDS = 300.0
-# Names that one query of a sweep asks for: any database takes as many.
-_LOOKED_UP = 500
 
 
 class AdapterStore:
@@ -239,7 +236,7 @@ class AdapterStore:
         """
         freed = self._blobs.sweep_temporaries(min_age)
         old = (entry.content_hash for entry in self._blobs.entries() if entry.age >= min_age)
-        while some := tuple(islice(old, _LOOKED_UP)):
+        for some in in_batches(old):
             with self._database.read() as connection:
                 named = referenced(connection, some)
             freed += self.discard_unused([content_hash for content_hash in some if content_hash not in named])

@@ -9,8 +9,9 @@ import hashlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _IDLE_SECONDS = 300
 _POOL_SIZE = 8
 _POOL_OVERFLOW = 32
 _WRITE_OPTION = "hueshift_write"
+# Names that one query asks for: any database takes as many.
+_ASKED_AT_ONCE = 500
 _CLOCK_OPTION = "hueshift_clock"
 _BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 # Postgres: serialization failure, deadlock, lock timeout, idle too long, too many connections, shutting down, starting.
@@ -259,3 +262,10 @@ def _unavailable(cause: str) -> Unavailable:
     return Unavailable(
         Reason.STORE_UNAVAILABLE, f"the database did not answer in time: {cause}; try again", retry_after=1.0
     )
+
+
+def in_batches(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the names as many at a time as one query may ask for."""
+    left = iter(names)
+    while some := tuple(islice(left, _ASKED_AT_ONCE)):
+        yield some

@@ -6,16 +6,14 @@ that it is told of once the rows are committed, and a crash in between leaves fi
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 from sqlalchemy import Connection, delete, func, literal_column, or_, select, tuple_
 
-from hueshift.server.store.database import Database, lock, now
+from hueshift.server.store.database import Database, in_batches, lock, now
 from hueshift.server.store.job_retry import kept
 from hueshift.server.store.tables import adapters, job_events, jobs, revisions
 
-# Names that one query asks for: any database takes as many.
-_LOOKED_UP = 500
 AdapterKey = tuple[str, str]
 """Tenant and adapter id."""
 
@@ -105,8 +103,8 @@ def forget_revisions(connection: Connection, key: AdapterKey, rule: RevisionRule
 
 def known_jobs(database: Database, job_ids: Collection[str]) -> set[str]:
     """Return those of the ids that there is a job of. Raises Unavailable (STORE_UNAVAILABLE)."""
-    asked, found = iter(job_ids), set[str]()
-    while some := tuple(islice(asked, _LOOKED_UP)):
+    found = set[str]()
+    for some in in_batches(job_ids):
         with database.read() as connection:
             found.update(connection.scalars(select(jobs.c.job_id).where(jobs.c.job_id.in_(some))))
     return found
