@@ -162,7 +162,10 @@ class SlotCache:
                 retry_after=1.0,
             )
         if pinned is not None:
-            self._held[prepared.mix].pinned = pinned
+            resident = self._held[prepared.mix]
+            resident.pinned = pinned
+            # Adapters are named by their content: one that was dropped, and is still in use, has come back as it was.
+            resident.doomed = resident.doomed and not pinned
         self.release(prepared.mix)
 
     def drop(self, content_hashes: Iterable[str]) -> None:

@@ -202,3 +202,23 @@ def test_a_mix_that_lost_its_slot_comes_back_without_its_adapters() -> None:
     assert files.loads == 2
     assert engine.marks[1] == pytest.approx(1.0)
     assert log.counts["rows hits"] == 1
+
+
+def test_a_mix_that_is_pinned_after_it_was_dropped_stays_when_its_last_use_ends() -> None:
+    files, log = Files(), ResidencyLog()
+    slots = SlotCache(
+        FakeEngine(slots=SLOTS), RowCache(HostCache(files.load, 10**6, log), *tiny_rows(), 10**6, log), log
+    )
+    mix = make_mix([("b", 0.5)])
+    slot = slots.acquire(slots.prepare(mix))
+    slots.drop(["b"])
+    slots.pin(slots.prepare(mix), True)
+    slots.release(mix)
+    assert slots.slot_of(mix) == slot
+    assert slots.snapshot() == {"held": 1, "uses": 0, "pinned": 1}
+    # One that nobody pinned goes, as before.
+    slots.pin(slots.prepare(mix), False)
+    slots.acquire(slots.prepare(mix))
+    slots.drop(["b"])
+    slots.release(mix)
+    assert slots.slot_of(mix) is None
