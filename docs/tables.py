@@ -22,6 +22,8 @@ from hueshift.server.settings import Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = ("adapters", "engines", "training", "server")
+# Functions that make an error of their own type from the reason they are given.
+HELPERS = {"not_found": "NotFound", "_full": "ResourceExhausted"}
 
 
 MEANINGS: dict[Reason, str] = {
@@ -153,7 +155,7 @@ def _codes_by_reason() -> dict[Reason, set[str]]:
     for file in (path for folder in SOURCES for path in sorted((PROJECT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
-                kind = types.get({"not_found": "NotFound"}.get(name := _called_type(node.func), name))
+                kind = types.get(HELPERS.get(name := _called_type(node.func), name))
                 if kind is not None:
                     code = grpc_code(kind(Reason.INTERNAL, "")).name
                     for reason in _reasons_in(node):

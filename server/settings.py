@@ -4,8 +4,9 @@ Values come from, strongest first: command-line options, environment variables (
 file (`--config`), and the defaults below, which make the embedded default work with no settings at all.
 """
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -14,7 +15,9 @@ from pydantic import (
     SecretStr,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_serializer,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -22,6 +25,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 from hueshift.models.embedded import EMBEDDED_CLIP, EMBEDDED_MODEL
 from hueshift.server.devices import check_devices
+from hueshift.server.environment import check_environment
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -33,6 +37,14 @@ TenantWeight = Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object, info: ValidationInfo) -> object:
+        # Neither the environment nor TOML has a null, and a path of "" would be the working directory.
+        if value == "" and info.field_name and type(None) in get_args(cls.model_fields[info.field_name].annotation):
+            return None
+        return value
 
 
 class ServerSettings(_Section):
@@ -71,7 +83,9 @@ class ModelSettings(_Section):
     """The base model."""
 
     path: Path = Field(EMBEDDED_MODEL, description="A diffusers Stable Diffusion 1.x, 2.x or XL folder.")
-    clip_path: Path | None = Field(EMBEDDED_CLIP, description="CLIP folder for the scores of fine-tuning jobs.")
+    clip_path: Path | None = Field(
+        EMBEDDED_CLIP, description="CLIP folder for the scores of fine-tuning jobs; empty: none."
+    )
     default_identifier: str = Field("sks", description="Word learned when a job names none.")
 
 
@@ -356,6 +370,8 @@ def load_settings(config: Path | None = None, **overrides: object) -> Settings:
     """
     if config is not None and not config.is_file():
         raise InvalidArgument.for_field("--config", f"{config} is not a file", Reason.SETTINGS_INVALID)
+
+    check_environment(os.environ, Settings.model_fields)
 
     class _Loaded(Settings):
         model_config = SettingsConfigDict(toml_file=config)

@@ -21,6 +21,12 @@ def test_every_reason_has_a_meaning() -> None:
     assert set(load_script("docs/tables.py").MEANINGS) == set(Reason)
 
 
+def test_every_reason_that_a_call_can_end_with_has_a_code() -> None:
+    rows = [row.split(" | ") for row in load_script("docs/tables.py").errors_table().splitlines()[2:]]
+    without = {reason for reason, code, *_, meaning in rows if not code and "in a job's error" not in meaning}
+    assert not without
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
