@@ -7,9 +7,14 @@ are, so nobody saves up credit; and one that used an idle machine alone owes not
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+# Tenants without items whose debts are kept: the step loop meets every tenant that ever asked, and few of them again.
+_REMEMBERED = 1024
+_FORGOTTEN_AT_ONCE = 8
 
 
 @dataclass(slots=True)
@@ -23,32 +28,42 @@ class _Tenant(Generic[T]):
 class FairQueue(Generic[T]):
     """Items waiting, by tenant. For one thread.
 
-    `weights` are the tenants' shares relative to one another; a tenant not named has 1.
+    `weights` are the tenants' shares relative to one another; a tenant not named has 1. What it costs depends on the
+    tenants with items alone, however many came before.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
-        self._tenants: dict[str, _Tenant[T]] = {}
+        self._waiting: dict[str, _Tenant[T]] = {}
+        # In the order in which they became idle.
+        self._idle: dict[str, _Tenant[T]] = {}
         self._floor = 0.0
         self._arrivals = 0
+        self._items = 0
 
     def push(self, tenant: str, item: T, priority: int = 0) -> None:
         """Add an item: behind the tenant's items of the same or a larger priority, before those of a smaller one."""
         self._arrivals += 1
-        share = self._tenants.get(tenant)
+        share = self._waiting.get(tenant)
         if share is None:
-            self._forget_idle()
-            share = self._tenants[tenant] = _Tenant(self._weights.get(tenant, 1.0), self._floor, self._arrivals)
-        elif not share.items:
+            share = self._idle.pop(tenant, None) or _Tenant(self._weights.get(tenant, 1.0), self._floor, 0)
             share.virtual, share.arrived = max(share.virtual, self._floor), self._arrivals
+            self._waiting[tenant] = share
         share.items.append((-priority, self._arrivals, item))
         share.items.sort(key=_rank)
+        self._items += 1
 
     def remove(self, tenant: str, item: T) -> None:
         """Take an item out; one that is not there is ignored."""
-        share = self._tenants.get(tenant)
-        if share is not None:
-            share.items = [entry for entry in share.items if entry[2] is not item]
+        share = self._waiting.get(tenant)
+        if share is None:
+            return
+        left = [entry for entry in share.items if entry[2] is not item]
+        self._items -= len(share.items) - len(left)
+        share.items = left
+        if not left:
+            self._idle[tenant] = self._waiting.pop(tenant)
+            self._forget_idle()
 
     def first(self, accept: Callable[[T], bool]) -> T | None:
         """Return the first item, in fair order, that `accept` accepts. It stays in the queue."""
@@ -68,33 +83,36 @@ class FairQueue(Generic[T]):
 
     def charge(self, tenant: str, cost: float) -> None:
         """Count what a tenant is given; a negative `cost` gives back what it did not use."""
-        share = self._tenants.get(tenant)
+        share = self._waiting.get(tenant) or self._idle.get(tenant)
         if share is None:
             return
-        waiting = [other.virtual for other in self._tenants.values() if other.items]
-        if cost > 0 and waiting:
-            self._floor = max(self._floor, min(waiting))
+        if cost > 0 and self._waiting:
+            self._floor = max(self._floor, min(other.virtual for other in self._waiting.values()))
         share.virtual += cost / share.weight
 
     @property
     def tenants(self) -> int:
         """Tenants with items."""
-        return sum(1 for share in self._tenants.values() if share.items)
+        return len(self._waiting)
 
     def __len__(self) -> int:
         """Items in all."""
-        return sum(len(share.items) for share in self._tenants.values())
+        return self._items
 
     def _in_order(self) -> list[_Tenant[T]]:
-        waiting = [share for share in self._tenants.values() if share.items]
-        return sorted(waiting, key=lambda share: (share.virtual, share.arrived))
+        return sorted(self._waiting.values(), key=_turn)
 
     def _forget_idle(self) -> None:
-        # They would start from the floor again anyway.
-        idle = [name for name, s in self._tenants.items() if not s.items and s.virtual <= self._floor]
-        for name in idle:
-            del self._tenants[name]
+        """Forget who would start from the floor again anyway, the longest idle ones first, and who is one too many."""
+        for name in list(islice(self._idle, _FORGOTTEN_AT_ONCE)):
+            if self._idle[name].virtual > self._floor and len(self._idle) <= _REMEMBERED:
+                return
+            del self._idle[name]
 
 
 def _rank(entry: tuple[int, int, T]) -> tuple[int, int]:
     return entry[0], entry[1]
+
+
+def _turn(share: _Tenant[T]) -> tuple[float, int]:
+    return share.virtual, share.arrived
