@@ -295,8 +295,14 @@ class _Job:
 
     def _report(self, underway: int = 0) -> None:
         """Tell of the steps whose losses are here; at most the last `underway` ones may still be on their way."""
-        told = len(self._state.losses)
-        for step, loss in enumerate(self._state.arrived(underway), told + 1):
+        told, begun = len(self._state.losses), time.perf_counter()
+        arrived = self._state.arrived(underway)
+        if self._seconds:
+            # Beside a GPU steps are queued in no time and waited for here, so here is most of what they take.
+            waited = time.perf_counter() - begun
+            self._seconds[-1] += waited
+            self._taken = (self._taken[0], self._taken[1] + waited)
+        for step, loss in enumerate(arrived, told + 1):
             self._hooks.on_step(step, loss, self._seconds.popleft())
 
     def _keep(self, path: Path) -> None:

@@ -3,7 +3,9 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from hueshift.engines.text_side import compose_text_side
 from hueshift.training.divergence import check_finite
 from hueshift.training.run import CHECKPOINT_FILE, CLASS_FOLDER, TrainingResult, run_training
 from hueshift.training.spec import Method, TrainingSpec
+from hueshift.training.state import TrainingState
 from hueshift.training.words import Captions
 
 Tiny = tuple[BaseModel, SpectralFactors]
@@ -167,6 +170,41 @@ def test_a_result_tells_what_its_steps_took(tiny: Tiny, tmp_path: Path) -> None:
     assert result.steps_taken == 6
     assert result.step_seconds > 0
     assert run(tiny, make_spec(Method.TEXTUAL_INVERSION), tmp_path).steps_taken == 0
+
+
+class Far:
+    """A loss that a device takes a second for, and nothing else takes any time."""
+
+    def __init__(self, clock: SimpleNamespace, loss: float) -> None:
+        self.clock, self.loss = clock, loss
+
+    def here(self) -> bool:
+        """Not before it is waited for."""
+        return False
+
+    def value(self) -> float:
+        """Wait for it."""
+        self.clock.now += 1.0
+        return self.loss
+
+
+def test_what_is_waited_for_counts_as_the_steps_own_time(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("hueshift.training.run.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    far = partial(TrainingState, send=lambda parts: Far(clock, float(parts[0])))
+    monkeypatch.setattr("hueshift.training.run.TrainingState", far)
+    told: list[float] = []
+
+    class Timed(Recorder):
+        def on_step(self, step: int, loss: float, seconds: float) -> None:
+            told.append(seconds)
+
+    # More steps than may be underway, then a checkpoint that waits for all of them.
+    result = run(tiny, make_spec(Method.TEXTUAL_INVERSION, steps=7, checkpoint_interval=7), tmp_path, Timed())
+    assert (result.steps_taken, result.step_seconds) == (7, 7.0)
+    assert (len(told), sum(told)) == (7, 7.0)
 
 
 def test_masks_must_be_those_of_the_spec(tiny: Tiny, tmp_path: Path) -> None:
