@@ -11,7 +11,7 @@ from hueshift.client.choices import Subject
 from hueshift.client.connection import DEFAULT_ADDRESS
 from hueshift.client.errors import HueshiftClientError
 from hueshift.client.generation import Picture, Progress
-from hueshift.client.jobs import TrainingProgress
+from hueshift.client.jobs import FineTuneFailed, JobEvent, TrainingProgress
 from hueshift.client.sync import Client
 
 FOX = Path(__file__).resolve().parent / "pictures" / "fox" / "train"
@@ -31,11 +31,10 @@ def main(out: Path) -> None:
             subject=Subject.SUBJECT,
             adapter_id="fox",
         )
-        # The job goes on whatever happens to this program; `watch` picks up where it was after a lost connection.
-        for event in client.watch(job):
-            if isinstance(event, TrainingProgress):
-                print(f"step {event.step} of {event.steps}, loss {event.loss:.3f}")
-        job = client.wait_for_job(job)
+        # The job goes on whatever happens to this program; the watch picks up where it was after a lost connection.
+        job = client.wait_for_job(job, on_event=tell)
+        if job.scores is not None:
+            print(f"CLIP-I with the pictures: {job.scores.clip_i:.2f}, the base model's: {job.scores.clip_i_base:.2f}")
 
         # A style the fox was never shown in, at full strength and at half.
         out.mkdir(parents=True, exist_ok=True)
@@ -54,6 +53,12 @@ def main(out: Path) -> None:
         print(f"{len(exported.data)} bytes, revision {exported.adapter.revision}, pictures in {out}")
 
 
+def tell(event: JobEvent) -> None:
+    """Say how far training is. Other events: StateChanged, and TrainingSample with a picture."""
+    if isinstance(event, TrainingProgress):
+        print(f"step {event.step} of {event.steps}, loss {event.loss:.3f}")
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -62,3 +67,6 @@ if __name__ == "__main__":
     except HueshiftClientError as failure:
         # `reason` is stable and safe to branch on; the message is for people.
         sys.exit(f"{failure.reason or failure.code.name}: {failure}")
+    except FineTuneFailed as failure:
+        # The job itself came to a bad end, which `failure.job.error` explains.
+        sys.exit(str(failure))

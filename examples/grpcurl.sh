@@ -7,11 +7,12 @@ out="${2:-out/grpcurl}"
 mkdir -p "$out"
 
 call() {
-  local key=()
+  # Pictures and files pass grpcurl's default of 4 MiB a message.
+  local options=(-plaintext -max-msg-sz 16777216)
   if [[ -n "${HUESHIFT_API_KEY:-}" ]]; then
-    key=(-H "authorization: Bearer $HUESHIFT_API_KEY")
+    options+=(-H "authorization: Bearer $HUESHIFT_API_KEY")
   fi
-  grpcurl -plaintext -max-msg-sz 16777216 "${key[@]}" "$@"
+  grpcurl "${options[@]}" "$@"
 }
 
 # What there is, and is it ready?
@@ -30,13 +31,13 @@ call -d '{"prompt": "a fluent 3d emoji of a dog face", "count": 2, "seeds": [1]}
     echo "$out/dog-$seed.png"
   done
 
-# Fine-tuning: a stream of requests, first the spec, then the pictures.
+# Fine-tuning: a stream of requests, first the spec, then the pictures, each in chunks of at most 1 MiB (these fit in one).
 pictures=("$(dirname "$0")"/pictures/fox/train/*.png)
 {
-  jq -n --argjson sizes "$(stat -c %s "${pictures[@]}" | jq -s .)" \
-    '{spec: {adapterId: "fox", subject: "FINE_TUNE_SUBJECT_SUBJECT", classNoun: "animal", pictures: [$sizes[] | {sizeBytes: .}]}}'
+  for picture in "${pictures[@]}"; do wc -c <"$picture"; done |
+    jq -s '{spec: {adapterId: "fox", subject: "FINE_TUNE_SUBJECT_SUBJECT", classNoun: "animal", pictures: map({sizeBytes: .})}}'
   for index in "${!pictures[@]}"; do
-    jq -n --argjson index "$index" --arg data "$(base64 -w 0 "${pictures[$index]}")" '{chunk: {index: $index, data: $data}}'
+    base64 <"${pictures[$index]}" | tr -d '\n' | jq -R --argjson index "$index" '{chunk: {index: $index, data: .}}'
   done
 } | call -d @ "$address" hueshift.v1.FineTuneService/CreateFineTune | tee "$out/job.json" | jq '.fineTune | {name, state, steps}'
 

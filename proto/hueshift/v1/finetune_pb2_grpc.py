@@ -101,7 +101,9 @@ class FineTuneServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchFineTune(self, request, context):
-        """Streams a job's events from a sequence number on, and ends after the event that ends the job.
+        """Streams a job's events from a sequence number on, and ends after the event that ends the job. It has no deadline of
+        the server's, and a server that stops ends it with UNAVAILABLE: call again with the last number seen. Ending the
+        watch leaves the job alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

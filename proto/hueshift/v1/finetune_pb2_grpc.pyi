@@ -44,7 +44,10 @@ class FineTuneServiceStub:
     ListFineTunes: _grpc.UnaryUnaryMultiCallable[_finetune_pb2.ListFineTunesRequest, _finetune_pb2.ListFineTunesResponse]
     """Lists the tenant's jobs, newest first."""
     WatchFineTune: _grpc.UnaryStreamMultiCallable[_finetune_pb2.WatchFineTuneRequest, _finetune_pb2.WatchFineTuneResponse]
-    """Streams a job's events from a sequence number on, and ends after the event that ends the job."""
+    """Streams a job's events from a sequence number on, and ends after the event that ends the job. It has no deadline of
+    the server's, and a server that stops ends it with UNAVAILABLE: call again with the last number seen. Ending the
+    watch leaves the job alone.
+    """
     CancelFineTune: _grpc.UnaryUnaryMultiCallable[_finetune_pb2.CancelFineTuneRequest, _finetune_pb2.CancelFineTuneResponse]
     """Asks a job to stop. A queued job ends at once, a running one at its next training step. An ended job is returned
     as it is.
@@ -75,7 +78,10 @@ class FineTuneServiceAsyncStub(FineTuneServiceStub):
     ListFineTunes: _aio.UnaryUnaryMultiCallable[_finetune_pb2.ListFineTunesRequest, _finetune_pb2.ListFineTunesResponse]  # type: ignore[assignment]
     """Lists the tenant's jobs, newest first."""
     WatchFineTune: _aio.UnaryStreamMultiCallable[_finetune_pb2.WatchFineTuneRequest, _finetune_pb2.WatchFineTuneResponse]  # type: ignore[assignment]
-    """Streams a job's events from a sequence number on, and ends after the event that ends the job."""
+    """Streams a job's events from a sequence number on, and ends after the event that ends the job. It has no deadline of
+    the server's, and a server that stops ends it with UNAVAILABLE: call again with the last number seen. Ending the
+    watch leaves the job alone.
+    """
     CancelFineTune: _aio.UnaryUnaryMultiCallable[_finetune_pb2.CancelFineTuneRequest, _finetune_pb2.CancelFineTuneResponse]  # type: ignore[assignment]
     """Asks a job to stop. A queued job ends at once, a running one at its next training step. An ended job is returned
     as it is.
@@ -127,7 +133,10 @@ class FineTuneServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _finetune_pb2.WatchFineTuneRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_finetune_pb2.WatchFineTuneResponse], _abc.AsyncIterator[_finetune_pb2.WatchFineTuneResponse]]:
-        """Streams a job's events from a sequence number on, and ends after the event that ends the job."""
+        """Streams a job's events from a sequence number on, and ends after the event that ends the job. It has no deadline of
+        the server's, and a server that stops ends it with UNAVAILABLE: call again with the last number seen. Ending the
+        watch leaves the job alone.
+        """
 
     @_abc_1.abstractmethod
     def CancelFineTune(

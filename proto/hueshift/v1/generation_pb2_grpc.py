@@ -49,7 +49,9 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generates `count` pictures and streams what happens: Queued, Progress, Preview, Image, Finished.
+        """Generates `count` pictures and streams what happens: Queued, Progress, Preview, Image, Finished. Queued comes first
+        and Finished last; in between pictures come as they are done, and a slow reader finds the newest Progress alone. More
+        kinds of events may be added: leave out those that are unknown. After an error the pictures sent before it are good.
 
         The deadline is the call's own gRPC deadline; without one the server applies its default. Cancelling the call frees
         its places in the batch before the next denoising step.

@@ -61,7 +61,7 @@ class Model(_message.Message):
     base_hash: _builtins.str
     """SHA-256 of its weights: adapters are bound to it."""
     engine: _builtins.str
-    """Engine that runs its UNet: `onnxruntime`, `torch`."""
+    """Engine that runs its UNet: `onnxruntime`, `torch`, `tensorrt`."""
     default_sampler: _generation_pb2.Sampler.ValueType
     """Sampler used when none is named."""
     default_steps: _builtins.int
@@ -110,7 +110,7 @@ class Model(_message.Message):
     """Kind of UNet: "stable-diffusion" (1.x and 2.x) or "stable-diffusion-xl". More may come."""
     @_builtins.property
     def plans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Plans the engine offers: `dense`, `factored`, `full`."""
+        """Plans the engine offers: `dense`, `factored`, `full`, `merged`. More may come."""
 
     @_builtins.property
     def samplers(self) -> _containers.RepeatedScalarFieldContainer[_generation_pb2.Sampler.ValueType]:
