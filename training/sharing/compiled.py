@@ -96,9 +96,10 @@ def compiled_by(compile_function: Callable[[Errors], Errors]) -> Compiler:
 class FallingBack:
     """Runs middles of one UNet compiled, and plain those that cannot be. For one thread at a time, as the UNet.
 
-    The first time that a shape comes both ways run, and the plain one's numbers are used. What was compiled is kept if
-    it computed the same. That is no formality: without `repeat_pixels`, what torch 2.13 made of a tiny UNet on a CPU
-    lost all gradients that come through its upsampler, 13 % of the whole, with every loss right.
+    The first time that a shape comes both ways run. What was compiled is kept if it computed the same, and then its
+    numbers count from that step on: a job that goes on in another process has the same bits as in this one. That is no
+    formality: without `repeat_pixels`, what torch 2.13 made of a tiny UNet on a CPU lost all gradients that come
+    through its upsampler, 13 % of the whole, with every loss right.
     """
 
     def __init__(self, unet: TrainingUNet, compiler: Compiler) -> None:
@@ -157,6 +158,8 @@ class FallingBack:
             _log.error("training.compile_failed", **about, error=problem)
         else:
             self._chosen[key] = compiled
+            for part, own in zip(made, found, strict=True):
+                part.copy_(own)
             _log.info("training.compiled", **about, seconds=round(time.monotonic() - begun, 1))
 
 

@@ -1,4 +1,4 @@
-"""Middles of steps through torch.compile: the plain step's numbers, or the plain step itself and a word in the log."""
+"""Middles of steps through torch.compile: what a plain step computes, or the plain step itself and a word in the log."""
 
 import shutil
 from collections.abc import Callable
@@ -121,6 +121,13 @@ def test_each_shape_is_compared_and_then_runs_compiled_alone() -> None:
     assert [(line["event"], line["rows"]) for line in logs] == [("training.compiled", 1), ("training.compiled", 2)]
     assert compiler.calls == 5
     assert captured.captures == 2
+
+
+def test_the_first_step_of_a_shape_has_the_bits_of_later_ones() -> None:
+    captured, given = CapturedSteps(HostLane(), Breaking(lambda errors: errors * (1 + 1e-4))), middle_of(3)
+    first, *later = [run(captured, given) for _ in range(3)]
+    # A job that goes on in a new process begins with it, where an undisturbed one was further.
+    assert all(torch.equal(one, other) for again in later for one, other in zip(first, again, strict=True))
 
 
 def test_what_says_nothing_about_the_compiler_is_raised() -> None:
