@@ -103,7 +103,7 @@ async def serve(kit: Any, engine: Any, kind: AdapterKind, tenants: int, register
     scheduler = Scheduler(
         engine,
         kit.base,
-        make_conditioner(kit.base, kit.factors),
+        make_conditioner(kit.base, kit.factors, dtype=engine.dtype),
         VaeStage(kit.base, half=serving_decoder(kit.base, fuse=True)),
         SlotCache(engine, cache, observer),
         metrics,
@@ -231,7 +231,7 @@ def _bare_rate(kit: Any, engine: Any, pictures: int) -> float:
 
 
 def _sample(kit: Any, seed: int, slot: int) -> Any:
-    cross = example_inputs(kit.base, 2)[2].to(kit.device)
+    cross = example_inputs(kit.base, 2)[2].to(kit.device, kit.dtype)
     table = make_table(kit.base.schedule, SamplerKind.DPMPP_2M, kit.scale.steps)
     side = kit.base.sample_size
     inputs = CrossInputs((cross,))

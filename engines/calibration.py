@@ -77,6 +77,9 @@ def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[
         else:
             found[plan] = known[plan] if known is not None and plan in known else _kernels_win(engine, plan)
         engine.networks.choose(plan, kernels=found[plan])
+    # The row of the last trial may still be on its way into weights of slots that are now let go.
+    engine.finish_rows()
+    engine.lane.mark().wait()
     engine.networks.settle()
     return found
 

@@ -92,10 +92,15 @@ class CrossStage:
 
 
 class EditedLayers:
-    """Linear layers of the base's UNet by name, run with the edits of a mix instead of the rows of an engine."""
+    """Linear layers of the base's UNet by name, run with the edits of a mix instead of the rows of an engine.
+
+    Singular vectors come to the weights' device with the first mix that shifts their layer, and stay there: all of them
+    are 125 MB in SD1.5 and 2.2 GB in SDXL, and every prompt would wait for that much to be copied otherwise.
+    """
 
     def __init__(self, base: BaseModel, factors: SpectralFactors, names: Iterable[str]) -> None:
         self._factors = factors
+        self._placed: dict[str, tuple[Tensor, Tensor]] = {}
         parameters = dict(base.unet.named_parameters())
         # fp32 whatever the base is held in: it runs once per request, and is 2 % of SD1.5's UNet (13 % of SDXL's,
         # 1.4 GB).
@@ -112,8 +117,8 @@ class EditedLayers:
         shift = edits.shifts.get(name)
         if shift is not None:
             # W' = W + U diag(shift) V^T, applied to x without being formed.
-            hidden = functional.linear(x, self._factors.vh[name].to(x)) * shift.to(x)
-            out = out + functional.linear(hidden, self._factors.u[name].to(x))
+            u, vh = self._vectors(name)
+            out = out + functional.linear(functional.linear(x, vh) * shift.to(x), u)
         branch = edits.branches.get(name)
         if branch is not None:
             out = out + functional.linear(functional.linear(x, branch[0].to(x)), branch[1].to(x))
@@ -123,6 +128,14 @@ class EditedLayers:
         for edit, strength in edits.gated.get(name, ()):
             out = out + strength * gated_change(edit, name, weight, x)
         return out
+
+    def _vectors(self, name: str) -> tuple[Tensor, Tensor]:
+        """U and V^T of a layer beside its weight. The copies are done when they are here, so any stream may read them."""
+        placed = self._placed.get(name)
+        if placed is None:
+            weight = self._weights[name]
+            placed = self._placed[name] = (self._factors.u[name].to(weight), self._factors.vh[name].to(weight))
+        return placed
 
 
 def gated_change(edit: GatedEdit, name: str, weight: Tensor, x: Tensor) -> Tensor:

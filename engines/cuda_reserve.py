@@ -6,7 +6,7 @@ decoding its own pictures, and a picture that cannot be decoded is lost when all
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import isqrt
 
@@ -14,6 +14,7 @@ import structlog
 import torch
 from torch import nn
 
+from hueshift.adapters.layout import BaseLayout
 from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cross_attention import CrossLayout
@@ -22,6 +23,7 @@ from hueshift.engines.cuda_options import CudaOptions
 from hueshift.engines.device_errors import Fault, classify, release_memory
 from hueshift.engines.encoder_layers import encoders_of
 from hueshift.engines.encoder_weights import most_bytes
+from hueshift.engines.text_side import is_text_side
 from hueshift.engines.vae import VaeStage
 
 # What server/decode_stage.py decodes in one call; a larger picture is a call of its own.
@@ -34,18 +36,19 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Bytes for the text encoders' changed weights, for decoding and encoding of pictures, and for prompts' keys and
-    values.
+    """Bytes for the text encoders' changed weights, for decoding and encoding of pictures, for prompts' keys and values,
+    and for the singular vectors of the layers that make those.
     """
 
     encoders: int = 0
     pictures: int = 0
     prompts: int = 0
+    vectors: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all."""
-        return self.encoders + self.pictures + self.prompts
+        return self.encoders + self.pictures + self.prompts + self.vectors
 
 
 def measure_reserve(base: BaseModel, lane: GraphLane, options: CudaOptions, max_batch: int) -> Reserve:
@@ -62,8 +65,9 @@ def measure_reserve(base: BaseModel, lane: GraphLane, options: CudaOptions, max_
         encoders=most_bytes(base) if all(_is_on(lane, encoder) for encoder in encoders_of(base)) else 0,
         pictures=_picture_bytes(base, lane, options) if _is_on(lane, base.vae) else 0,
         prompts=_PROMPT_ROWS * max_batch * width * dtype.itemsize,
+        vectors=_vector_bytes(base.layout) if _is_on(lane, base.unet) else 0,
     )
-    _log.info("engine_reserve", encoders=reserve.encoders, pictures=reserve.pictures, prompts=reserve.prompts)
+    _log.info("engine_reserve", **asdict(reserve))
     return reserve
 
 
@@ -84,6 +88,12 @@ def kept_free(lane: GraphLane, reserve: Reserve) -> Iterator[None]:
                 note="what the engine tells to fit may not fit while pictures are decoded",
             )
         yield
+
+
+def _vector_bytes(layout: BaseLayout) -> int:
+    """U and V^T, fp32, of every layer of the text side; see EditedLayers."""
+    sides = [layer for layer in layout.matrices if is_text_side(layer.name)]
+    return sum((layer.rows + layer.cols) * layer.rank * torch.float32.itemsize for layer in sides)
 
 
 def _picture_bytes(base: BaseModel, lane: GraphLane, options: CudaOptions) -> int:

@@ -62,6 +62,7 @@ class RowLayout:
     text_side: bool = True
     targets: tuple[LowRankTarget, ...] = field(init=False)
     lowrank_size: int = field(init=False)
+    _sizes: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Find the target layers and lay them out in module order."""
@@ -79,6 +80,8 @@ class RowLayout:
                 position = targets[-1].end
         object.__setattr__(self, "targets", tuple(targets))
         object.__setattr__(self, "lowrank_size", position)
+        # Asked of the layout's layers for every mix, these would take longer than the sums.
+        object.__setattr__(self, "_sizes", {name: end - begin for name, begin, end in self.layout.spans()})
 
     @property
     def spectral_size(self) -> int:
@@ -149,8 +152,8 @@ class RowLayout:
 
     def _compose_spectral(self, mix: Mix, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> Tensor:
         row = self.base_spectral(factors, norms)
-        layout = self.layout
-        sizes = {name: end - begin for name, begin, end in layout.spans()}
+        layout, sizes = self.layout, self._sizes
+        places = dict(zip(sizes, row.split(list(sizes.values())), strict=True))
         for adapter, weight in mix:
             for shifts, offsets in (
                 (adapter.spectral, layout.matrix_offsets),
@@ -158,8 +161,7 @@ class RowLayout:
             ):
                 for name, shift in shifts.items():
                     _check_shift(name, shift, sizes if name in offsets else {})
-                    begin = offsets[name]
-                    row[begin : begin + sizes[name]] += layer_weight(weight, name) * shift.float()
+                    places[name] += layer_weight(weight, name) * shift.float()
         row[: layout.sigma_size].clamp_(min=0)
         return row
 
@@ -177,7 +179,7 @@ class RowLayout:
                 a, b = stacked.setdefault(name, ([], []))
                 a.append(parts.a.float())
                 b.append(_folded(parts, strength))
-        return self.pack_lowrank({name: (torch.cat(a, 0), torch.cat(b, 1)) for name, (a, b) in stacked.items()})
+        return self.pack_lowrank({name: (_joined(a, 0), _joined(b, 1)) for name, (a, b) in stacked.items()})
 
 
 def read_norms(layout: BaseLayout, weight_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -223,9 +225,16 @@ def _padded(target: LowRankTarget, factors: tuple[Tensor, Tensor] | None) -> tup
             "adapters, or raise the setting engine.lowrank_rank",
             metadata={"layer": target.name, "rank": str(rank), "max_rank": str(target.rank)},
         )
-    pad = torch.nn.functional.pad
     spare = target.rank - rank
-    return pad(a, (0, 0, 0, spare)).flatten(), pad(b, (0, spare)).flatten()
+    if spare:
+        pad = torch.nn.functional.pad
+        a, b = pad(a, (0, 0, 0, spare)), pad(b, (0, spare))
+    return a.flatten(), b.flatten()
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    # Most mixes are of one adapter, and its factors are megabytes that would be copied once more.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _folded(parts: LowRankFactors, weight: float) -> Tensor:

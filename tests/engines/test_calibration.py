@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from host_cuda import built_engine, cuda_engine
+from recording_lane import RecordingLane
 from structlog.testing import capture_logs
 from tiny_unet import TinyParts
 from torch import Tensor
@@ -68,6 +69,23 @@ def test_slots_with_weights_of_their_own_draw_the_same(tiny: TinyParts) -> None:
     assert [line["error"] < 1e-4 for line in logs if line["event"] == "layer_form"] == [True] * 3
     assert engine.networks.slot_weights.weights
     assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+
+
+@pytest.mark.usefixtures("faster", "broken")
+def test_weights_of_slots_are_let_go_when_nothing_writes_them_any_more(
+    tiny: TinyParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = RecordingLane()
+    engine = cuda_engine(tiny, lane, slot_weight_bytes=1 << 24, weight_slots=0)
+    settled: list[bool] = []
+
+    def settle() -> None:
+        # The steps' lane comes after the last row, and was waited for.
+        settled.append(lane.besides[0].marks[-1] in lane.waited and lane.marks[-1].waits == 1)
+
+    monkeypatch.setattr(engine.networks, "settle", settle)
+    calibration.choose_forms(engine, None)
+    assert settled == [True]
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -97,6 +97,12 @@ def test_what_is_reserved_counts_what_lies_on_the_device(parts: TinyParts) -> No
     # The encoder of this base has no weights, so none of them come to lie anywhere.
     assert found.encoders == 0
     assert found.prompts == 3 * 4 * parts.base.max_tokens * parts.inputs(1)[2].shape[2] * 4
+    sides = [
+        layer for layer in parts.base.layout.matrices if ".attn2.to_k" in layer.name or ".attn2.to_v" in layer.name
+    ]
+    kept = [part[layer.name] for layer in sides for part in (parts.factors.u, parts.factors.vh)]
+    assert found.vectors == sum(tensor.numel() * 4 for tensor in kept) > 0
+    assert found.total == found.encoders + found.pictures + found.prompts + found.vectors
     encoder = nn.Linear(2, 2)
     encoder.config = parts.base.text_encoder.config
     with_encoder = measure_reserve(replace(parts.base, text_encoder=encoder), lane, options, 4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_gpu import GPU, FakeGpu, FakeLane, fake_gpu
 from recording_lane import RecordingLane
+from tiny_unet import TinyParts
 from torch import Tensor
 
 from hueshift.engines import vae
@@ -18,7 +19,7 @@ from hueshift.engines.cross_attention import CrossEdits, CrossStage
 from hueshift.engines.cuda_lane import HostLane, lane_of
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage, TokenizedPrompt, Vectors
-from hueshift.engines.text_side import TextSide
+from hueshift.engines.text_side import TextSide, compose_text_side
 from hueshift.engines.vae import VaeStage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +133,23 @@ def test_prompts_stay_on_the_device_in_the_engines_dtype(base_model: BaseModel, 
         assert lane.lent[-1] is made.at(0)
     # Token ids go in; nothing is read back.
     assert all(wait.endswith("from the host") for wait in gpu.waits), gpu.waits
+
+
+def test_singular_vectors_are_copied_to_the_device_once(any_architecture: TinyParts, gpu: FakeGpu) -> None:
+    parts = any_architecture
+    base = replace(parts.base, unet=copy.deepcopy(parts.base.unet).to(GPU))
+    stage = CrossStage(base, parts.factors)
+    context = torch.zeros(2, 5, base.layout.token_width, device=GPU)
+    waits = []
+    for seed in range(3):
+        edits = compose_text_side([(parts.random_adapter(seed), 1.0)], parts.factors).edits
+        assert set(edits.shifts) >= set(stage.layout.spans)
+        gpu.waits.clear()
+        assert stage.project(context, context, edits).device == GPU
+        waits.append(len(gpu.waits))
+    layers = len(stage.layout.spans)
+    # U, V^T and a shift of each layer; then shifts alone.
+    assert waits == [3 * layers, layers, layers]
 
 
 @pytest.mark.parametrize("tile_above", [0, 64])
