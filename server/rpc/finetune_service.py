@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import grpc
 import structlog
 
-from hueshift.adapters.errors import InvalidArgument
+from hueshift.adapters.errors import HueshiftError, InvalidArgument, Unavailable
 from hueshift.server.ingestion import PictureLimits
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.job_news import JobNews
@@ -203,20 +203,29 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
             labels=dict(message.labels),
             picture_bytes=self._folders.stored_bytes(staged),
         )
-        job: JobRecord | None = None
         try:
             # The folder first: a worker may take the job the moment its row is there.
             self._folders.adopt(staged, job_id)
+        except BaseException:
+            self._folders.remove(job_id)
+            raise
+        finally:
+            self._folders.discard(staged)
+        try:
             job, replayed = self._jobs.create(
                 new,
                 tenant_limit=self._limits.tenant_queued_jobs,
                 idempotency_key=message.idempotency_key,
                 request_hash=request_hash,
             )
-        finally:
-            self._folders.discard(staged)
-            if job is None or job.job_id != job_id:
+        except HueshiftError as error:
+            # A database that is lost while it commits may have the job all the same, and another call with the key
+            # would be told of it: then its pictures must be there. Without a row they go with the next sweep.
+            if not isinstance(error, Unavailable):
                 self._folders.remove(job_id)
+            raise
+        if job.job_id != job_id:
+            self._folders.remove(job_id)
         _LOG.info(
             "job.queued",
             job=job.job_id,

@@ -129,7 +129,8 @@ def test_tenants_that_never_met_another_are_forgotten_too() -> None:
         queue.push(f"t{i}", "x")
         queue.charge(f"t{i}", 1.0)
         queue.remove(f"t{i}", "x")
-    assert len(queue._idle) <= 1024 and (len(queue), queue.tenants) == (0, 0)
+    assert len(queue._idle) <= 1024
+    assert (len(queue), queue.tenants) == (0, 0)
     # What was given lately is still owed.
     queue.push("t4999", "again")
     queue.push("new", "n")

@@ -13,8 +13,10 @@ from PIL import Image
 from small_jobs import SMALL_ADAPTER
 from whole_server import LiveServer, Refusal, RpcStubs, fake_parts, live_server, refusal
 
+from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.engines.base_model import BaseModel
 from hueshift.server.store.job_records import ClaimedJob
+from hueshift.server.store.job_store import JobStore
 from hueshift.v1 import finetune_pb2 as pb
 
 LIMITS = {"max_picture_bytes": 50_000, "max_pictures": 3, "max_pictures_bytes": 60_000, "tenant_queued_jobs": 3}
@@ -118,6 +120,26 @@ async def test_a_job_is_queued_with_its_pictures_made_harmless(alice: Caller) ->
     # Nothing of the raw upload is kept.
     assert sorted(path.name for path in (alice.folder / job_id).iterdir()) == ["pictures", "work"]
     assert (await alice.call("GetFineTune", pb.GetFineTuneRequest(name=job_id))).fine_tune == job
+
+
+async def test_a_job_that_was_committed_without_a_word_keeps_its_pictures(
+    alice: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = JobStore.create
+
+    def lose_the_answer(*arguments: Any, **named: Any) -> Any:
+        create(*arguments, **named)
+        raise Unavailable(Reason.STORE_UNAVAILABLE, "the connection broke while it committed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(JobStore, "create", lose_the_answer)
+        refused = await alice.refused(upload([png()], idempotency_key="once"))
+    assert refused.reason == "STORE_UNAVAILABLE"
+    again = await alice.create(upload([png()], idempotency_key="once"))
+    assert again.replayed
+    job_id = again.fine_tune.name.rpartition("/")[2]
+    assert len(alice.live.stores.folders.pictures(job_id)) == 1
+    assert alice.left_behind() == [job_id]
 
 
 GOOD = [png(10), png(20)]
