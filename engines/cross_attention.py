@@ -130,7 +130,7 @@ class EditedLayers:
         return out
 
     def _vectors(self, name: str) -> tuple[Tensor, Tensor]:
-        """U and V^T of a layer beside its weight. The copies are done when they are here, so any stream may read them."""
+        """U and V^T of a layer beside its weight: copied when this returns, so any stream may read them."""
         placed = self._placed.get(name)
         if placed is None:
             weight = self._weights[name]

@@ -36,8 +36,8 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Bytes for the text encoders' changed weights, for decoding and encoding of pictures, for prompts' keys and values,
-    and for the singular vectors of the layers that make those.
+    """Bytes for the text encoders' changed weights, for decoding and encoding of pictures, for prompts' keys and
+    values, and for the singular vectors of the layers that make those.
     """
 
     encoders: int = 0
