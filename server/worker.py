@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, HueshiftError, Internal, Reason, ResourceExhausted, Unavailable
 from hueshift.adapters.file import write_adapter
+from hueshift.engines.device_errors import Fault, classify
 from hueshift.server.clock import Clock
 from hueshift.server.crew import Crew
 from hueshift.server.device_meter import DeviceMeter, step_rows
@@ -204,6 +205,10 @@ class Worker:
         except Exception as error:
             # Whatever it was, the next job deserves a worker, and this one another try.
             self._retry(claimed, error)
+            if classify(error) is Fault.LOST:
+                # Of every later job this process could only make failures: a new one has a new context, or cannot start.
+                _LOG.critical("worker.device_lost", job=job.job_id)
+                self._stop.request()
         else:
             self._folders.end(job.job_id)
 

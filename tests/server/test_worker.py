@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from small_jobs import SMALL_ADAPTER, small_spec
 from sqlalchemy import update
+from structlog.testing import capture_logs
+from sqlalchemy.exc import InternalError
 
 from hueshift.adapters.errors import Cancelled, HueshiftError, InvalidArgument, Reason, ResourceExhausted, Unavailable
 from hueshift.server.clock import SystemClock
@@ -19,6 +21,7 @@ from hueshift.server.job_run import JobRun
 from hueshift.server.settings import Settings, StoreSettings, TrainingSettings
 from hueshift.server.stop import StopFlag
 from hueshift.server.store.job_records import EventKind, JobRecord, JobState, NewJob
+from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.stores import Stores, open_stores
 from hueshift.server.store.tables import jobs
 from hueshift.server.worker import Trained, Worker
@@ -189,6 +192,24 @@ def test_progress_is_thinned_but_its_means_lose_nothing(bench: Bench) -> None:
     assert events[1]["seconds_per_step"] == 0.5
 
 
+def test_reports_that_the_database_refuses_do_not_end_training(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise InternalError("UPDATE jobs", {}, Exception("of a kind that nobody thought of"))
+
+    def train(run: JobRun) -> None:
+        with monkeypatch.context() as broken:
+            for method in ("progress", "sample", "checkpoint"):
+                broken.setattr(JobStore, method, refuse)
+            run.on_step(1, 0.5, 0.5)
+            run.on_sample(1, "a prompt", b"png")
+            run.on_checkpoint(1, Path("folder/checkpoint.safetensors"))
+        assert not run.should_stop()
+
+    bench.queue()
+    job = bench.attempt(train)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
+
+
 def test_samples_and_checkpoints_reach_the_table(bench: Bench) -> None:
     def train(run: JobRun) -> None:
         run.on_sample(3, "a prompt", b"png")
@@ -231,6 +252,16 @@ def test_an_error_of_ours_is_tried_again_and_its_text_stays_in_the_log(bench: Be
     assert bench.stores.folders.sweep(bench.stores.jobs.kept_jobs(), 0.0) == 0
     assert bench.stores.folders.holds_inputs("ft-1", 2)
     assert bench.stores.folders.sweep(bench.stores.jobs.open_jobs(), 0.0) == 1
+
+
+def test_a_worker_whose_device_is_lost_takes_no_other_job(bench: Bench) -> None:
+    bench.queue()
+    with capture_logs() as logs:
+        job = bench.attempt(raises(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    # It may have been the job: the try counts.
+    assert (job.state, job.attempt) == (JobState.QUEUED, 1)
+    assert bench.stop.requested
+    assert "worker.device_lost" in [line["event"] for line in logs]
 
 
 def test_a_cancelled_job_ends_cancelled(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""Middles of steps through torch.compile: what a plain step computes, or the plain step itself and a word in the log."""
+"""Middles of steps through torch.compile: what a plain step computes, or the plain step and a word in the log."""
 
 import shutil
 from collections.abc import Callable
