@@ -206,7 +206,7 @@ class Worker:
             # Whatever it was, the next job deserves a worker, and this one another try.
             self._retry(claimed, error)
             if classify(error) is Fault.LOST:
-                # Of every later job this process could only make failures: a new one has a new context, or cannot start.
+                # Every later job would fail in this process; a new one has a new context, or cannot start.
                 _LOG.critical("worker.device_lost", job=job.job_id)
                 self._stop.request()
         else:

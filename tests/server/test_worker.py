@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from small_jobs import SMALL_ADAPTER, small_spec
 from sqlalchemy import update
-from structlog.testing import capture_logs
 from sqlalchemy.exc import InternalError
+from structlog.testing import capture_logs
 
 from hueshift.adapters.errors import Cancelled, HueshiftError, InvalidArgument, Reason, ResourceExhausted, Unavailable
 from hueshift.server.clock import SystemClock
