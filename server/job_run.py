@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from hueshift.adapters.errors import HueshiftError, Reason
 from hueshift.server.clock import Clock
@@ -59,7 +60,7 @@ class JobRun:
         count = len(self._losses)
         try:
             self._jobs.progress(self._lease, step, sum(self._losses) / count, self._seconds / count)
-        except HueshiftError as error:
+        except (HueshiftError, SQLAlchemyError) as error:
             self._note(error)
         self._reported_at, self._reported_step = now, step
         self._losses, self._seconds = [], 0.0
@@ -68,7 +69,7 @@ class JobRun:
         """Show a sample picture."""
         try:
             self._jobs.sample(self._lease, step, prompt, png)
-        except HueshiftError as error:
+        except (HueshiftError, SQLAlchemyError) as error:
             self._note(error)
 
     def on_checkpoint(self, step: int, path: Path) -> None:
@@ -77,7 +78,7 @@ class JobRun:
             if self._keep is not None:
                 self._keep(path)
             self._jobs.checkpoint(self._lease, path.name)
-        except HueshiftError as error:
+        except (HueshiftError, SQLAlchemyError) as error:
             self._note(error)
 
     def should_stop(self) -> bool:
@@ -88,8 +89,9 @@ class JobRun:
         """Pass a failpoint."""
         self._failpoint.at(name)
 
-    def _note(self, error: HueshiftError) -> None:
+    def _note(self, error: HueshiftError | SQLAlchemyError) -> None:
         # Reports are for people: a busy database must not cost an hour of training. A lost lease ends it.
-        if error.reason is Reason.LEASE_LOST:
+        reason = error.reason if isinstance(error, HueshiftError) else None
+        if reason is Reason.LEASE_LOST:
             self._keeper.lost = True
-        _LOG.warning("job.report_failed", job=self._job.job_id, reason=error.reason)
+        _LOG.warning("job.report_failed", job=self._job.job_id, reason=reason, exc_info=reason is None)

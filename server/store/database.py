@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from hueshift.adapters.errors import (
@@ -43,8 +44,11 @@ _WRITE_OPTION = "hueshift_write"
 _ASKED_AT_ONCE = 500
 _CLOCK_OPTION = "hueshift_clock"
 _BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-# Postgres: serialization failure, deadlock, lock timeout, idle too long, too many connections, shutting down, starting.
-_RETRY_STATES = frozenset({"40001", "40P01", "55P03", "25P03", "53300", "57P01", "57P03"})
+# Postgres: serialization failure, deadlock, lock timeout, idle too long, too many connections, out of memory, statement
+# timeout, shutting down, crashed, starting, and read-only, which is the old server or a standby during a failover.
+_RETRY_STATES = frozenset(
+    {"40001", "40P01", "55P03", "25P03", "53300", "53200", "57014", "57P01", "57P02", "57P03", "25006"}
+)
 _DISK_FULL_STATE = "53100"
 
 
@@ -233,6 +237,8 @@ def _create_or_check(connection: Connection, shown: str) -> None:
 def _translated() -> Iterator[None]:
     try:
         yield
+    except PoolTimeout as error:
+        raise _unavailable("all connections are in use") from error
     except DBAPIError as error:
         known = _known(error)
         if known is None:

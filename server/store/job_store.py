@@ -182,8 +182,7 @@ class JobStore:
 
         Returns None when nothing waits that may run now, or when the next one does not fit: none is passed by.
         """
-        now = self._clock.time()
-        query = next_job(now, self._quotas)
+        query = next_job(self._clock.time(), self._quotas)
         with self._database.read() as connection:
             # Idle workers poll; only a job worth taking is worth the write lock.
             spec = connection.scalar(select(jobs.c.spec).where(jobs.c.job_id == query.scalar_subquery()))
@@ -196,6 +195,7 @@ class JobStore:
             row = connection.execute(select(jobs).where(waiting).with_for_update()).one_or_none()
             if row is None or not fits(TrainingSpec.from_json(row.spec)):
                 return None
+            now = self._clock.time()  # Other writers may have been waited for longer than a lease lasts.
             job = self._move(
                 connection,
                 JobRecord.from_row(row),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, insert, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason, ResourceExhausted, Unavailable
 from hueshift.server.clock import SystemClock
@@ -170,6 +170,26 @@ def test_a_writer_that_gets_no_turn_says_try_again(tmp_path: Path, monkeypatch: 
     add(database, "c")
     assert keys(database) == ["c"]
     database.close()
+
+
+def test_a_process_without_a_free_connection_says_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_POOL_SIZE", 1), ("_POOL_OVERFLOW", 0), ("_BUSY_SECONDS", 0.05)):
+        monkeypatch.setattr(database_module, name, value)
+    database = Database(tmp_path / "h.db", SystemClock())
+    with database.read(), pytest.raises(Unavailable) as caught, database.read():
+        pass
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
+    database.close()
+
+
+@pytest.mark.parametrize("state", ["25006", "57014", "57P02", "53200", "40P01"])
+def test_what_passes_by_itself_on_postgres_says_try_again(state: str) -> None:
+    class PostgresError(Exception):
+        sqlstate = state
+
+    with pytest.raises(Unavailable) as caught, database_module._translated():
+        raise DBAPIError("SELECT 1", {}, PostgresError())
+    assert caught.value.retry_after == 1.0
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:

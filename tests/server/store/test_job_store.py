@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from fake_clock import FakeClock
 from small_jobs import SMALL_ADAPTER, small_spec
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from hueshift.adapters.errors import AlreadyExists, Cancelled, HueshiftError, NotFound, Reason, ResourceExhausted
 from hueshift.server.store.adapter_store import AdapterStore
@@ -103,6 +104,28 @@ def test_claims_are_fair_between_tenants_and_by_priority_within_one(house: House
     # Alice came first, with her urgent one; then those who run nothing, oldest first, whatever they call urgent.
     assert order == ["a-urgent", "b-0", "c-0", "a-0", "a-1", "a-2"]
     assert house.jobs.claim("worker", 30.0) is None
+
+
+def test_a_claim_that_waited_for_other_writers_has_its_whole_lease(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.create("one")
+    write = house.database.write
+
+    @contextmanager
+    def write_late() -> Iterator[Connection]:
+        house.clock.now += 40.0
+        with write() as connection:
+            yield connection
+
+    with monkeypatch.context() as busy:
+        busy.setattr(house.database, "write", write_late)
+        claimed = house.claim()
+    assert claimed.job.lease_expires == house.clock.now + 30.0
+    assert house.jobs.expire_leases() == []
+    # Nor does the tenant pay for the waiting.
+    house.clock.now += 1.0
+    assert house.jobs.heartbeat(claimed.lease, 30.0).device_seconds == 1.0
 
 
 def test_a_lost_lease_returns_the_job_and_disarms_the_old_holder(house: House) -> None:
