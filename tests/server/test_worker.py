@@ -210,24 +210,6 @@ def test_reports_that_the_database_refuses_do_not_end_training(bench: Bench, mon
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
 
 
-def test_reports_that_the_database_refuses_do_not_end_training(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise InternalError("UPDATE jobs", {}, Exception("of a kind that nobody thought of"))
-
-    def train(run: JobRun) -> None:
-        with monkeypatch.context() as broken:
-            for method in ("progress", "sample", "checkpoint"):
-                broken.setattr(JobStore, method, refuse)
-            run.on_step(1, 0.5, 0.5)
-            run.on_sample(1, "a prompt", b"png")
-            run.on_checkpoint(1, Path("folder/checkpoint.safetensors"))
-        assert not run.should_stop()
-
-    bench.queue()
-    job = bench.attempt(train)
-    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
-
-
 def test_samples_and_checkpoints_reach_the_table(bench: Bench) -> None:
     def train(run: JobRun) -> None:
         run.on_sample(3, "a prompt", b"png")
