@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hueshift.kernels.errors import KernelUnavailableError
 
-__all__ = ["Launch", "block_descriptor", "jit", "multiprocessors", "on_gpu", "tl", "triton"]
+__all__ = ["Launch", "block_descriptor", "interpreted", "jit", "multiprocessors", "on_gpu", "tl", "triton"]
 
 try:
     import triton
@@ -28,6 +28,11 @@ except ModuleNotFoundError:
 def jit(function: Callable[..., Any]) -> Any:
     """Compile a kernel lazily with Triton, or leave the function alone where Triton is absent."""
     return function if triton is None else triton.jit(function)
+
+
+def interpreted() -> bool:
+    """Tell whether Triton interprets kernels in this process, as it does in the tests, instead of compiling them."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.launch import block_descriptor, multiprocessors
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.memory_format import check_format, columns_in_memory_order
-from hueshift.kernels.tiles import MatrixShape, blocks, order_tiles, pack, packed_rows
+from hueshift.kernels.tiles import MatrixShape, blocks, interleave, order_tiles, pack, packed_rows
 
 # Rows of one block of the pre-scaling kernel; block heights are multiples of it.
 SCALE_ROWS = 32
@@ -179,6 +179,8 @@ def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchC
         u_start, v_start, spare = position, position + u_rows, position + u_rows + v_rows
         pack(layer.u, packed[u_start:v_start], block_m, block_k)
         pack(columns_in_memory_order(layer.vh, layer.out).t(), packed[v_start:spare], block_n, block_k)
+        if config["DIRECT"]:
+            interleave(packed[v_start:spare])
         if u_rows <= v_rows:
             scaled += _scaled_blocks(layer, u_start, spare, u_rows, block_m, block_k)
             u_start = spare

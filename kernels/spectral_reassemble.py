@@ -13,6 +13,7 @@ from torch import Tensor
 from hueshift.kernels.checks import check_contiguous, check_device, check_dtype, check_inner_contiguous, check_shape
 from hueshift.kernels.device import halves, read_once, write_sum
 from hueshift.kernels.errors import KernelArgumentError
+from hueshift.kernels.fragments import add_to_words, in_order, read_words, write_words
 from hueshift.kernels.launch import Launch, jit, tl
 from hueshift.kernels.spectral_plan import SCALE_ROWS, GpuTables, SpectralLayer, SpectralPlan
 
@@ -87,7 +88,7 @@ def launches(tables: GpuTables, rows: Tensor, weights: Tensor, *, effective: boo
     }
     shape = {"BLOCK_K": config["BLOCK_K"], "ROWS": rows.shape[0], "EFFECTIVE": effective, "BLOCK_ROWS": SCALE_ROWS}
     found = [Launch(_scale_kernel, (tables.scaled_blocks.shape[0],), scale, shape, 4, 1)]
-    constants = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA")}
+    constants = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA", "DIRECT")}
     for group in tables.groups:
         arguments = {
             "a_source": tables.a_source,
@@ -161,30 +162,70 @@ def _write_slice(out: tl.tensor, weight: tl.tensor, change: tl.tensor, m: tl.ten
 @jit
 def _place(record: tl.tensor, layers_ptr: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
            VECTOR: tl.constexpr) -> tl.tensor:  # fmt: skip
-    # The layer's record, the rows and first column of a tile, and the layer's size.
+    # Addresses of the layer's base and output, first row and column of a tile, and the layer's size.
     layer = layers_ptr + tl.load(record + 3) * 4
-    m = tl.load(record + 4) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.load(record + 4) * BLOCK_M
+    col = tl.load(record + 5) * BLOCK_N
     rows = tl.load(layer + 2).to(tl.int32)
     # Stored divided by VECTOR: multiplied back, the compiler knows how rows are aligned and loads vectors.
     cols = tl.load(layer + 3).to(tl.int32) * VECTOR
-    return layer, m, tl.load(record + 5) * BLOCK_N, rows, cols
+    return tl.load(layer), tl.load(layer + 1), row, col, rows, cols
+
+
+@jit
+def _finish(change: tl.tensor, record: tl.tensor, layers_ptr: tl.tensor, element: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr) -> None:  # fmt: skip
+    # Base plus change of one tile, in the layout that loads and stores have: through shared memory.
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    pointer = tl.pointer_type(element)
+    base, out, row, col, rows, cols = _place(record, layers_ptr, BLOCK_M, BLOCK_N, VECTOR)
+    base = tl.multiple_of(base.to(pointer), 16)
+    out = tl.multiple_of(out.to(pointer), 16)
+    m = row + tl.arange(0, BLOCK_M)
+    # All reads before the first write, so that their latencies overlap.
+    first_weight = _read_slice(base, m, col, rows, cols, QUARTER)
+    second_weight = _read_slice(base, m, col + QUARTER, rows, cols, QUARTER)
+    third_weight = _read_slice(base, m, col + 2 * QUARTER, rows, cols, QUARTER)
+    fourth_weight = _read_slice(base, m, col + 3 * QUARTER, rows, cols, QUARTER)
+    # By column slices: the addresses of a whole tile would not fit in registers beside the sum.
+    left, right = halves(change, BLOCK_M, BLOCK_N)
+    first_part, second_part = halves(left, BLOCK_M, BLOCK_N // 2)
+    third_part, fourth_part = halves(right, BLOCK_M, BLOCK_N // 2)
+    _write_slice(out, first_weight, first_part, m, col, rows, cols, QUARTER)
+    _write_slice(out, second_weight, second_part, m, col + QUARTER, rows, cols, QUARTER)
+    _write_slice(out, third_weight, third_part, m, col + 2 * QUARTER, rows, cols, QUARTER)
+    _write_slice(out, fourth_weight, fourth_part, m, col + 3 * QUARTER, rows, cols, QUARTER)
+
+
+@jit
+def _pieces(row: tl.tensor, col: tl.tensor, rows: tl.tensor, cols: tl.tensor, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+    # Of the 16-byte pieces of a tile, counted from the start of the matrix; -1 outside.
+    m = row + tl.arange(0, BLOCK_M)
+    n = col // 8 + tl.arange(0, BLOCK_N // 8)
+    inside = (m < rows)[:, None] & (n < cols // 8)[None, :]
+    return tl.where(inside, m[:, None] * (cols // 8) + n[None, :], -1)
 
 
 @jit
 def _reassemble_kernel(a_source: tl.tensor, b_source: tl.tensor, tiles_ptr: tl.tensor, counts_ptr: tl.tensor,
                        layers_ptr: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                       TMA: tl.constexpr, VECTOR: tl.constexpr) -> None:  # fmt: skip
+                       TMA: tl.constexpr, DIRECT: tl.constexpr, VECTOR: tl.constexpr) -> None:  # fmt: skip
     # One loop over all blocks of all tiles of this program, longest sums first: the blocks of the next tile are on
     # their way while a tile is finished, so the tensor cores wait for memory once a launch and not once a tile.
-    QUARTER: tl.constexpr = BLOCK_N // 4
-    element = a_source.dtype if TMA else a_source.dtype.element_ty
-    pointer = tl.pointer_type(element)
+    element: tl.constexpr = a_source.dtype if TMA else a_source.dtype.element_ty
+    WORDS: tl.constexpr = DIRECT and VECTOR == 8 and element.primitive_bitwidth == 16
     record = tiles_ptr + (tl.program_id(0) - tl.num_programs(0)) * 6
     a_row = 0
     b_row = 0
     block = 0
     deep = 0
     change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if WORDS:
+        first = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
+        second, third, fourth = first, first, first
+        out = tl.full((), 0, tl.int64)
+        row, col, rows, cols = 0, 0, 0, 0
     for _ in tl.range(tl.load(counts_ptr + tl.program_id(0))):
         # Addresses follow from `block`: a counter that no load needs would be computed in a later stage than the one
         # that reads it next, and the compiler would leave the loop without a pipeline.
@@ -196,22 +237,20 @@ def _reassemble_kernel(a_source: tl.tensor, b_source: tl.tensor, tiles_ptr: tl.t
             deep = tl.load(record + 2)
         a = _block(a_source, a_row + block * BLOCK_M, BLOCK_M, BLOCK_K, TMA)
         b = _block(b_source, b_row + block * BLOCK_N, BLOCK_N, BLOCK_K, TMA)
+        if WORDS:
+            # The base's words, and where the tile goes, arrive while the last blocks are multiplied.
+            early = tl.maximum(deep - 2, 0)
+            if block == early:
+                base, out, row, col, rows, cols = _place(record, layers_ptr, BLOCK_M, BLOCK_N, VECTOR)
+                first, second, third, fourth = read_words(base, _pieces(row, col, rows, cols, BLOCK_M, BLOCK_N))
         change = tl.dot(a, b.T, change)
         if block == deep - 1:
-            layer, m, col, rows, cols = _place(record, layers_ptr, BLOCK_M, BLOCK_N, VECTOR)
-            base = tl.multiple_of(tl.load(layer).to(pointer), 16)
-            out = tl.multiple_of(tl.load(layer + 1).to(pointer), 16)
-            # All reads before the first write, so that their latencies overlap.
-            first_weight = _read_slice(base, m, col, rows, cols, QUARTER)
-            second_weight = _read_slice(base, m, col + QUARTER, rows, cols, QUARTER)
-            third_weight = _read_slice(base, m, col + 2 * QUARTER, rows, cols, QUARTER)
-            fourth_weight = _read_slice(base, m, col + 3 * QUARTER, rows, cols, QUARTER)
-            # By column slices: the addresses of a whole tile would not fit in registers beside the sum.
-            left, right = halves(change, BLOCK_M, BLOCK_N)
-            first_part, second_part = halves(left, BLOCK_M, BLOCK_N // 2)
-            third_part, fourth_part = halves(right, BLOCK_M, BLOCK_N // 2)
-            _write_slice(out, first_weight, first_part, m, col, rows, cols, QUARTER)
-            _write_slice(out, second_weight, second_part, m, col + QUARTER, rows, cols, QUARTER)
-            _write_slice(out, third_weight, third_part, m, col + 2 * QUARTER, rows, cols, QUARTER)
-            _write_slice(out, fourth_weight, fourth_part, m, col + 3 * QUARTER, rows, cols, QUARTER)
+            if WORDS:
+                tile = in_order(change, BLOCK_M, BLOCK_N)
+                sums = add_to_words((first, second, third, fourth), tile, element, BLOCK_M, BLOCK_N)
+                write_words(out, _pieces(row, col, rows, cols, BLOCK_M, BLOCK_N), sums)
+            elif DIRECT:
+                _finish(in_order(change, BLOCK_M, BLOCK_N), record, layers_ptr, element, BLOCK_M, BLOCK_N, VECTOR)
+            else:
+                _finish(change, record, layers_ptr, element, BLOCK_M, BLOCK_N, VECTOR)
             change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -73,3 +73,12 @@ def pack(factor: Tensor, into: Tensor, block_rows: int, block_depth: int) -> Non
         view[:whole, k, :, :width] = columns[: whole * block_rows].reshape(whole, block_rows, width)
         if whole < down:
             view[whole, k, : rows - whole * block_rows, :width] = columns[whole * block_rows :]
+
+
+def interleave(packed: Tensor) -> None:
+    """Reorder the rows of whole blocks in place, 32 by 32, so that a thread's sums are eight neighbours (fragments.py).
+
+    Row 8 j + 2 t + b of a group then holds what was its row 8 t + 2 j + b. Block heights are multiples of 32.
+    """
+    groups = packed.view(-1, 4, 4, 2, packed.shape[1])
+    groups.copy_(groups.transpose(1, 2).clone())

@@ -23,8 +23,9 @@ SHAPES: list[tuple[tuple[int, ...], bool]] = [
     ((4, 32, 3, 3), False),
     ((4, 32, 3, 3), True),
     ((31, 33, 1, 1), False),
+    ((40, 72), False),
 ]
-SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "VECTOR": 4}
+SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "DIRECT": False, "VECTOR": 4}
 
 
 def make_layers(
@@ -167,6 +168,10 @@ def interpreted(dtype: str, adapters: int, effective: bool, zero: bool, constant
         (3, False, False, {"TMA": False, "BLOCK_M": 64, "VECTOR": 8, "BLOCK_K": 64}),
         (1, False, True, {"TMA": True}),
         (0, False, True, {"TMA": False}),
+        # Straight from the tensor cores' layout; layers whose columns are no multiple of 8 are put into order first.
+        (2, False, False, {"TMA": True, "DIRECT": True, "VECTOR": 8}),
+        (1, True, False, {"TMA": False, "DIRECT": True, "VECTOR": 8, "BLOCK_N": 64}),
+        (1, False, True, {"TMA": True, "DIRECT": True, "VECTOR": 8}),
     ],
 )
 def test_kernels_interpreted(
@@ -198,6 +203,12 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
                 assert found.tma_copies == (2 * config.num_stages if config["TMA"] else 0)
                 # Weights are written several elements at a time.
                 assert set(found.accesses("st")) == {2 * config["VECTOR"]}
+                if config["DIRECT"]:
+                    # A tile is read and written once, 16 bytes a thread, and never lies in shared memory.
+                    pieces = config["BLOCK_M"] * config["BLOCK_N"] // 8 // (32 * config.num_warps)
+                    assert (found.accesses("ld")[16], found.accesses("st")[16]) == (pieces, pieces)
+                    assert "st.shared" not in found.ptx
+                    assert "ld.shared" not in found.ptx
 
 
 def test_odd_columns_compile(cross_compile: Callable[..., Any]) -> None:
