@@ -15,6 +15,7 @@ from hueshift.engines.denoise import Sample, advance, start_sample
 from hueshift.engines.interface import BASE_SLOT, UNetEngine
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.samplers import SamplerKind, SamplerTable, make_inverse_table, make_table, noise_levels
+from hueshift.engines.transfer import to_device
 from hueshift.engines.vae import VaeStage
 
 
@@ -36,7 +37,8 @@ def noise_picture(clean: Tensor, seed: int, schedule: NoiseSchedule, table: Samp
 def noise_at(clean: Tensor, seed: int, levels: tuple[float, float]) -> Tensor:
     """The same for `levels`, the shares of the picture and of noise."""
     drawn = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    noised: Tensor = levels[0] * clean + levels[1] * drawn.to(clean.device)
+    # By the step loop's thread, which must not wait for the steps that are queued.
+    noised: Tensor = levels[0] * clean + levels[1] * to_device(drawn, clean.device)
     return noised
 
 
@@ -48,7 +50,7 @@ def mix_noise(inverted: Tensor, seed: int, share: float) -> Tensor:
     """
     if not 0 <= share <= 1:
         raise InvalidArgument.for_field("noise_share", f"{share} given; allowed: 0 to 1")
-    noise = torch.randn(inverted.shape, generator=torch.Generator().manual_seed(seed)).to(inverted.device)
+    noise = to_device(torch.randn(inverted.shape, generator=torch.Generator().manual_seed(seed)), inverted.device)
     if share in (0, 1):
         return inverted if share == 0 else noise
     one, other = inverted.flatten().double(), noise.flatten().double()

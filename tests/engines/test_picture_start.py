@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_engine import FakeEngine
+from fake_gpu import GPU, fake_gpu
 from torch import Tensor
 
 from hueshift.adapters.errors import InvalidArgument
@@ -20,6 +21,8 @@ from hueshift.engines.picture_start import (
     first_step,
     inversion_error,
     mix_noise,
+    mix_start,
+    noise_at,
     noise_picture,
     start_inversion,
 )
@@ -142,6 +145,15 @@ def test_mixing_keeps_both_ends_exactly_and_the_length_between() -> None:
     assert cosines[0] == pytest.approx(cosines[1], abs=1e-5)
     with pytest.raises(InvalidArgument, match="noise_share"):
         mix_noise(kept, 9, 1.5)
+
+
+def test_no_start_waits_for_the_device() -> None:
+    with fake_gpu() as gpu:
+        clean = torch.zeros(SHAPE, device=GPU)
+        assert noise_at(clean, 1, (0.6, 0.8)).device == GPU
+        for share in (0.0, 0.4, 1.0):
+            assert mix_start(clean, clean, 1, share, (0.6, 0.8)).device == GPU
+        assert gpu.waits == []
 
 
 def test_inversion_joins_a_mixed_batch() -> None:
