@@ -1,6 +1,7 @@
 """Checks that launchers make before a launch, as exceptions that survive `python -O`."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ REFERENCE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_TYPES = (torch.int32, torch.int64)
 # Vector loads of 16 bytes and TMA both need it.
 ALIGNMENT = 16
-# Inside one weight the kernels address with 32 bits.
+# Inside one weight, or one picture, the kernels address with 32 bits.
 MAX_ELEMENTS = 2**31 - 1
 
 
@@ -77,6 +78,14 @@ def check_apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise KernelArgumentError(f"{name} and {other_name} overlap in memory (needed: separate storage)")
 
 
+def check_all_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise KernelArgumentError if any two of the named tensors, all on one device, share bytes of memory."""
+    spans = sorted((*span(tensor), name) for name, tensor in tensors if tensor.numel())
+    for (_, end, name), (begin, _, other) in pairwise(spans):
+        if begin < end:
+            raise KernelArgumentError(f"{name} and {other} overlap in memory (needed: separate storage)")
+
+
 def span(tensor: Tensor) -> tuple[int, int]:
     """Return the first and the one-past-last byte address that the elements of `tensor` touch."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -84,13 +93,14 @@ def span(tensor: Tensor) -> tuple[int, int]:
 
 
 def check_index(name: str, index: Tensor, low: int, high: int) -> None:
-    """Raise KernelArgumentError on a wrong index dtype or shape, or on a value outside low..high-1.
+    """Raise KernelArgumentError on a wrong index dtype, shape or stride, or on a value outside low..high-1.
 
     Values are looked at only on the CPU: reading them from a GPU would stall the stream. There, build the index with
     `adapter_index.make_index`, which checks before the upload; the kernels never read outside a slab in any case.
     """
     check_dtype(name, index, INDEX_TYPES)
     check_shape(name, index, (None,))
+    check_contiguous(name, index)
     if index.device.type == "cpu" and index.numel():
         least, most = int(index.min()), int(index.max())
         if least < low or most >= high:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hueshift.kernels.checks import check_index, check_shape
+from hueshift.kernels.checks import check_shape
 from hueshift.kernels.errors import KernelArgumentError
-from hueshift.kernels.factored_linear import check_factors, factored_linear, second_product
+from hueshift.kernels.factored_linear import check_factors, check_scaled, factored_linear, second_product
 from hueshift.kernels.launch import Launch, jit, on_gpu, tl
 from hueshift.kernels.launch_table import LaunchConfig, choose
 from hueshift.kernels.product import product_launch, product_reference, shape_class
@@ -63,10 +63,16 @@ def factored_conv(
 
 
 def scale_and_expand(shrunk: Tensor, u: Tensor, sigma: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return conv1x1(sigma[index] * shrunk, u) + bias, channels_last, for shrunk [N, r, h, w]."""
-    check_index("index", index, 0, sigma.shape[0])
+    """Return conv1x1(sigma[index] * shrunk, u) + bias, channels_last, for shrunk [N, r, h, w].
+
+    A copy is made of what does not lie channels_last. The rest as in factored_conv, errors too.
+    """
+    check_scaled("shrunk", shrunk, u, sigma, index, bias)
+    check_shape("shrunk", shrunk, (None, u.shape[1], None, None))
     samples, rank, height, width = shrunk.shape
-    pixels = shrunk.permute(0, 2, 3, 1).reshape(samples, height * width, rank)
+    check_shape("index", index, (samples,))
+    # Of pictures in the other layout, reshape alone would give a view whose pixels are not packed.
+    pixels = shrunk.permute(0, 2, 3, 1).reshape(samples, height * width, rank).contiguous()
     work = expand if on_gpu(shrunk) else expand_reference
     y = work(pixels, u, sigma, index, bias)
     return y.view(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)

@@ -63,26 +63,31 @@ def second_product(scaled: Tensor, u: Tensor, bias: Tensor | None, tokens: int, 
 
 def check_factors(x: Tensor, u: Tensor, vh: Tensor, sigma: Tensor, index: Tensor, bias: Tensor | None) -> None:
     """Raise KernelArgumentError unless the factors fit each other and lie where x lies."""
-    check_dtype("x", x, HALF_TYPES if x.device.type == "cuda" else REFERENCE_TYPES)
+    check_scaled("x", x, u, sigma, index, bias)
+    check_shape("vh", vh, (u.shape[1], *[None] * (vh.dim() - 1)) if vh.dim() == 4 else (u.shape[1], None))
+    check_dtype("vh", vh, (x.dtype,))
+    if vh.dim() == 2:
+        check_contiguous("vh", vh)
+    check_device("vh", vh, x.device)
+
+
+def check_scaled(name: str, x: Tensor, u: Tensor, sigma: Tensor, index: Tensor, bias: Tensor | None) -> None:
+    """Raise KernelArgumentError unless U, the singular values and the bias fit each other and lie where x lies."""
+    check_dtype(name, x, HALF_TYPES if x.device.type == "cuda" else REFERENCE_TYPES)
     check_shape("u", u, (None, None))
-    out_features, rank = u.shape
-    check_shape("vh", vh, (rank, *[None] * (vh.dim() - 1)) if vh.dim() == 4 else (rank, None))
-    check_shape("sigma", sigma, (None, rank))
+    check_shape("sigma", sigma, (None, u.shape[1]))
     check_dtype("sigma", sigma, (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,))
     check_inner_contiguous("sigma", sigma, 1)
     check_index("index", index, 0, sigma.shape[0])
+    check_dtype("u", u, (x.dtype,))
     check_contiguous("u", u)
-    for name, tensor in (("u", u), ("vh", vh)):
-        check_dtype(name, tensor, (x.dtype,))
-    if vh.dim() == 2:
-        check_contiguous("vh", vh)
     if bias is not None:
         check_dtype("bias", bias, (x.dtype,))
-        check_shape("bias", bias, (out_features,))
+        check_shape("bias", bias, (u.shape[0],))
         check_contiguous("bias", bias)
         check_device("bias", bias, x.device)
-    for name, tensor in (("u", u), ("vh", vh), ("sigma", sigma), ("index", index)):
-        check_device(name, tensor, x.device)
+    for part, tensor in (("u", u), ("sigma", sigma), ("index", index)):
+        check_device(part, tensor, x.device)
 
 
 def reference(x: Tensor, u: Tensor, vh: Tensor, sigma: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:

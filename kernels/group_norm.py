@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from hueshift.kernels.checks import (
     HALF_TYPES,
+    MAX_ELEMENTS,
     REFERENCE_TYPES,
     check_contiguous,
     check_device,
@@ -84,6 +85,8 @@ def check_arguments(
     samples, channels = x.shape[:2]
     if x.numel() and not x.is_contiguous(memory_format=torch.channels_last):
         raise KernelArgumentError(f"x has strides {list(x.stride())} (needed: channels_last)")
+    if x.shape[1:].numel() > MAX_ELEMENTS:
+        raise KernelArgumentError(f"x has {x.shape[1:].numel()} elements a sample (allowed: {MAX_ELEMENTS})")
     if groups < 1 or channels % groups or not channels:
         raise KernelArgumentError(f"{groups} groups of {channels} channels (needed: a divisor of the channels)")
     if not eps >= 0:

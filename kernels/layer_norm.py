@@ -70,7 +70,6 @@ def check_arguments(x: Tensor, weight: Tensor, bias: Tensor, eps: float, index: 
         check_dtype("weight", weight, (torch.float64 if x.dtype == torch.float64 else torch.float32,))
         check_index("index", index, 0, weight.shape[0])
         check_shape("index", index, (samples,))
-        check_contiguous("index", index)
         others.append(("index", index))
     check_inner_contiguous("weight", weight, 1)
     for name, tensor in others:

@@ -16,6 +16,7 @@ from hueshift.kernels.checks import (
     MAX_ELEMENTS,
     REFERENCE_TYPES,
     check_aligned,
+    check_all_apart,
     check_apart,
     check_contiguous,
     check_device,
@@ -97,6 +98,8 @@ def plan_merge(
     device = layers[0].base.device
     for number, layer in enumerate(layers):
         check_layer(f"layers[{number}]", layer, device, layers[0].base.dtype, in_place)
+    # One launch writes them all, in no order.
+    check_all_apart([(f"layers[{number}].out", layer.out) for number, layer in enumerate(layers)])
     tables = build_tables(layers, config or choose(device, "lowrank_merge")) if device.type == "cuda" else None
     return MergePlan(tuple(layers), device, tables)
 

@@ -74,6 +74,7 @@ def check_arguments(
     floats = (torch.float32, torch.float64) if y.dtype == torch.float64 else (torch.float32,)
     check_dtype("scales", scales, floats)
     check_shape("scales", scales, (slots,))
+    check_contiguous("scales", scales)
     if mask is not None:
         check_dtype("mask", mask, floats)
         check_shape("mask", mask, (samples, tokens))
@@ -82,6 +83,9 @@ def check_arguments(
         check_device(name, tensor, y.device)
     if mask is not None:
         check_device("mask", mask, y.device)
+    # Each program reads and writes its own tokens: where two lie on the same memory, one would undo the other.
+    if any(y.shape[axis] > 1 and y.stride(axis) < out_features for axis in (0, 1)):
+        raise KernelArgumentError(f"y has strides {list(y.stride())} (needed: tokens apart from each other)")
     # Programs that share tokens read x after others have written y. Views that interleave are taken at their word.
     if y.is_contiguous() and x.is_contiguous():
         check_apart("y", y, "x", x)

@@ -40,10 +40,11 @@ def sampler_step(
     """Update x and prev in place.
 
     x and prev [N, ...] fp32 (the latents and the previous step's data estimate), noise like x or None; out [M, ...] is
-    the UNet's output for all rows of the batch, fp16, bf16 or fp32; cond_rows and uncond_rows [N] int32 or int64 say
-    which of them belong to a sample (uncond -1 = no guidance); guidance [N] and coefficients [N, 6] = a, b, c, d, e, f
-    fp32. All contiguous. Where c or d is 0, prev or noise is not read: a first step may leave prev uninitialised.
-    Rows outside 0..M-1 are refused on a CPU; on a GPU they make the sample NaN. CPU tensors take the reference.
+    the UNet's output for all rows of the batch, fp16, bf16 or fp32, and shares no memory with x or prev; cond_rows and
+    uncond_rows [N] int32 or int64 say which of its rows belong to a sample (uncond -1 = no guidance); guidance [N] and
+    coefficients [N, 6] = a, b, c, d, e, f fp32. All contiguous. Where c or d is 0, prev or noise is not read: a first
+    step may leave prev uninitialised. Rows outside 0..M-1 are refused on a CPU; on a GPU they make the sample NaN. CPU
+    tensors take the reference.
     Raises KernelArgumentError on what does not fit.
     """
     check_arguments(x, prev, out, cond_rows, uncond_rows, guidance, coefficients, noise)
@@ -87,6 +88,9 @@ def check_arguments(
     if noise is None and coefficients.device.type == "cpu" and bool((coefficients[:, 3] != 0).any()):
         raise KernelArgumentError("noise is None but a coefficient d is not 0 (needed: the noise of those samples)")
     check_apart("x", x, "prev", prev)
+    # A row of out may be read after another sample has been written.
+    check_apart("x", x, "out", out)
+    check_apart("prev", prev, "out", out)
     check_dtype("uncond_rows", uncond_rows, (cond_rows.dtype,))
     for name, tensor in (*floats, ("x", x), ("out", out), ("cond_rows", cond_rows), ("uncond_rows", uncond_rows)):
         check_device(name, tensor, x.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hueshift.kernels import factored_conv as module
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.factored_conv import (
@@ -127,6 +128,52 @@ def test_kernel_interpreted(
     assert found["nan"] == 1.0
 
 
+def interpreted_layout(size: list[int]) -> dict[str, float]:
+    """Run the launches of a GPU on pictures in both layouts; return the larger error against the reference."""
+    torch.manual_seed(2)
+    samples, rank, height, width = size
+    shrunk = torch.randn(samples, rank, height, width).half()
+    u, sigma = (torch.randn(24, rank) * rank**-0.5).half(), torch.rand(3, rank)
+    index = torch.arange(samples) % 3
+    want = scale_and_expand(shrunk.double(), u.double(), sigma.double(), index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "on_gpu", lambda _: True)
+        layouts = (shrunk, shrunk.contiguous(memory_format=torch.channels_last))
+        found = [scale_and_expand(pictures, u, sigma, index) for pictures in layouts]
+    return {"error": max(relative_error(y, want) for y in found)}
+
+
+# Few pixels are scaled, many have a weight of each sample's own.
+@pytest.mark.parametrize("size", [[2, 16, 3, 4], [1, 16, 8, 16], [2, 16, 8, 16]])
+def test_pictures_of_either_layout_interpreted(interpret: Callable[..., dict[str, float]], size: list[int]) -> None:
+    assert interpret(__file__, "interpreted_layout", size=size)["error"] <= 2 * TOLERANCES[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shrunk": torch.zeros(2, 8, 3)}, "shrunk has shape"),
+        ({"shrunk": torch.zeros(2, 7, 3, 3)}, "shrunk has shape"),
+        ({"shrunk": torch.zeros(2, 8, 3, 3, dtype=torch.int8)}, "shrunk is int8"),
+        ({"u": torch.zeros(8, 16)[:, ::2]}, "u has strides"),
+        ({"u": torch.zeros(8, 8, dtype=torch.float16)}, "u is float16"),
+        ({"sigma": torch.zeros(3, 16)[:, ::2]}, "sigma has strides"),
+        ({"index": torch.tensor([0])}, "index has shape"),
+        ({"index": torch.tensor([0, 9, 1, 9])[::2]}, "index has strides"),
+        ({"bias": torch.zeros(7)}, "bias has shape"),
+    ],
+)
+def test_a_wrong_second_product_is_refused(change: Arguments, message: str) -> None:
+    arguments = {
+        "shrunk": torch.zeros(2, 8, 3, 3),
+        "u": torch.zeros(8, 8),
+        "sigma": torch.zeros(3, 8),
+        "index": torch.tensor([0, 1]),
+    }
+    with pytest.raises(KernelArgumentError, match=message):
+        scale_and_expand(**{**arguments, **change})
+
+
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
 def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
     for tokens, out in ((1024, 640), (256, 320), (64, 640), (99, 640)):
@@ -156,7 +203,7 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
         ({"x": torch.zeros(2, 4, 3, 3)}, "needed: channels_last"),
         ({"vh": torch.zeros(8, 5, 3, 3)}, "vh has shape"),
         ({"vh": torch.zeros(8, 36)}, "vh has shape"),
-        ({"u": torch.zeros(8, 7)}, "vh has shape"),
+        ({"u": torch.zeros(8, 7)}, "sigma has shape"),
         ({"index": torch.tensor([0, 3])}, "values 0..3"),
         ({"index": torch.tensor([0])}, "index has shape"),
         ({"sigma": torch.zeros(3, 8, dtype=torch.bfloat16)}, "sigma is bfloat16"),

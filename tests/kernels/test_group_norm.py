@@ -180,12 +180,22 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
         ({"index": None}, "weight has shape"),
         ({"index": torch.tensor([0, 5])}, "values 0..5"),
         ({"index": torch.tensor([0])}, "index has shape"),
+        ({"index": torch.tensor([0, 9, 1, 9])[::2]}, "index has strides"),
     ],
 )
 def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
     arguments = {"groups": 3, "eps": EPS, **make(2, 6, 3, 3, torch.float32, rows=True), **change}
     with pytest.raises(KernelArgumentError, match=message):
         group_norm(**arguments)
+
+
+def test_a_picture_that_32_bits_do_not_address_is_refused() -> None:
+    side = 1 << 14
+    # No memory is behind it.
+    x = torch.empty(1, 8, side, side, device="meta").contiguous(memory_format=torch.channels_last)
+    assert x.numel() == 1 << 31
+    with pytest.raises(KernelArgumentError, match="2147483648 elements a sample"):
+        group_norm(x, torch.ones(8, device="meta"), torch.ones(8, device="meta"), 4, EPS)
 
 
 def run_launches(y: Tensor, arguments: Arguments, groups: int, *, silu: bool, config: LaunchConfig) -> None:

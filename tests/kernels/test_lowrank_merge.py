@@ -211,6 +211,11 @@ def test_wrong_plans_mixes_and_scales_are_refused() -> None:
     ):
         with pytest.raises(KernelArgumentError, match=message):
             plan_merge(layers)
+    shared = torch.zeros(16, 8)
+    for first, second in ((base, base), (shared[:8], shared[4:12])):
+        layers = [MergeLayer(torch.zeros_like(out), out) for out in (first, second)]
+        with pytest.raises(KernelArgumentError, match=r"layers\[0\]\.out and layers\[1\]\.out overlap"):
+            plan_merge(layers)
     with pytest.raises(KernelArgumentError, match="9 adapters"):
         mix_adapters(plan, [{}] * 9)
     with pytest.raises(KernelArgumentError, match="names layer 1"):

@@ -163,10 +163,12 @@ def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
         sampler_step(**arguments)
 
 
-def test_x_and_prev_must_not_share_memory() -> None:
+@pytest.mark.parametrize(("name", "other"), [("prev", "x"), ("out", "x"), ("out", "prev")])
+def test_what_is_written_shares_no_memory(name: str, other: str) -> None:
     arguments = make(2, [3], torch.float32)
-    with pytest.raises(KernelArgumentError, match="overlap"):
-        sampler_step(**{**arguments, "prev": arguments["x"]})
+    rows = {"cond_rows": torch.tensor([0, 1]), "uncond_rows": torch.tensor([1, 0])}
+    with pytest.raises(KernelArgumentError, match=f"{other}.* overlap"):
+        sampler_step(**{**arguments, **rows, name: arguments[other]})
 
 
 @pytest.mark.gpu

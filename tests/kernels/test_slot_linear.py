@@ -109,6 +109,7 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
         ({"index": torch.tensor([0, 3])}, "values 0..3"),
         ({"index": torch.tensor([0, -1])}, "values -1..0"),
         ({"index": torch.tensor([0])}, "index has shape"),
+        ({"index": torch.tensor([0, 9, 1, 9])[::2]}, "index has strides"),
         ({"bias": torch.zeros(5)}, "bias has shape"),
         ({"bias": torch.zeros(4, dtype=torch.float64)}, "bias is float64"),
         ({"bias": torch.zeros(4, device="meta")}, "bias is on meta"),
