@@ -147,7 +147,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
                 after = event.sequence
             if job.state.ended and after >= job.sequence:
                 return
-            if len(events) < _EVENTS_PER_READ:
+            if not events or after >= job.sequence:
                 await self._news.wait(job_id, job.sequence)
 
     async def CancelFineTune(

@@ -8,13 +8,16 @@ ended all but its changes of state may go (`retention`).
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, tuple_, update
+from sqlalchemy import Connection, func, insert, select, tuple_, update
 
 from hueshift.server.store.job_records import EventKind, JobEvent, JobRecord
 from hueshift.server.store.tables import job_events, jobs
 
 # A 128-pixel PNG takes about 20 kB, a 768-pixel one 1 MB: 64 MB a job at worst.
 KEPT_SAMPLES = 64
+# Pictures that one reader holds at a time, or one of them where it is larger: a watcher that starts anew and reads
+# slowly would else hold all of a job, and may be one of thousands.
+READ_BYTES = 2 * 1024 * 1024
 
 
 def append_event(
@@ -36,12 +39,21 @@ def append_event(
 
 
 def read_events(connection: Connection, job_id: str, after: int, limit: int) -> list[JobEvent]:
-    """Return at most `limit` events numbered above `after`, in order."""
+    """Return at most `limit` events numbered above `after`, in order; at least one if there is any, and no more than
+    READ_BYTES of pictures beyond that.
+    """
+    mine = (job_events.c.job_id == job_id) & (job_events.c.sequence > after)
+    # The length of a picture is read without the picture itself.
+    size = func.coalesce(func.length(job_events.c.data), 0)
+    found = connection.execute(select(job_events.c.sequence, size).where(mine).order_by("sequence").limit(limit)).all()
+    last, total = after, 0
+    for sequence, nbytes in found:
+        total += nbytes
+        if total > READ_BYTES and last > after:
+            break
+        last = sequence
     rows = connection.execute(
-        select(job_events)
-        .where(job_events.c.job_id == job_id, job_events.c.sequence > after)
-        .order_by(job_events.c.sequence)
-        .limit(limit)
+        select(job_events).where(mine, job_events.c.sequence <= last).order_by(job_events.c.sequence)
     )
     return [JobEvent(r.sequence, r.time, EventKind(r.kind), r.payload, r.data) for r in rows]
 

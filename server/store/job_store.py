@@ -131,7 +131,7 @@ class JobStore:
             return [JobRecord.from_row(row) for row in connection.execute(query)]
 
     def events(self, job_id: str, after: int = 0, limit: int = 200) -> list[JobEvent]:
-        """Return at most `limit` events numbered above `after`. The caller has checked whose job it is."""
+        """Return at most `limit` events above `after`, see `read_events`. The caller has checked whose job it is."""
         with self._database.read() as connection:
             return read_events(connection, job_id, after, limit)
 

@@ -310,6 +310,18 @@ async def test_watching_shows_everything_as_it_happens_and_ends(alice: Caller) -
         assert await alice.watch(job.name, after) == events[after:]
 
 
+async def test_a_watch_from_the_beginning_goes_through_more_samples_than_one_read_takes(alice: Caller) -> None:
+    job = await alice.queue()
+    lease = alice.claim().lease
+    for step in range(1, 4):
+        alice.live.stores.jobs.progress(lease, step, 0.5, 0.25)
+        alice.live.stores.jobs.sample(lease, step, "a prompt", bytes([step]) * 1_500_000)
+    alice.live.stores.jobs.fail(lease, "TRAINING_DIVERGED", "lower the learning rate")
+    events = await alice.watch(job.name)
+    assert [event.sequence for event in events] == list(range(1, 10))
+    assert [event.sample.data[0] for event in events if event.HasField("sample")] == [1, 2, 3]
+
+
 async def test_a_failed_job_says_why(alice: Caller) -> None:
     job = await alice.queue()
     alice.live.stores.jobs.fail(alice.claim().lease, "TRAINING_DIVERGED", "lower the learning rate")

@@ -18,7 +18,7 @@ from hueshift.adapters.errors import AlreadyExists, Cancelled, HueshiftError, No
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.blobs import BlobStore
 from hueshift.server.store.database import Database
-from hueshift.server.store.job_events import KEPT_SAMPLES
+from hueshift.server.store.job_events import KEPT_SAMPLES, READ_BYTES
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobState, Lease, NewJob
 from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.tables import revisions
@@ -305,6 +305,23 @@ sys.stdin.readline()
 while claimed := jobs.claim("worker", 60.0):
     print(claimed.job.job_id)
 """
+
+
+def test_a_reader_holds_few_pictures_at_a_time(house: House) -> None:
+    house.create("one")
+    lease = house.claim().lease
+    sizes = [READ_BYTES // 2, READ_BYTES // 2, 7, READ_BYTES + 1, READ_BYTES, 1]
+    for step, size in enumerate(sizes):
+        house.jobs.progress(lease, step, 0.5, 0.1)
+        house.jobs.sample(lease, step, "a prompt", b"x" * size)
+    seen, after, reads = [], 2, 0
+    while events := house.jobs.events("one", after):
+        held = [len(event.data) for event in events if event.data is not None]
+        assert sum(held) <= READ_BYTES or len(held) == 1
+        seen += held
+        after, reads = events[-1].sequence, reads + 1
+    assert (seen, after) == (sizes, 2 + 2 * len(sizes))
+    assert reads == 5
 
 
 def test_two_processes_never_take_the_same_job(tmp_path: Path) -> None:
