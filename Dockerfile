@@ -32,9 +32,11 @@ COPY examples examples
 RUN /opt/hueshift/bin/pip install --no-deps .
 
 FROM ${CUDA_IMAGE} AS run
+# Triton builds its launcher with a C compiler and Python's headers when the first kernel runs, torch.compile its guards
+# with a C++ compiler: without them a GPU engine does not start.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 tini \
+ && apt-get install -y --no-install-recommends g++ gcc libc6-dev python3 python3-dev tini \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --system --uid 10001 --create-home --home-dir /var/lib/hueshift hueshift \
  && install -d -o hueshift -g hueshift /data /cache
