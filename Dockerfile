@@ -57,7 +57,7 @@ USER 10001:10001
 WORKDIR /var/lib/hueshift
 VOLUME ["/data", "/cache"]
 EXPOSE 50051 9464
-# A first start exports the graphs of the base model: minutes for a large one.
+# A first start exports the graphs of the base model: minutes for a large one. With TLS: `hueshift health --tls-ca ...`.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 CMD ["hueshift", "health"]
 # Longer than server.drain_seconds, so that SIGTERM loses no accepted request: see stop_grace_period in compose.yaml.
 STOPSIGNAL SIGTERM

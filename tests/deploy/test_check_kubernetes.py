@@ -30,7 +30,7 @@ def test_the_files_are_right() -> None:
         ("settings.yaml", 'WORKERS: "2"', 'WORKERS: "many"', "cluster.workers"),
         ("settings.yaml", "name: hueshift-settings", "name: other", "reads ConfigMap/hueshift-settings"),
         ("raycluster.yaml", "hueshift-pool: finetune", "hueshift-pool: train", "has groups labelled"),
-        ("raycluster.yaml", "rayStartParams: {}", "rayStartParams: {labels: a=b}", "labels"),
+        ("raycluster.yaml", 'node-manager-port: "6380"', "labels: a=b", "labels"),
         ("raycluster.yaml", "mountPath: /data", "mountpath: /data", "mountPath"),
         ("raycluster.yaml", "groupName: serve", "group: serve", "'groupName' is a required property"),
         ("monitoring.yaml", "interval: 15s", "interval: 15", "is not of type 'string'"),
