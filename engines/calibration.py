@@ -111,6 +111,7 @@ def measure_costs(engine: CudaEngine, calls: Mapping[GraphKey, Work], progress: 
     """Time every warmed call, one merge, and the host's share of a call."""
     lane = engine.lane
     times: dict[tuple[Plan, int, tuple[int, int]], float] = {}
+    _fill_as_served(engine)
     for done, (key, call) in enumerate(calls.items()):
         progress("calibrate", done, len(calls))
         # All copies of merged weights cost the same; the base's stands for them.
@@ -158,11 +159,12 @@ def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
     outputs: dict[bool, Tensor] = {}
     for kernels in (False, True):
         engine.networks.choose(plan, kernels=kernels)
-        if timed:
-            call = engine.warm_one(plan.value, shape)
+        call = engine.warm_one(plan.value, shape) if timed else None
+        outputs[kernels] = _example_output(engine, plan, shape.rows)
+        if call is not None:
+            # Of the rows of the example, which the call's buffers hold now: half of them have an adapter.
             with torch.no_grad():
                 times[kernels] = _median_ms(engine.lane, call)
-        outputs[kernels] = _example_output(engine, plan, shape.rows)
         # The next form is called by the same key, and would be served by this one's graph.
         engine.graphs.forget(plan.value)
     error = _difference(outputs[True], outputs[False])
@@ -236,6 +238,24 @@ def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:
         out = engine.denoise(plan, latents, timesteps, cross, index, added)
     engine.load_row(slot, EngineRow())
     return out.float().cpu()
+
+
+def _fill_as_served(engine: CudaEngine) -> None:
+    """Let every row of the calls that are timed have a slot of its own, as the users of a batch have, and a branch.
+
+    Rows without a branch, or all of one slot's weight, cost the kernels less; so does a GPU's power on zeros.
+    """
+    for slot in range(BASE_SLOT + 1, min(engine.slots, engine.max_batch + 1)):
+        engine.load_row(slot, EngineRow())
+    engine.finish_rows()
+    shape = _form_shape(engine)
+    latents, timesteps, cross, index = example_inputs(engine.base, shape.rows)
+    views = engine.buffers.at(CallShape(engine.max_batch, latents.shape[2], latents.shape[3]))
+    slots = torch.arange(engine.max_batch) % (engine.slots - 1) + BASE_SLOT + 1
+    with engine.lane.running():
+        views.fill(latents, timesteps, cross, example_added(engine.base, shape.rows), index, index)
+        views.slots.copy_(slots)
+        views.branches.copy_(slots)
 
 
 def _merge_ms(engine: CudaEngine) -> float:

@@ -15,7 +15,7 @@ from hueshift.engines import calibration, cuda_networks
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_compile import Compute
 from hueshift.engines.cuda_engine import CudaEngine
-from hueshift.engines.cuda_lane import HostLane
+from hueshift.engines.cuda_lane import GraphLane, HostLane, Work
 from hueshift.engines.cuda_layers import KernelFactoredLinear, SlabRows
 from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, Plan
@@ -86,6 +86,29 @@ def test_weights_of_slots_are_let_go_when_nothing_writes_them_any_more(
     monkeypatch.setattr(engine.networks, "settle", settle)
     calibration.choose_forms(engine, None)
     assert settled == [True]
+
+
+def test_calls_are_timed_as_they_are_when_they_serve(tiny: TinyParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = cuda_engine(tiny, HostLane(), weight_slots=0)
+    views = engine.buffers.at(CallShape(4, 8, 8))
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def median(lane: GraphLane, work: Work) -> float:
+        seen.append((views.slots.tolist(), views.branches.tolist()))
+        assert float(views.sample.std()) > 0.5
+        return 1.0
+
+    monkeypatch.setattr(calibration, "_median_ms", median)
+    calibration.choose_forms(engine, None)
+    # Both forms of each plan: half of the rows have an adapter, with a branch.
+    assert seen == [([0, 1, 0, 1], [-1, 1, -1, 1])] * 6
+    seen.clear()
+    calls = calibration.warm_all(engine, lambda stage, done, total: None)
+    calibration.measure_costs(engine, calls, lambda stage, done, total: None)
+    # Then every row has a slot of its own; the last is of a call from outside.
+    assert seen[:-1] == [([1, 2, 3, 4], [1, 2, 3, 4])] * len(calls)
+    for slot in range(1, 5):
+        assert torch.equal(torch.as_tensor(engine.row(slot).spectral), torch.as_tensor(engine.row(BASE_SLOT).spectral))
 
 
 @pytest.mark.parametrize("wrong", [False, True])
