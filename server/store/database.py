@@ -32,6 +32,7 @@ from hueshift.adapters.errors import (
 from hueshift.server.clock import Clock
 from hueshift.server.store import tables
 from hueshift.server.store.migrations import can_migrate, migrate
+from hueshift.server.store.shared_clock import SharedClock
 
 _BUSY_SECONDS = 20.0
 # Longer than an adapter file takes to reach an object store, which happens inside the transaction that publishes it.
@@ -83,6 +84,9 @@ class Database:
         Raises Unavailable (STORE_UNAVAILABLE) when the database does not answer.
         """
         with _translated(), self._engine.begin() as connection:
+            # SQLite's writers are all on one host.
+            if isinstance(self.clock, SharedClock) and not self._is_sqlite:
+                self.clock.follow(connection)
             yield connection
 
     @contextmanager
@@ -93,7 +97,7 @@ class Database:
         (STORE_FULL) when the disk is full.
         """
         if not self._is_sqlite:
-            with _translated(), self._engine.begin() as connection:
+            with self.read() as connection:
                 yield connection
             return
         if not self._write_turn.acquire(timeout=_BUSY_SECONDS):

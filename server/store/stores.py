@@ -15,6 +15,7 @@ from hueshift.server.store.job_store import JobStore
 from hueshift.server.store.object_blobs import ObjectBlobs
 from hueshift.server.store.objects import Objects
 from hueshift.server.store.retention import known_jobs
+from hueshift.server.store.shared_clock import SharedClock
 from hueshift.server.store.stored_bytes import StorageQuota
 
 
@@ -39,7 +40,10 @@ def open_stores(settings: Settings, clock: Clock) -> Stores:
     if settings.store.objects_url:
         objects = Objects(settings.store.objects_url, settings.store.objects_endpoint)
         blobs, mirror = ObjectBlobs(root / "adapters", objects), JobMirror(objects)
-    database = Database(settings.store.database, clock)
+    location = settings.store.database
+    if isinstance(location, str):
+        clock = SharedClock(clock)
+    database = Database(location, clock)
     limits = settings.limits
     storage = StorageQuota(
         limits.tenant_stored_bytes,

@@ -1,7 +1,7 @@
 """The tables that hold the truth: adapters, jobs, keys. SQLAlchemy Core, so that SQLite and Postgres share every query.
 
-Times are seconds since the epoch as floats, given by the clock that is passed in: tests move it at will, and a database
-server's own clock is never compared with ours.
+Times are seconds since the epoch as floats, given by the clock that is passed in, so that tests move it at will. With
+Postgres it is a `SharedClock`, which tells the database server's time on every host.
 """
 
 from sqlalchemy import (
