@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hueshift.engines.scaled_rows import scale_rows
+
 
 @dataclass
 class CallRows:
@@ -108,7 +110,7 @@ class FactoredLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, ..., cols] to [N, ..., rows]."""
         sigma = self.rows.values[self.name]
-        hidden = _scaled(functional.linear(x, self.vh), _beside(sigma, x.dim() - 2, last=True))
+        hidden = scale_rows(functional.linear(x, self.vh), _beside(sigma, x.dim() - 2, last=True))
         return self.with_branch(functional.linear(hidden, self.u, self.bias), x)
 
 
@@ -127,7 +129,7 @@ class FactoredConv(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, c_in, h, w] to [N, c_out, h', w']."""
         hidden = functional.conv2d(x, self.vh, None, self.stride, self.padding, self.dilation)
-        hidden = _scaled(hidden, _beside(self.rows.values[self.name], 2, last=False))
+        hidden = scale_rows(hidden, _beside(self.rows.values[self.name], 2, last=False))
         return self.with_branch(functional.conv2d(hidden, self.u, self.bias), x)
 
 
@@ -147,7 +149,7 @@ class RowGroupNorm(AdaptedLayer):
             return functional.group_norm(x, self.groups, weight[0].to(self.bias.dtype), self.bias, self.eps)
         normal = functional.group_norm(x, self.groups, None, None, self.eps)
         spatial = x.dim() - 2
-        return _scaled(normal, _beside(weight, spatial, last=False)) + self.bias.view(-1, *[1] * spatial)
+        return scale_rows(normal, _beside(weight, spatial, last=False)) + self.bias.view(-1, *[1] * spatial)
 
 
 class RowLayerNorm(AdaptedLayer):
@@ -165,7 +167,7 @@ class RowLayerNorm(AdaptedLayer):
         if self.rows.shared:
             return functional.layer_norm(x, self.shape, weight[0].to(self.bias.dtype), self.bias, self.eps)
         normal = functional.layer_norm(x, self.shape, None, None, self.eps)
-        return _scaled(normal, _beside(weight, x.dim() - 2, last=True)) + self.bias
+        return scale_rows(normal, _beside(weight, x.dim() - 2, last=True)) + self.bias
 
 
 def transformer_of(layer: str) -> str:
@@ -206,10 +208,6 @@ def _branch_on_pixels(x: Tensor, a: Tensor, b: Tensor, *, channels_last: bool) -
     else:
         out = b @ (a @ pixels)
     return out.reshape(-1, out.shape[1], height, width)
-
-
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).to(x.dtype)
 
 
 def _beside(values: Tensor, dims: int, *, last: bool) -> Tensor:
