@@ -15,6 +15,7 @@ from hueshift.adapters.adapter import GatedEdit
 from hueshift.adapters.layout import BaseLayout
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,11 @@ class EditedLayers:
         if shift is not None:
             # W' = W + U diag(shift) V^T, applied to x without being formed.
             u, vh = self._vectors(name)
-            out = out + functional.linear(functional.linear(x, vh) * shift.to(x), u)
+            out = out + functional.linear(functional.linear(x, vh) * _beside(shift, x), u)
         branch = edits.branches.get(name)
         if branch is not None:
-            out = out + functional.linear(functional.linear(x, branch[0].to(x)), branch[1].to(x))
+            a, b = (_beside(part, x) for part in branch)
+            out = out + functional.linear(functional.linear(x, a), b)
         delta = edits.deltas.get(name)
         if delta is not None:
             out = out + functional.linear(x, delta.to(x))
@@ -138,9 +140,16 @@ class EditedLayers:
         return placed
 
 
+def _beside(part: Tensor, x: Tensor) -> Tensor:
+    """An adapter's small part where x lies. One that was waited for would be waited for layer by layer, each time
+    behind what the steps have on the device.
+    """
+    return to_device(part, x.device).to(x.dtype)
+
+
 def gated_change(edit: GatedEdit, name: str, weight: Tensor, x: Tensor) -> Tensor:
     """What Perfusion adds to W x for tokens x [..., width]: g(x) o* - s(x) W i* (Tewel et al. 2023, equation 5)."""
-    target, dual = edit.target.to(x), edit.dual.to(x)
+    target, dual = _beside(edit.target, x), _beside(edit.dual, x)
     share = (x @ dual / (dual @ target))[..., None]
     gate = torch.sigmoid((share - edit.beta) / edit.tau)
-    return gate * edit.outputs[name].to(x) - share * (weight @ target)
+    return gate * _beside(edit.outputs[name], x) - share * (weight @ target)
