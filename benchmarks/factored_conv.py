@@ -1,7 +1,9 @@
 """Run every convolution of a UNet in factored form with per-sample singular values. Through benchmarks/run_gpu.py.
 
-Target as in factored_linear. Baseline: cuDNN with V^T, product with the gathered singular values, 1x1 convolution with
-U, channels_last, in one CUDA graph.
+Target as in factored_linear. Baseline: cuDNN with V^T, product with the gathered singular values, then U and the bias
+as a product on the pixels, channels_last, in one CUDA graph: cuDNN's 1x1 convolution would pass over its output once
+more for the bias. A 1x1 convolution is a product on the pixels throughout, in the same layers dense, too. There the
+others leave their biases to what follows, as fused blocks and torch.compile have it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,26 +69,31 @@ class Layers:
         """Return one layer's output, with `config` for its second product if that is of the shape class."""
         u = call["u"]
         tokens = (weight.input[0] // weight.stride) * (weight.input[1] // weight.stride)
-        # A 1x1 convolution is factored_linear's.
-        if config is None or weight.shape[2:] == (1, 1) or expand_class(tokens, u.shape[0]) != chosen_class:
+        # Products are factored_linear's.
+        if config is None or is_product(weight) or expand_class(tokens, u.shape[0]) != chosen_class:
             return factored_conv(index=index, stride=weight.stride, padding=weight.padding, **call)
         shrunk = functional.conv2d(call["x"], call["vh"], None, weight.stride, weight.padding)
         samples, rank, height, width = shrunk.shape
-        pixels = shrunk.permute(0, 2, 3, 1).reshape(samples, tokens, rank)
-        y = expand(pixels, u, call["sigma"], index, call["bias"], config)
+        y = expand(pixels(shrunk).reshape(samples, tokens, rank), u, call["sigma"], index, call["bias"], config)
         return y.view(samples, height, width, u.shape[0]).permute(0, 3, 1, 2)
 
     def run_torch(self) -> None:
-        """Run all layers as two convolutions with a product between them."""
+        """Run all layers as a convolution and a product with the scale between them."""
         for call, weight in zip(self.calls, self.weights, strict=True):
-            shrunk = functional.conv2d(call["x"], call["vh"], None, weight.stride, weight.padding)
-            shrunk *= call["sigma"].index_select(0, self.index).to(DTYPE)[:, :, None, None]
-            functional.conv2d(shrunk, call["u"][:, :, None, None], call["bias"])
+            scale = call["sigma"].index_select(0, self.index).to(DTYPE)[:, None, None]
+            if is_product(weight):
+                shrunk = functional.linear(pixels(call["x"]), call["vh"].flatten(1))
+            else:
+                shrunk = pixels(functional.conv2d(call["x"], call["vh"], None, weight.stride, weight.padding))
+            functional.linear(shrunk.mul_(scale), call["u"], call["bias"])
 
     def run_dense(self) -> None:
         """Run the same layers with one weight for everybody."""
         for call, weight, full in zip(self.calls, self.weights, self.dense, strict=True):
-            functional.conv2d(call["x"], full, call["bias"], weight.stride, weight.padding)
+            if is_product(weight):
+                functional.linear(pixels(call["x"]), full.flatten(1), call["bias"])
+            else:
+                functional.conv2d(call["x"], full, None, weight.stride, weight.padding)
 
     def check(self, config: LaunchConfig | None, chosen_class: str) -> float:
         """Return the largest error against float64 of one layer in ten, two samples each."""
@@ -98,6 +105,16 @@ class Layers:
             got = self.call_with(few, weight, self.index[:2], config, chosen_class)
             worst = max(worst, relative_error(got, want))
         return worst
+
+
+def is_product(weight: Weight) -> bool:
+    """Tell whether a convolution is a product on the pixels."""
+    return weight.shape[2:] == (1, 1) and weight.stride == 1
+
+
+def pixels(x: Tensor) -> Tensor:
+    """View pictures [N, C, h, w], channels_last, as [N, h, w, C]."""
+    return x.permute(0, 2, 3, 1)
 
 
 def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: bool) -> Iterator[Case]:
@@ -119,14 +136,14 @@ def make_case(
     """Return the comparison of all layers together."""
     work = []
     for w in weights:
-        pixels_in = BATCH * w.input[0] * w.input[1]
-        pixels = pixels_in // w.stride**2
-        moved = 2.0 * (pixels_in * w.shape[1] + pixels * w.rows + w.rank * (w.rows + w.cols))
-        work.append((2.0 * pixels * w.rank * (w.rows + w.cols), moved))
+        read = BATCH * w.input[0] * w.input[1]
+        written = read // w.stride**2
+        moved = 2.0 * (read * w.shape[1] + written * w.rows + w.rank * (w.rows + w.cols))
+        work.append((2.0 * written * w.rank * (w.rows + w.cols), moved))
     return Case(
         case=name,
         works=[layers.run if config is None else partial(layers.run_with, config, chosen_class)],
-        baseline="convolution, scale, 1x1 convolution per layer",
+        baseline="convolution, scale, product per layer",
         baselines=[layers.run_torch],
         flops=sum(flops for flops, _ in work),
         bytes=sum(moved for _, moved in work),

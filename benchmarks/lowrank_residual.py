@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hueshift.kernels.bench import Case, Weight, floor_ms
+from hueshift.kernels.bench import STEP_MS, Case, Weight, floor_ms
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.launch_table import LaunchConfig, candidates_by_class
 from hueshift.kernels.lowrank_residual import FEW_TOKENS, launches, lowrank_residual
@@ -20,8 +20,6 @@ KERNEL = "lowrank_residual"
 DTYPE = torch.float16
 BATCH = 16
 SLOTS = 16
-# Milliseconds of a dense, compiled UNet step at batch 16 on an H200: what the branch's cost is a share of.
-STEP_MS = {"sd15": 34.4}
 
 Run = Callable[..., object]
 

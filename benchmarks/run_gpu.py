@@ -56,10 +56,11 @@ STEMS = (
 STEP_STEMS = ("shared_training",)
 MODELS = ("sd15", "sdxl")
 
-ADVICE = """GPU benchmarks skipped: this machine has not got {missing}. Nothing was measured.
-They need an NVIDIA GPU of compute capability 8.0 or later with its driver, and the `gpu` extra: there,
-`pip install -e '.[gpu]'`, then `make bench-gpu`, and `python -P benchmarks/run_gpu.py --sweep` to compare launch
-configurations. Without one, `python -P benchmarks/compiled_resources.py` shows what they compile to."""
+ADVICE = """GPU benchmarks skipped: {missing}. Nothing was measured.
+They need an NVIDIA GPU of compute capability 8.0 or later with its driver, and a C compiler with Python's headers
+(gcc and python3-dev), with which Triton builds what starts its kernels. There `make bench-gpu` installs the rest and
+measures; `python -P benchmarks/run_gpu.py --sweep` compares launch configurations. Without a GPU,
+`python -P benchmarks/compiled_resources.py` shows what they compile to."""
 
 Timer = Callable[[Sequence[Work]], Timing]
 
@@ -147,12 +148,15 @@ def measure(stem: str, case: Case, about: Mapping[str, Any], timer: Timer = time
         "gbs": round(case.bytes / timing.p50 / 1e6, 1),
         "error": float(f"{error:.2e}"),
     }
-    details = dict(case.details)
-    if details.pop("step_ms", None):
-        row["share_of_step"] = round(timing.p50 / case.details["step_ms"], 4)
+    beyond = timing.p50
     if case.dense is not None:
         row["dense_ms"] = round(timer([case.dense]).p50, 5)
         row["over_dense"] = round(timing.p50 / row["dense_ms"] - 1, 4)
+        beyond -= row["dense_ms"]
+    details = dict(case.details)
+    step = details.pop("step_ms", None)
+    if step:
+        row["share_of_step"] = round(beyond / step, 4)
     return {**row, **details, **about}
 
 
@@ -240,6 +244,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def what_is_missing(device: torch.device | None) -> str | None:
+    """Say why nothing can be measured here, None where it can."""
+    if triton is None:
+        return "Triton is not installed"
+    if device is not None or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__}, for CUDA {torch.version.cuda}, finds no device (nvidia-smi shows the driver's)"
+
+
 def main(
     arguments: Sequence[str],
     *,
@@ -252,8 +267,9 @@ def main(
     `device`, `timer` and `weights` replace the GPU, the clock and the models where there is no GPU: in tests.
     """
     options = parse(arguments)
-    if triton is None or (device is None and not torch.cuda.is_available()):
-        print(ADVICE.format(missing="Triton" if triton is None else "a CUDA device"))
+    missing = what_is_missing(device)
+    if missing is not None:
+        print(ADVICE.format(missing=missing))
         return 0
     torch.manual_seed(0)
     device = device or torch.device("cuda")

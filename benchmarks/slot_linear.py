@@ -25,22 +25,20 @@ SLOTS = 8
 
 
 class Layers:
-    """The tensors of all layers; inputs and weights of one shape are shared."""
+    """The tensors of all layers; inputs of one shape are shared. Weights are not: a step finds none of them in L2."""
 
     def __init__(self, weights: Sequence[Weight], device: torch.device) -> None:
         """Allocate for BATCH samples and SLOTS adapters; rows of guidance come in pairs."""
         self.index = torch.arange(BATCH, device=device) // 2 % SLOTS
         inputs: dict[tuple[int, int], Tensor] = {}
-        slabs: dict[tuple[int, int], Tensor] = {}
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
         for weight in weights:
             tokens = weight.input[0] if len(weight.input) == 1 else weight.input[0] * weight.input[1]
-            shape, size = (tokens, weight.cols), (weight.rows, weight.cols)
+            shape = (tokens, weight.cols)
             if shape not in inputs:
                 inputs[shape] = torch.randn(BATCH, *shape, device=device, dtype=DTYPE)
-            if size not in slabs:
-                slabs[size] = torch.randn(SLOTS, *size, device=device, dtype=DTYPE) * weight.cols**-0.5
-            self.calls.append((inputs[shape], slabs[size], torch.randn(weight.rows, device=device, dtype=DTYPE)))
+            slab = torch.randn(SLOTS, weight.rows, weight.cols, device=device, dtype=DTYPE) * weight.cols**-0.5
+            self.calls.append((inputs[shape], slab, torch.randn(weight.rows, device=device, dtype=DTYPE)))
 
     def run(self) -> None:
         """Run all layers with the launch table's choices."""

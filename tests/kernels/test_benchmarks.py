@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ import torch
 
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
 from hueshift.engines.slot_weights import choose_layers
-from hueshift.kernels.bench import Timing, Weight, floor_ms
+from hueshift.kernels.bench import Case, Timing, Weight, floor_ms
+from hueshift.kernels.compare import relative_error
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FIELDS = [
@@ -275,6 +277,52 @@ def test_without_a_gpu_the_runner_says_so() -> None:
     wrong = subprocess.run([*command, "nothing"], capture_output=True, text=True, check=False, timeout=120)
     assert wrong.returncode == 2
     assert "no benchmark 'nothing'" in wrong.stderr
+
+
+def test_the_runner_says_which_half_of_a_gpu_is_missing(run_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert run_gpu.what_is_missing(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, said in ((None, "is built without CUDA"), ("13.0", "for CUDA 13.0, finds no device")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert said in run_gpu.what_is_missing(None)
+    monkeypatch.setattr(run_gpu, "triton", None)
+    assert run_gpu.what_is_missing(None) == "Triton is not installed"
+
+
+def test_the_share_of_a_step_is_what_a_call_takes_beyond_its_dense_layers(run_gpu: Any) -> None:
+    pytest.importorskip("triton")
+    work, baseline, dense = (partial(float, number) for number in (3.0, 6.0, 2.5))
+
+    def clock(works: Any) -> Timing:
+        return Timing(works[0](), 0.0, 0.0)
+
+    case = Case("sd15", [work], "", [baseline], 0.0, 0.0, 1.0, lambda: 0.0, 1.0, {"step_ms": 10.0})
+    assert run_gpu.measure("stem", case, {}, clock)["share_of_step"] == 0.3
+    row = run_gpu.measure("stem", replace(case, dense=dense), {}, clock)
+    assert (row["share_of_step"], row["over_dense"], row["dense_ms"]) == (0.05, 0.2, 2.5)
+    assert "step_ms" not in row
+    assert load("report").cost(row) == "+20.0% over the layers dense, 5.0% of the UNet step"
+
+
+def test_a_baseline_makes_what_the_kernel_makes() -> None:
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    merge = load("lowrank_merge")
+    weights = [Weight("attn1.to_q", (24, 40), (1,)), Weight("attn1.to_k", (16, 8), (1,))]
+    bases = [torch.randn(weight.shape).half() * 0.02 for weight in weights]
+    plan = merge.plan_merge([merge.MergeLayer(base, torch.empty_like(base)) for base in bases])
+    mix = merge.mix_adapters(plan, [merge.make_adapter(weights, cpu) for _ in range(3)])
+    scales = torch.tensor([0.5, -1.0, 2.0])
+    merge.lowrank_merge(plan, mix, scales)
+    want = [layer.out.clone() for layer in plan.layers]
+    merge.addmm_all(plan, *merge.side_by_side(plan, mix), scales)
+    for layer, base, out in zip(plan.layers, bases, want, strict=True):
+        assert relative_error(out, base) > 0.01
+        assert relative_error(layer.out, out) <= 8e-4
+    norm = load("layer_norm")
+    call = norm.Norms([Weight("attn1.to_q", (16, 16), (16,))], cpu).calls[0]
+    assert relative_error(norm.norm_in_torch(**call), norm.layer_norm(**call)) <= 2e-3
 
 
 def test_the_page_is_what_the_rows_give() -> None:
