@@ -50,7 +50,9 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     """Network side."""
 
-    host: str = Field("127.0.0.1", description="Address to bind. Anything but loopback needs API keys.")
+    host: str = Field(
+        "127.0.0.1", description="Address to bind, or unix:/path. Anything but these and loopback needs API keys."
+    )
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one.")
     metrics_host: str = Field("127.0.0.1", description="Address of the Prometheus endpoint.")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port; 0 picks a free one.")
@@ -65,6 +67,7 @@ class ServerSettings(_Section):
     max_calls: int = Field(
         2000, ge=0, description="Calls inside at a time, watches included; more are refused, health never; 0: no limit."
     )
+    tenant_calls: int = Field(500, ge=0, description="The same for the calls of one tenant; 0: no limit.")
     drain_seconds: float = Field(60.0, ge=0, le=3600, description="Time accepted calls get to finish after SIGTERM.")
     default_deadline_seconds: float = Field(
         120.0, gt=0, description="Deadline of a unary or Generate call without one."
