@@ -70,6 +70,7 @@ class Connection:
             # A dead peer is noticed in 70 s while calls run, instead of never.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),
             # gRPC waits up to 120 s between reconnects by default; a restarted server should be found at once.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 5_000),

@@ -67,7 +67,7 @@ class Frame:
         self._server: grpc.aio.Server | None = None
         self._hurrying: asyncio.Task[None] | None = None
         self.metrics = Metrics(make_registry())
-        self.gate = Gate(resumable={WATCH}, most=settings.server.max_calls)
+        self.gate = Gate({WATCH}, settings.server.max_calls, settings.server.tenant_calls)
         self.health = Health(SERVICES)
         self.addresses = Addresses("", "")
 
@@ -162,6 +162,11 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         # Clients may ping every 30 s, calls or no calls, to keep their connection through proxies.
         ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # A caller that is gone without a word is noticed in 80 s, not in two hours: a watch has no deadline, and would
+        # hold its place. gRPC goes by the timeout of pings in general, which is 60 s, not by that of keepalive alone.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),
     ]
     if settings.max_connection_age_seconds:
         # Calls inside get all the time they need: there is no grace period but their own end.

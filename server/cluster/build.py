@@ -44,6 +44,7 @@ def make_connect(settings: Settings) -> Connect:
         # What the replicas permit; a node that is gone without a word is noticed by its row long before.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
         # One channel per replica id, even at the address of an earlier one.
         ("grpc.use_local_subchannel_pool", 1),
     ]

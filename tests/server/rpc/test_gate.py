@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from hueshift.adapters.errors import Reason, ResourceExhausted
+from hueshift.server.rpc.call import CURRENT_CALL, CallInfo
 from hueshift.server.rpc.gate import Gate
 from hueshift.server.rpc.handlers import Call
 from hueshift.server.rpc.status import grpc_code, is_retryable
@@ -80,3 +81,33 @@ async def test_a_stream_has_its_place_until_it_ends_however_that_is() -> None:
         with pytest.raises(ValueError, match="today"):
             await gate.run(WATCHING, None, broken)
     assert gate.inside == 0
+
+
+async def test_one_tenant_cannot_take_every_place() -> None:
+    gate, release = Gate((), most=4, each=2), asyncio.Event()
+    gate.open()
+
+    async def wait(_request: Any) -> None:
+        await release.wait()
+
+    async def call(tenant: str) -> None:
+        CURRENT_CALL.set(CallInfo(WATCHING.method, "request", tenant, None))
+        await gate.run(WATCHING, None, wait)
+
+    greedy = [asyncio.create_task(call("a")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(ResourceExhausted, match=r"server\.tenant_calls") as refused:
+        await asyncio.create_task(call("a"))
+    assert (refused.value.reason, refused.value.metadata["quota"]) == (Reason.TENANT_QUOTA, "tenant_calls")
+    other = asyncio.create_task(call("b"))
+    await asyncio.sleep(0)
+    assert gate.inside == 3
+    greedy[0].cancel()
+    await asyncio.gather(greedy[0], return_exceptions=True)
+    # A place that became free is there for the same tenant too.
+    again = asyncio.create_task(call("a"))
+    await asyncio.sleep(0)
+    assert gate.inside == 3
+    release.set()
+    await asyncio.gather(greedy[1], other, again)
+    assert not gate._of
