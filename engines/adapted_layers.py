@@ -146,7 +146,7 @@ class RowGroupNorm(AdaptedLayer):
         """Normalise [N, channels, ...]."""
         weight = self.rows.values[self.name]
         if self.rows.shared:
-            return functional.group_norm(x, self.groups, weight[0].to(self.bias.dtype), self.bias, self.eps)
+            return functional.group_norm(x, self.groups, _only(weight).to(self.bias.dtype), self.bias, self.eps)
         normal = functional.group_norm(x, self.groups, None, None, self.eps)
         spatial = x.dim() - 2
         return scale_rows(normal, _beside(weight, spatial, last=False)) + self.bias.view(-1, *[1] * spatial)
@@ -165,7 +165,7 @@ class RowLayerNorm(AdaptedLayer):
         """Normalise [N, ..., width]."""
         weight = self.rows.values[self.name]
         if self.rows.shared:
-            return functional.layer_norm(x, self.shape, weight[0].to(self.bias.dtype), self.bias, self.eps)
+            return functional.layer_norm(x, self.shape, _only(weight).to(self.bias.dtype), self.bias, self.eps)
         normal = functional.layer_norm(x, self.shape, None, None, self.eps)
         return scale_rows(normal, _beside(weight, x.dim() - 2, last=True)) + self.bias
 
@@ -193,7 +193,7 @@ def split_branches(rows: Tensor, shapes: Sequence[tuple[str, int, int, int]]) ->
 
 def _branch_on_tokens(x: Tensor, a: Tensor, b: Tensor, *, shared: bool) -> Tensor:
     if shared:
-        return functional.linear(functional.linear(x, a[0].to(x.dtype)), b[0].to(x.dtype))
+        return functional.linear(functional.linear(x, _only(a).to(x.dtype)), _only(b).to(x.dtype))
     tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
     hidden = tokens @ a.to(x.dtype).transpose(1, 2)
     return (hidden @ b.to(x.dtype).transpose(1, 2)).view(*x.shape[:-1], b.shape[1])
@@ -208,6 +208,11 @@ def _branch_on_pixels(x: Tensor, a: Tensor, b: Tensor, *, channels_last: bool) -
     else:
         out = b @ (a @ pixels)
     return out.reshape(-1, out.shape[1], height, width)
+
+
+def _only(row: Tensor) -> Tensor:
+    """Drop the first dimension, which is 1. Not by an index: its way back fills zeros and copies, for each layer."""
+    return row.squeeze(0)
 
 
 def _beside(values: Tensor, dims: int, *, last: bool) -> Tensor:
