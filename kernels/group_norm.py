@@ -61,7 +61,8 @@ def group_norm(
     NaN (see checks.check_index). CPU tensors take the reference. Raises KernelArgumentError on what does not fit.
     """
     check_arguments(x, weight, bias, groups, eps, index, shift, shift_bias)
-    if not on_gpu(x):
+    # A picture without pixels has no first one, which the kernel would read.
+    if not on_gpu(x) or not x.numel():
         return reference(x, weight, bias, groups, eps, index=index, shift=shift, shift_bias=shift_bias, silu=silu)
     y = torch.empty_like(x)
     for launch in launches(y, x, weight, bias, groups, eps, index, shift, shift_bias, silu=silu):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hueshift.kernels import group_norm as module
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.group_norm import CLASSES, group_norm, launches, reference, shape_class
@@ -187,6 +188,13 @@ def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
     arguments = {"groups": 3, "eps": EPS, **make(2, 6, 3, 3, torch.float32, rows=True), **change}
     with pytest.raises(KernelArgumentError, match=message):
         group_norm(**arguments)
+
+
+def test_pictures_without_pixels_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "on_gpu", lambda _: True)
+    for shape in ((0, 6, 2, 2), (2, 6, 0, 3)):
+        y = group_norm(torch.zeros(shape), torch.ones(6), torch.zeros(6), 3, EPS, silu=True)
+        assert y.shape == shape
 
 
 def test_a_picture_that_32_bits_do_not_address_is_refused() -> None:
