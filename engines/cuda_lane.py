@@ -6,7 +6,7 @@ CPU, so that everything but the timing can be tested, and profiled for its Pytho
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -128,14 +128,28 @@ class CudaLane:
         graph = torch.cuda.CUDAGraph()
         # The current device, which torch.cuda.graph waits for, belongs to the thread: 0 in a new one. And it leaves its
         # stream current where a capture fails at the end, so that all later work of the thread would run there.
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.stream(torch.cuda.current_stream(self.device)),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            work()
+        try:
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                work()
+        except BaseException:
+            self._close_pool()
+            raise
         replay: Work = graph.replay
         return replay
+
+    def _close_pool(self) -> None:
+        """End the capture for torch's allocator too, which torch 2.11 leaves out where CUDA refuses to end it.
+
+        For the allocator it would go on for ever: memory that was lent to another stream would never come back, and
+        emptying the cache, which every capture begins with, would be an internal error.
+        """
+        # An error where the capture was ended as it should be.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
 
     def mark(self) -> Mark:
         """Mark what is queued so far."""

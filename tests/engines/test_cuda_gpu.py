@@ -202,6 +202,7 @@ def test_a_thousand_swaps_under_load_leave_nothing_behind(
 def test_a_refused_capture_leaves_the_callers_stream_alone(device: torch.device) -> None:
     lane, before = CudaLane(device), torch.cuda.current_stream(device)
     one = torch.ones(1, device=device)
+    before_bytes = torch.cuda.memory_stats(device)["active_bytes.all.current"]
 
     def read_back() -> None:
         one.item()
@@ -210,6 +211,21 @@ def test_a_refused_capture_leaves_the_callers_stream_alone(device: torch.device)
         lane.capture(read_back)
     assert torch.cuda.current_stream(device) == before
     assert float(one + 1) == 2
+    # Nor does it go on for ever for the allocator: its cache can be emptied, what was lent comes back, and the lane's
+    # next capture is made.
+    torch.cuda.empty_cache()
+    for _ in range(8):
+        make_beside(lane, partial(torch.zeros, 1 << 20, device=device), lambda made: (made,))
+        torch.cuda.synchronize()
+    torch.empty(1, device=device)
+    assert torch.cuda.memory_stats(device)["active_bytes.all.current"] - before_bytes < 4 << 22
+
+    def add() -> None:
+        one.add_(1)
+
+    lane.capture(add)()
+    torch.cuda.synchronize()
+    assert float(one) == 2
 
 
 def test_memory_is_measured_held_and_given_back(device: torch.device) -> None:

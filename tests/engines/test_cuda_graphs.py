@@ -1,5 +1,8 @@
 """Captured calls: when they are made, how long they stay, and that what cannot be captured still runs."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from recording_lane import RecordingLane
@@ -7,7 +10,7 @@ from structlog.testing import capture_logs
 
 from hueshift.engines.cuda_buffers import NO_BRANCH, CallBuffers, CallShape, bucket_for, buckets_up_to
 from hueshift.engines.cuda_graphs import GraphKey, GraphStore
-from hueshift.engines.cuda_lane import Work
+from hueshift.engines.cuda_lane import CudaLane, Work
 
 
 def key(rows: int, role: str = "dense", side: int = 8) -> GraphKey:
@@ -53,6 +56,35 @@ def test_the_least_recently_used_goes_first_and_warmed_ones_stay() -> None:
     assert [mark.waits for mark in lane.marks[waits:]] == [1]
     store.run(key(4), lambda: None)
     assert key(4) not in store
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_fails_is_over_for_the_allocator(monkeypatch: pytest.MonkeyPatch, ended: bool) -> None:
+    closed: list[tuple[int, tuple[int, int]]] = []
+
+    def close(device: int, pool: tuple[int, int]) -> None:
+        closed.append((device, pool))
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    stream = SimpleNamespace()
+    for name in ("graph", "device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", close, raising=False)
+    lane = CudaLane(torch.device("cuda", 1))
+
+    def refuse() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        lane.capture(refuse)
+    assert closed == [(1, (0, 7))]
+    lane.capture(lambda: None)()
+    assert len(closed) == 1
 
 
 def test_warming_runs_twice_before_it_captures_and_only_once() -> None:
