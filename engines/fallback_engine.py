@@ -142,7 +142,8 @@ class FallbackEngine:
             return
         rows = {slot: _on_host(first.row(slot)) for slot in range(BASE_SLOT + 1, first.slots)}
         self._tensorrt = first = None
-        # Contexts, plans and buffers of TensorRT hold each other.
+        # Contexts, plans and buffers of TensorRT hold each other; a server keeps what it began with from collection.
+        gc.unfreeze()
         gc.collect()
         release_memory()
         try:

@@ -1,6 +1,7 @@
 """The life of a server: the port before the model, health, warm-up, drain, and what stands in its way."""
 
 import asyncio
+import gc
 import os
 import socket
 import threading
@@ -177,6 +178,12 @@ async def test_the_port_opens_before_the_model_is_loaded(tmp_path: Path) -> None
     server.stop.ask()
     await task
     assert server.services.done == ["start", "stop_workers 5", "close"]
+
+
+async def test_what_the_warm_up_made_is_out_of_the_collectors_sight_while_the_server_runs(tmp_path: Path) -> None:
+    async with running(toy_settings(tmp_path)):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 async def test_a_drain_loses_no_accepted_call(tmp_path: Path) -> None:
