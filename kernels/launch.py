@@ -21,8 +21,8 @@ try:
     import triton.language as tl
 except ModuleNotFoundError:
     triton = None
-    # Kernel signatures name these two when they are defined, so the names must exist.
-    tl = SimpleNamespace(constexpr=int, tensor=object)
+    # Kernel signatures name these two when they are defined, so the names must exist; constants are made of the first.
+    tl = SimpleNamespace(constexpr=lambda value: value, tensor=object)
 
 
 def jit(function: Callable[..., Any]) -> Any:
