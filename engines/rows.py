@@ -153,7 +153,7 @@ class RowLayout:
     def _compose_spectral(self, mix: Mix, factors: SpectralFactors, norms: Mapping[str, Tensor]) -> Tensor:
         row = self.base_spectral(factors, norms)
         layout, sizes = self.layout, self._sizes
-        places = dict(zip(sizes, row.split(list(sizes.values())), strict=True))
+        places = dict(zip(sizes, torch.split(row, list(sizes.values())), strict=True))
         for adapter, weight in mix:
             for shifts, offsets in (
                 (adapter.spectral, layout.matrix_offsets),
