@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -24,7 +24,7 @@ def options() -> dict[str, set[str]]:
     """The options of every command, by its words."""
     found: dict[str, set[str]] = {}
 
-    def walk(command: click.Command, path: tuple[str, ...]) -> None:
+    def walk(command: Any, path: tuple[str, ...]) -> None:
         found[" ".join(path)] = {name for given in command.params for name in (*given.opts, *given.secondary_opts)}
         for name, inner in getattr(command, "commands", {}).items():
             walk(inner, (*path, name))
