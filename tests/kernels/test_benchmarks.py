@@ -115,7 +115,7 @@ KERNELS = [
 ]
 # Small tiles for the interpreter, whose time goes by their number and by their size.
 CONSTANTS: dict[str, dict[str, Any]] = {
-    "spectral_reassemble": {"VECTOR": 8, "TMA": True},
+    "spectral_reassemble": {"VECTOR": 8, "TMA": True, "DIRECT": True},
     "lowrank_merge": {"BLOCK_R": 16, "VECTOR": 8},
     "lowrank_residual": {"BLOCK_T": 32, "BLOCK_I": 32, "BLOCK_O": 32, "FUSED": True},
     "lowrank_linear": {"TMA": True},
