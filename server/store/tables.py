@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 
 # What changed between versions is in `migrations.py`.
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 metadata = MetaData()
 
@@ -82,6 +82,8 @@ revisions = Table(
     Column("used", Float),
     ForeignKeyConstraint(["tenant", "adapter_id"], ["adapters.tenant", "adapters.adapter_id"], ondelete="CASCADE"),
     Index("revisions_by_content", "content_hash"),
+    # All that a tenant's stored bytes are counted from, at every import and new job.
+    Index("revisions_by_size", "tenant", "content_hash", "size_bytes"),
 )
 
 idempotency = Table(
@@ -139,6 +141,8 @@ jobs = Table(
     Column("picture_bytes", BigInteger, nullable=False, default=0),
     Index("jobs_to_claim", "state", "priority", "created"),
     Index("jobs_by_tenant", "tenant", "created", "job_id"),
+    # Counted at every new job: few are open, while those that ended may be many.
+    Index("jobs_by_tenant_and_state", "tenant", "state"),
     # Summed every second, while the rows with their specs may be many.
     Index("jobs_by_losses", "leases_lost"),
     # Found by age to be removed.

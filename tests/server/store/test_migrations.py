@@ -27,7 +27,7 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
 def go_back_to_version_1(database: Database) -> None:
     with database.write() as connection:
         added = ("jobs_by_losses", "samples_by_age", "pinned_adapters", "jobs_by_end", "loose_events_by_age")
-        for index in added:
+        for index in (*added, "jobs_by_tenant_and_state", "revisions_by_size"):
             connection.execute(text(f"DROP INDEX {index}"))
         for column in ("device_seconds", "charged", "failures", "picture_bytes"):
             connection.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
@@ -68,6 +68,8 @@ def test_what_is_asked_all_the_time_reads_an_index(tmp_path: Path) -> None:
         "SELECT sum(leases_lost) FROM jobs WHERE leases_lost > 0": "jobs_by_losses",
         "SELECT state, count(*) FROM jobs GROUP BY state": "jobs_to_claim",
         "SELECT 1 FROM job_events WHERE data IS NOT NULL AND time < 5": "samples_by_age",
+        "SELECT count(*) FROM jobs WHERE tenant = 'a' AND state IN ('queued', 'running')": "jobs_by_tenant_and_state",
+        "SELECT DISTINCT content_hash, size_bytes FROM revisions WHERE tenant = 'a'": "revisions_by_size",
         str(pinned_query().compile(dialect=sqlite.dialect())): "pinned_adapters",
     }
     with database.read() as connection:
