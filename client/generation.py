@@ -198,7 +198,13 @@ GenerateEvent: TypeAlias = Queued | Progress | Preview | Picture | Finished
 
 
 def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
-    """Build the request. The server checks the values; only words of ours are checked here."""
+    """Build the request. The server checks the values; only words of ours are checked here.
+
+    Raises ValueError on what the contract's fields cannot hold, and TypeError on what they never can.
+    """
+    for seed in options.get("seeds", ()):
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seeds: {seed} given; allowed: 0 to {2**64 - 1}")
     request = pb.GenerateRequest(
         prompt=prompt,
         negative_prompt=options.get("negative_prompt", ""),

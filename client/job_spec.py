@@ -85,8 +85,15 @@ def _settings(given: Mapping[str, Setting]) -> pb.FineTuneSettings:
         elif field.enum_type is not None:
             setattr(settings, name, _choice(name, field.enum_type, value))
         else:
-            setattr(settings, name, value)
+            _set_number(settings, name, value)
     return settings
+
+
+def _set_number(settings: pb.FineTuneSettings, name: str, value: Setting) -> None:
+    try:
+        setattr(settings, name, value)
+    except ValueError as error:
+        raise ValueError(f"setting {name}: {value!r} given, which its field cannot hold") from error
 
 
 def read_settings(message: pb.FineTuneSettings) -> dict[str, Setting]:

@@ -151,6 +151,8 @@ def _combine(session: Session, operation: "Operation", name: str, display_name: 
 def _combine_files(
     output: Output, out: Path, model: Path | None, run: "Callable[[Callable[[str], Adapter], BaseLayout], Adapter]"
 ) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from hueshift.adapters.file import write_adapter
     from hueshift.adapters.formats.draft import ImportBase, ImportOptions
     from hueshift.adapters.formats.importing import import_adapter
@@ -158,6 +160,7 @@ def _combine_files(
     from hueshift.engines.base_model import load_base_model
     from hueshift.server.settings import load_settings
 
+    disable_progress_bar()
     layout = load_base_model(model or load_settings(None).model.path).layout
 
     def read(path: str) -> "Adapter":

@@ -58,6 +58,9 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
             except OSError as error:
                 output.error(f"{error.filename or 'a file'}: {error.strerror or error}")
                 raise typer.Exit(1) from error
+            except ValueError as error:
+                # What the client cannot send: a number that its field does not hold, a choice that is none.
+                raise typer.BadParameter(str(error)) from error
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "session"]
     present(run, command, [*own, inspect.signature(run).parameters["connection"]])

@@ -224,3 +224,22 @@ def test_a_job_that_stopped_early_says_so(fake: FakeServer, run: Run) -> None:
     assert "3 of 4, stopped early" in run("jobs", "show", "job-1").out
     fake.service.job = job_message(State.FINE_TUNE_STATE_SUCCEEDED, step=4)
     assert "early" not in run("jobs", "show", "job-1").out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("generate", "x", "--seed", "-1"), "seeds: -1 given"),
+        (("generate", "x", "--steps", "3000000000"), "3000000000"),
+        (("jobs", "watch", "ft-1", "--after", "99999999999999999999"), "99999999999999999999"),
+        (("finetune", "one.png", "--seed", "-1"), "setting seed: -1 given"),
+        (("finetune", "one.png", "--rate-schedule", "steep"), "allowed are linear"),
+    ],
+)
+def test_what_cannot_be_sent_is_wrong_usage(
+    run: Run, pictures: list[Path], words: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures[0].parent)
+    ran = run(*words)
+    assert ran.code == 2
+    assert told in " ".join(ran.err.replace("│", " ").split())
