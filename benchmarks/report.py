@@ -39,9 +39,11 @@ TARGETS = {
     "`engine.attention` is chosen by. No target.",
     "lag_mask": "Attention masks of all cross-attention blocks, 8 samples.",
     "shared_training": "Whole steps of svdiff jobs, in bfloat16: one against making every weight in every step, then "
-    "several that share their steps against one at a time; launched kernel by kernel, then (-graph) as one CUDA graph, "
-    "then (-inductor) as a graph of torch.compile's kernels. "
-    "Targets: twice as fast; 8 jobs, three times the jobs per hour.",
+    "several that share their steps against one at a time; launched kernel by kernel, then (-graph) as one CUDA graph. "
+    "`Plain` is one at a time, launched kernel by kernel. No rows are anchored to the base, which would add its "
+    "forward pass for one row in eight. Targets: twice as fast; 8 jobs, three times the jobs per hour.",
+    "compiled_training": "The same with graphs of torch.compile's kernels, one picture a step; W in every step is a "
+    "CUDA graph of torch's. The same targets.",
     "export_large": "Writing the dense graph of a whole UNet beyond 2 GiB, one weight at a time; then onnx.checker and "
     "TensorRT's parser read it. No target.",
     "unet_step": "One captured call of the engine by plan, UNet batch and way of compiling, SD1.5 at 512 px, SDXL at "
@@ -122,6 +124,8 @@ def cost(row: dict[str, Any]) -> str:
         parts.append(f"{row['share_of_step']:.1%} of the UNet step")
     if "jobs_per_hour" in row:
         parts.append(f"{row['jobs_per_hour']:.4g} jobs an hour; {row['baseline']}: {row['baseline_jobs_per_hour']:.4g}")
+    if "plain_jobs_per_hour" in row:
+        parts.append(f"plain: {row['plain_jobs_per_hour']:.4g}")
     return ", ".join(parts) or "–"
 
 

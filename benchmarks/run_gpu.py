@@ -50,10 +50,11 @@ STEMS = (
     "lag_mask",
     "attention",
     "shared_training",
+    "compiled_training",
     *ENGINE_STEMS,
 )
 # These time whole training steps, many launches each, and make their rows themselves.
-STEP_STEMS = ("shared_training",)
+STEP_STEMS = ("shared_training", "compiled_training")
 MODELS = ("sd15", "sdxl")
 
 ADVICE = """GPU benchmarks skipped: {missing}. Nothing was measured.

@@ -28,9 +28,9 @@ class Exchange(Generic[W, R]):
     """A meeting place of members, who come and go.
 
     A round begins when every present member has handed in its work, or `patience` seconds after the first one did (or
-    after the round before ended, if that is later). A member is present from its `hand_in` until it leaves; who keeps
-    the others waiting for longer is not waited for until it comes again. `run` gets the works of a round and returns,
-    in their order, a result or the exception of each.
+    after the round before ended, if that is later). A member is present from when it comes, or from its `hand_in`,
+    until it leaves; who keeps the others waiting for longer is not waited for until it comes again. `run` gets the
+    works of a round and returns, in their order, a result or the exception of each.
     """
 
     def __init__(
@@ -77,6 +77,11 @@ class Exchange(Generic[W, R]):
         if isinstance(entry.result, Exception):
             raise entry.result
         return entry.result  # type: ignore[return-value]  # a finished entry has a result, and None may be one
+
+    def come(self, member: Hashable) -> None:
+        """Let the others wait for `member`, whose first work is on its way."""
+        with self._changed:
+            self._present.add(member)
 
     def leave(self, member: Hashable) -> None:
         """Let nobody wait for `member` until it hands something in."""

@@ -137,6 +137,10 @@ class SharedStepper:
             check_finite(loss, state.step + 1, "loss")
         return loss
 
+    def come(self) -> None:
+        """Let the others wait for this job's next step, as if it had been there at their last one."""
+        self._company.exchange.come(self)
+
     def leave(self) -> None:
         """Let the others go on without this job."""
         self._company.exchange.leave(self)

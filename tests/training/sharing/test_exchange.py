@@ -109,6 +109,18 @@ def test_who_leaves_is_not_waited_for() -> None:
     exchange.leave("nobody")
 
 
+def test_who_has_come_is_waited_for_before_its_first_work() -> None:
+    rounds = Rounds()
+    exchange = Exchange(rounds, FOREVER)
+    exchange.come("b")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = started(pool, exchange, "a", 5)
+        assert not waiting.done()
+        assert exchange.hand_in("b", 1) == 2
+        assert waiting.result(LIMIT) == 10
+    assert rounds.seen == [[1, 5]]
+
+
 def test_a_slow_member_holds_the_others_up_for_the_patience_and_once() -> None:
     exchange = Exchange(Rounds(), patience=0.5)
     exchange.hand_in("slow", 1)
