@@ -46,7 +46,8 @@ class _Resident:
 class SlotCache:
     """Which mix is in which slot of the engine; least recently used out first, never one in use or pinned.
 
-    `prepare`, `prefetch`, `resident` and `snapshot` may be called from any thread; the rest only from the engine's own.
+    `prepare`, `prefetch`, `at_hand`, `resident` and `snapshot` may be called from any thread; the rest only from the
+    engine's own.
     """
 
     def __init__(self, engine: UNetEngine, rows: RowCache, observer: ResidencyObserver) -> None:
@@ -78,6 +79,10 @@ class SlotCache:
         composed = self._rows.get(mix)
         seconds = time.perf_counter() - begin
         return PreparedMix(mix, composed.row, composed.row.needs_factored, composed.text, seconds)
+
+    def at_hand(self, mix: Mix) -> bool:
+        """True if `prepare` would find all that it needs in memory, composed."""
+        return not mix or mix in self._held or mix in self._rows
 
     def prefetch(self, mix: Mix) -> None:
         """Compose a mix ahead of its preparation, unless it is at hand or on its way. Raises what `prepare` raises."""

@@ -1,5 +1,6 @@
 """What a request needs before its first step, made off the step loop: text, rows, coefficients, a picture's latents."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import Clock
 from hueshift.server.generation import GenerationRequest, InversionRequest
 from hueshift.server.lag_words import choose_words, mark_tokens
+
+# Requests whose texts and pictures are encoded at a time; more may be loading meanwhile. Each takes memory of a device.
+_ENCODING = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +97,7 @@ class Preparation:
     ) -> None:
         self._conditioner, self._slots, self._schedule, self._clock = conditioner, slots, schedule, clock
         self._vae, self._factor = vae, latent_factor
+        self._turns = threading.Semaphore(_ENCODING)
 
     def prepare(self, request: GenerationRequest, mixes: Sequence[Mix]) -> Prepared:
         """Prepare one request, whose own mix comes first in `mixes`, then those of its regions.
@@ -107,12 +112,14 @@ class Preparation:
         rows = tuple(self._slots.prepare(mix) for mix in mixes)
         words = self._lag_words(request, mixes[0])
         loaded = self._clock.monotonic()
-        size = (request.width, request.height)
-        own = self._conditioner.condition(_prompts(request, request.prompt), rows[0].text, timesteps, words, size)
-        lag = mark_tokens(request, words, own.prompts[-1]).to(own.cross.device) if request.lag is not None else None
-        regions = self._regions(request, rows[1:], timesteps)
-        start, picture_seconds = self._start(request, rows[0], table, own.cross.device)
-        seconds = self._clock.monotonic() - loaded - picture_seconds
+        with self._turns:
+            begun = self._clock.monotonic()
+            size = (request.width, request.height)
+            own = self._conditioner.condition(_prompts(request, request.prompt), rows[0].text, timesteps, words, size)
+            lag = mark_tokens(request, words, own.prompts[-1]).to(own.cross.device) if request.lag is not None else None
+            regions = self._regions(request, rows[1:], timesteps)
+            start, picture_seconds = self._start(request, rows[0], table, own.cross.device)
+            seconds = self._clock.monotonic() - begun - picture_seconds
         return Prepared(
             mixes=rows,
             table=table,

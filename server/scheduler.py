@@ -34,13 +34,14 @@ from hueshift.server.generation import GenerationEvent, GenerationHandle, Genera
 from hueshift.server.metrics import Metrics
 from hueshift.server.pace import Pace
 from hueshift.server.preparation import Preparation
+from hueshift.server.preparing_lanes import PreparingLanes
 from hueshift.server.step_loop import StepLoop
 from hueshift.server.step_runner import StepRunner
 from hueshift.server.ticket import Ticket, as_ours
 
 T = TypeVar("T")
 
-_PREPARERS = 2
+_WARMERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class SchedulerSnapshot:
 class Scheduler:
     """Runs requests; see the module. `start` it before, and `close` it after use.
 
-    `weights` are the tenants' shares relative to one another, 1 where not named. `preparers` runs the preparation of
-    requests; by default two threads. `planner` divides batches into calls; without one a batch is one call;
+    `weights` are the tenants' shares relative to one another, 1 where not named. `preparers` prepares, prefetches and
+    warms; by default threads for each. `planner` divides batches into calls; without one a batch is one call;
     `find_planner` finds that of an engine which takes over. `watch` knows when the device is lost.
     """
 
@@ -87,7 +88,9 @@ class Scheduler:
         self._log = structlog.get_logger()
         pace = Pace()
         self._admission = Admission(limits, pace)
-        self._preparers = preparers or ThreadPoolExecutor(_PREPARERS, "hueshift-prepare")
+        self._lanes = PreparingLanes(slots.at_hand, preparers)
+        # Threads of their own: whoever warms many adapters must not hold up pictures.
+        self._warmers = preparers or ThreadPoolExecutor(_WARMERS, "hueshift-warm")
         self.watch = DeviceWatch()
         self.watch.on_lost(self._lose)
         self._decoder = DecodeStage(
@@ -106,7 +109,7 @@ class Scheduler:
             base,
             slots,
             Preparation(conditioner, vae, slots, base.schedule, clock, base.latent_factor),
-            self._preparers,
+            self._lanes,
             self._decoder,
             self._admission,
             pace,
@@ -157,7 +160,7 @@ class Scheduler:
         wanted = make_mix(mix)
         while True:
             try:
-                preparing = self._preparers.submit(self._slots.prepare, wanted)
+                preparing = self._warmers.submit(self._slots.prepare, wanted)
             except RuntimeError as error:
                 raise _stopped() from error
             prepared = await asyncio.wrap_future(preparing)
@@ -197,7 +200,8 @@ class Scheduler:
         if self._thread.ident is not None:
             self._thread.join()
         self._prefetcher.shutdown(wait=True, cancel_futures=True)
-        self._preparers.shutdown(wait=True, cancel_futures=True)
+        self._warmers.shutdown(wait=True, cancel_futures=True)
+        self._lanes.close()
         self._decoder.close()
 
     def snapshot(self) -> SchedulerSnapshot:

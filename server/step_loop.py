@@ -6,7 +6,7 @@ leave together. Everything here belongs to one thread.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from functools import partial
 
 import structlog
@@ -26,13 +26,11 @@ from hueshift.server.metrics import Metrics
 from hueshift.server.pace import Pace, Size
 from hueshift.server.phases import begin_picture, end_phase, row_steps_left, steps_ahead, waits_for_inversion
 from hueshift.server.preparation import Preparation, Prepared
+from hueshift.server.preparing_lanes import Lane, PreparingLanes
 from hueshift.server.step_runner import Stepped, StepRunner
 from hueshift.server.step_times import StepTimes
 from hueshift.server.ticket import Phase, Running, Ticket, as_ours, our_fault, outcome_of
 
-# Requests handed to the preparing threads at a time: enough to keep them busy, few enough that a newcomer is not stuck
-# behind one tenant's burst.
-_PREPARING = 4
 # Longest sleep while something waits; deadlines wake it earlier.
 _NAP_SECONDS = 1.0
 
@@ -46,7 +44,7 @@ class StepLoop:
         base: BaseModel,
         slots: SlotCache,
         preparation: Preparation,
-        preparers: Executor,
+        lanes: PreparingLanes,
         decoder: DecodeStage,
         admission: Admission,
         pace: Pace,
@@ -60,14 +58,13 @@ class StepLoop:
         self._engine, self._base, self._slots = engine, base, slots
         self._runner, self._watch = runner, watch
         self._times = StepTimes(engine, metrics, clock)
-        self._preparation, self._preparers, self._decoder = preparation, preparers, decoder
+        self._preparation, self._lanes, self._decoder = preparation, lanes, decoder
         self._admission, self._pace = admission, pace
         self._metrics, self._clock, self._post = metrics, clock, post
         self._log = structlog.get_logger()
         self._live: dict[Ticket, None] = {}
         self._queue: FairQueue[Ticket] = FairQueue(weights)
         self._batch = ActiveBatch(engine.max_batch, weights)
-        self._preparing = 0
         self._when_idle: list[Future[None]] = []
 
     def tick(self) -> None:
@@ -126,7 +123,7 @@ class StepLoop:
     @property
     def counts(self) -> tuple[int, int, int, int]:
         """Requests alive, pictures in the batch, their UNet rows, requests being prepared."""
-        return len(self._live), len(self._batch), self._batch.rows, self._preparing
+        return len(self._live), len(self._batch), self._batch.rows, self._lanes.busy
 
     def _sweep(self) -> None:
         """Let go of what has ended or whose time is over."""
@@ -141,25 +138,27 @@ class StepLoop:
 
     def _hand_out(self) -> None:
         """Give the next requests in fair order to the preparing threads."""
-        if self._preparing >= _PREPARING or not len(self._queue):
+        if self._lanes.full or not len(self._queue):
             return
         # Prepared rows are memory: few per tenant when many wait.
         depth = max(2, self._engine.max_batch // self._queue.tenants)
         for ticket in self._queue.heads(depth):
-            if self._preparing >= _PREPARING:
+            if self._lanes.full:
                 return
             if ticket.prepared is None and not ticket.preparing:
-                ticket.preparing = True
-                self._preparing += 1
-                future = self._preparers.submit(self._preparation.prepare, ticket.request, ticket.mixes)
-                future.add_done_callback(partial(self._hand_back, ticket))
+                prepare = partial(self._preparation.prepare, ticket.request, ticket.mixes)
+                handed = self._lanes.submit(ticket.mixes, prepare)
+                if handed is not None:
+                    ticket.preparing = True
+                    lane, future = handed
+                    future.add_done_callback(partial(self._hand_back, ticket, lane))
 
-    def _hand_back(self, ticket: Ticket, done: Future[Prepared]) -> None:
+    def _hand_back(self, ticket: Ticket, lane: Lane, done: Future[Prepared]) -> None:
         """Called by the thread that prepared it."""
-        self._post(partial(self._ready, ticket, done))
+        self._post(partial(self._ready, ticket, lane, done))
 
-    def _ready(self, ticket: Ticket, done: Future[Prepared]) -> None:
-        self._preparing -= 1
+    def _ready(self, ticket: Ticket, lane: Lane, done: Future[Prepared]) -> None:
+        lane.busy -= 1
         ticket.preparing = False
         if done.cancelled():
             return

@@ -7,11 +7,13 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from hueshift.adapters.errors import InvalidArgument, Reason, Unavailable
+
+_RETRY_TIME = timedelta(seconds=15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,9 @@ class Objects:
             ) from error
         options: dict[str, Any] = {"mkdir": True}
         if url.startswith("s3://"):
-            options = {"client_options": {"allow_http": endpoint.startswith("http://")}}
+            # obstore's own is three minutes, for which a publication would hold its transaction.
+            retries = {"max_retries": 10, "retry_timeout": _RETRY_TIME}
+            options = {"client_options": {"allow_http": endpoint.startswith("http://")}, "retry_config": retries}
             if endpoint:
                 options["endpoint"] = endpoint
         self._api: Any = obstore

@@ -13,6 +13,7 @@ from generation_bench import Bench, Limits, collect, images
 from structlog.testing import capture_logs
 from torch import Tensor
 
+from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, HueshiftError, NotFound, Reason, ResourceExhausted, Unavailable
 from hueshift.engines.interface import Plan
 from hueshift.engines.pictures import PictureFormat
@@ -51,6 +52,34 @@ async def test_a_request_runs_from_end_to_end(bench: Bench) -> None:
     assert [picture.seed for picture in found] == [1, 2]
     timings = found[0].timings
     assert min(timings.queue, timings.denoise, timings.decode) > 0
+    await idle(bench)
+
+
+async def test_a_store_that_does_not_answer_holds_up_nobody_whose_adapters_are_at_hand(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, load = threading.Event(), bench.folder.load
+
+    def load_late(content_hash: str) -> Adapter:
+        if content_hash != "low-0.9":
+            answers.wait(20)
+        return load(content_hash)
+
+    monkeypatch.setattr(bench.slots.host, "_load", load_late)
+    await bench.scheduler.warm((("low-0.9", 1.0),), None)
+    cold = [bench.submit(f"t{number}", {f"low-0.{number}": 1.0}) for number in range(1, 9)]
+    cold += [bench.submit("greedy", {f"spec-0.{number}": 1.0}) for number in range(1, 9)]
+    warming = [asyncio.create_task(bench.scheduler.warm(((f"low-0.0{number}", 1.0),), None)) for number in range(1, 9)]
+    await asyncio.sleep(0.1)
+    assert bench.scheduler.snapshot().preparing > 0
+    try:
+        for adapters in ({}, {"low-0.9": 1.0}):
+            assert len(await asyncio.wait_for(images(bench.submit("a", adapters)), 10)) == 1
+    finally:
+        answers.set()
+    for handle in cold:
+        assert len(await images(handle)) == 1
+    await asyncio.gather(*warming)
     await idle(bench)
 
 

@@ -1,6 +1,7 @@
 """Adapter files and job files in an object store: two hosts, each with a folder of its own, see the same."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,12 @@ def test_a_store_that_does_not_answer_is_unavailable_and_nothing_is_published(s3
     s3.broken = False
     assert store.publish().revision == 1
     database.close()
+
+
+def test_a_store_that_fails_is_tried_again_for_seconds_not_minutes(s3: TinyS3) -> None:
+    # A publication holds its transaction meanwhile.
+    store = Objects("s3://bucket", s3.endpoint)._store
+    assert store.retry_config["retry_timeout"] <= timedelta(seconds=20)
 
 
 def stage(folders: JobFolders, job_id: str) -> None:
