@@ -18,6 +18,7 @@ from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_graphs import GraphKey
 from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.cuda_options import CompileKind, KernelUse
+from hueshift.engines.device_errors import Fault, classify
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan, no_guides
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
@@ -84,11 +85,33 @@ def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[
     return found
 
 
+def check_merged(engine: CudaEngine) -> None:
+    """Merge nothing where weights that were written draw something else than the factored plan, or writing fails."""
+    if not engine.weight_slots:
+        return
+    told: dict[str, float] = {}
+    try:
+        told["error"] = _merged_error(engine)
+        # Written so that NaN does not pass.
+        if told["error"] <= _FORM_BOUND:
+            _log.info("merged_form", **told)
+            return
+        _log.error("merged_form_wrong", bound=_FORM_BOUND, serves="the factored plan", **told)
+    except Exception as error:
+        _raise_unless_other(error)
+        _log.error("merged_form_failed", serves="the factored plan", exc_info=error)
+    engine.stop_merging()
+
+
 def check_compiled(engine: CudaEngine) -> None:
-    """Leave the networks of a plan uncompiled where torch.compile's kernels draw something else than torch's."""
+    """Leave the networks of a plan uncompiled where torch.compile's kernels draw something else than torch's, or where
+    it fails.
+    """
     if engine.options.compile is CompileKind.INDUCTOR:
         for plan in (Plan.DENSE, Plan.FACTORED):
-            _check_compiled(engine, plan)
+            if not _compiles_right(engine, plan):
+                engine.graphs.forget(plan.value)
+                engine.networks.leave_uncompiled(plan)
 
 
 def warm_all(engine: CudaEngine, progress: Progress) -> dict[GraphKey, Work]:
@@ -144,7 +167,14 @@ def tell_capacity(engine: CudaEngine) -> None:
 
 def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
     """True if the form on the kernels is faster, and draws what torch's form draws."""
-    trial = _try_forms(engine, plan, timed=True)
+    try:
+        trial = _try_forms(engine, plan, timed=True)
+    except Exception as error:
+        # Triton has errors of its own: a kernel that it cannot compile, or that takes more than this GPU has.
+        _raise_unless_other(error)
+        _log.error("layer_form_failed", plan=plan.value, serves="torch", exc_info=error)
+        engine.graphs.forget(plan.value)
+        return False
     if trial.right:
         _log.info("layer_form", **trial.told())
     else:
@@ -171,21 +201,61 @@ def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
     return _Trial(plan, shape.rows, error, times.get(False), times.get(True))
 
 
-def _check_compiled(engine: CudaEngine, plan: Plan) -> None:
+def _compiles_right(engine: CudaEngine, plan: Plan) -> bool:
     shape = _form_shape(engine)
     engine.graphs.forget(plan.value)
     plain = _example_output(engine, plan, shape.rows)
     engine.graphs.forget(plan.value)
-    engine.warm_one(plan.value, shape)
-    error = _difference(_example_output(engine, plan, shape.rows), plain)
+    try:
+        engine.warm_one(plan.value, shape)
+        error = _difference(_example_output(engine, plan, shape.rows), plain)
+    except Exception as fault:
+        _raise_unless_other(fault)
+        _log.error("compiled_form_failed", plan=plan.value, serves="torch's kernels", exc_info=fault)
+        return False
     told = {"plan": plan.value, "rows": shape.rows, "error": error}
     # Written so that NaN does not pass.
     if error <= _FORM_BOUND:
         _log.info("compiled_form", **told)
-        return
+        return True
     _log.error("compiled_form_wrong", bound=_FORM_BOUND, serves="torch's kernels", **told)
-    engine.graphs.forget(plan.value)
-    engine.networks.leave_uncompiled(plan)
+    return False
+
+
+def _merged_error(engine: CudaEngine) -> float:
+    """The largest difference of the merged plan from the factored one, of as many rows as can be merged at a time."""
+    rows = _form_shape(engine).rows
+    slots = range(BASE_SLOT + 1, min(engine.slots, BASE_SLOT + 1 + engine.weight_slots))
+    for slot in slots:
+        engine.load_row(slot, _example_row(engine, Plan.FACTORED, seed=slot))
+        engine.merge(slot)
+    engine.finish_merges()
+    engine.lane.mark().wait()
+    latents, timesteps, cross, _ = example_inputs(engine.base, rows)
+    added = example_added(engine.base, rows)
+
+    def output(plan: Plan, index: Tensor) -> Tensor:
+        return engine.denoise(plan, latents, timesteps, cross, index, added).float().cpu()
+
+    # One call of each network, so that none is captured.
+    mixed = torch.tensor([slots[number % len(slots)] for number in range(rows)])
+    expected = output(Plan.FACTORED, mixed)
+    errors = []
+    for slot in slots[:rows]:
+        mine = mixed == slot
+        errors.append(_difference(output(Plan.MERGED, torch.full_like(mixed, slot))[mine], expected[mine]))
+    for slot in slots:
+        engine.load_row(slot, EngineRow())
+    for role in (Plan.FACTORED.value, *(network.role for network in engine.networks.with_own_weights)):
+        engine.graphs.forget(role)
+    # Not Python's, which loses NaN.
+    return float(torch.tensor(errors).max())
+
+
+def _raise_unless_other(error: Exception) -> None:
+    """Raise an error that is no fault of the form that was tried: no memory, or a device that is gone."""
+    if classify(error) is not Fault.OTHER:
+        raise error
 
 
 def _refuse_wrong(trial: _Trial) -> None:
@@ -217,16 +287,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:
     """What the network of a plan makes of example inputs, half of it with an adapter of random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    slot, layout = BASE_SLOT + 1, engine.rows
-    base = engine.row(BASE_SLOT)
-    if base.spectral is None:
-        raise RuntimeError("the base's row has its singular values")
-    # A tenth up or down, and branches of about a hundredth of a layer's output.
-    change = 1 + 0.1 * (2 * torch.rand(layout.spectral_size, generator=generator) - 1)
-    branch = 0.02 * torch.randn(layout.lowrank_size, generator=generator)
-    # Rows with singular values are never the dense plan's, whose forms make different things of them.
-    engine.load_row(slot, EngineRow(None if plan is Plan.DENSE else base.spectral.cpu() * change, branch))
+    slot = BASE_SLOT + 1
+    engine.load_row(slot, _example_row(engine, plan))
     index = torch.tensor([slot if number % 2 else BASE_SLOT for number in range(rows)])
     latents, timesteps, cross, _ = example_inputs(engine.base, rows)
     added = example_added(engine.base, rows)
@@ -238,6 +300,20 @@ def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:
         out = engine.denoise(plan, latents, timesteps, cross, index, added)
     engine.load_row(slot, EngineRow())
     return out.float().cpu()
+
+
+def _example_row(engine: CudaEngine, plan: Plan, seed: int = 0) -> EngineRow:
+    """An adapter of random numbers: singular values a tenth up or down, and branches of about a hundredth of a layer's
+    output.
+    """
+    generator, layout = torch.Generator().manual_seed(seed), engine.rows
+    base = engine.row(BASE_SLOT)
+    if base.spectral is None:
+        raise RuntimeError("the base's row has its singular values")
+    change = 1 + 0.1 * (2 * torch.rand(layout.spectral_size, generator=generator) - 1)
+    branch = 0.02 * torch.randn(layout.lowrank_size, generator=generator)
+    # Rows with singular values are never the dense plan's, whose forms make different things of them.
+    return EngineRow(None if plan is Plan.DENSE else base.spectral.cpu() * change, branch)
 
 
 def _fill_as_served(engine: CudaEngine) -> None:

@@ -146,6 +146,13 @@ class CudaEngine:
             if self._merged.merges > begun:
                 self.observer.merge_began()
 
+    def stop_merging(self) -> None:
+        """Merge nothing from now on. For a start, before networks with weights of their own are captured."""
+        self.finish_merges()
+        self.lane.mark().wait()
+        self._merged = None
+        self.networks.with_own_weights.clear()
+
     def finish_rows(self) -> None:
         """Let the steps' lane wait for every row that is on its way."""
         for arrived in self._arriving.values():

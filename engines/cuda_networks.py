@@ -79,7 +79,8 @@ class NetworkSet:
         self._chosen = {plan: self.make(plan, kernels=kernels) for plan in (Plan.DENSE, Plan.FACTORED)}
         self.slot_weights.prepare(dict(self._chosen[Plan.DENSE].unet.named_parameters()), factors)
         self._full: GuidedNetwork | None = None
-        self._merged: list[Network] = []
+        self.with_own_weights: list[Network] = []
+        """Those of merged weights, one for each copy."""
         self._compiled: dict[str, Network] = {}
         self._uncompiled: set[str] = set()
 
@@ -102,7 +103,7 @@ class NetworkSet:
 
     def merged(self, held: WeightSlot) -> Network:
         """The network of a copy of weights."""
-        return next(network for network in self._merged if network.role == held.role)
+        return next(network for network in self.with_own_weights if network.role == held.role)
 
     def make(self, plan: Plan, *, kernels: bool, source: nn.Module | None = None) -> Network:
         """A network of a slab plan, its adapted layers on the Triton kernels or in torch's form, on weights of its own
@@ -126,7 +127,7 @@ class NetworkSet:
         those networks must not be there yet.
         """
         if self._fuses and self._chosen[Plan.DENSE].unet.on_kernels:
-            for network in (self.base, *self._merged):
+            for network in (self.base, *self.with_own_weights):
                 network.unet.fuse()
         if not any(network.unet.on_kernels for network in self._chosen.values()):
             self.slot_weights = SlotWeights((), self._rows, self._slabs.slots, self._slabs.lowrank.device, self._dtype)
@@ -150,14 +151,14 @@ class NetworkSet:
         for held in made.slots:
             network = held.network
             if isinstance(network, CudaUNet):
-                self._merged.append(Network(held.role, network, network.compute, held))
+                self.with_own_weights.append(Network(held.role, network, network.compute, held))
         return made
 
     def roles(self) -> list[tuple[str, Plan]]:
         """What is captured: role and plan of each network, the one that takes most memory first."""
         found = [(Plan.FULL.value, Plan.FULL), *((plan.value, plan) for plan in self._chosen)]
-        if self._merged:
-            found += [(BASE_ROLE, Plan.MERGED), *((network.role, Plan.MERGED) for network in self._merged)]
+        if self.with_own_weights:
+            found += [(BASE_ROLE, Plan.MERGED), *((network.role, Plan.MERGED) for network in self.with_own_weights)]
         return found
 
     def compiled(self, role: str) -> Network:
@@ -175,7 +176,7 @@ class NetworkSet:
         """Compile no network of a slab plan from now on; with the dense plan's go those that have their own weights."""
         roles = [plan.value]
         if plan is Plan.DENSE:
-            roles += [BASE_ROLE, *(network.role for network in self._merged)]
+            roles += [BASE_ROLE, *(network.role for network in self.with_own_weights)]
         self._uncompiled.update(roles)
         for role in roles:
             self._compiled.pop(role, None)
@@ -184,7 +185,7 @@ class NetworkSet:
         """The network of a role other than Plan.FULL's."""
         if role == BASE_ROLE:
             return self.base
-        return next(network for network in (*self._chosen.values(), *self._merged) if network.role == role)
+        return next(network for network in (*self._chosen.values(), *self.with_own_weights) if network.role == role)
 
     def _make_slot_weights(self) -> SlotWeights:
         options, slots, lowrank = self._options, self._slabs.slots, self._slabs.lowrank

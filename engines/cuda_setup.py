@@ -10,9 +10,11 @@ import structlog
 import torch
 from torch import Tensor
 
+from hueshift.adapters.errors import HueshiftError
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.calibration import (
     check_compiled,
+    check_merged,
     choose_forms,
     measure_capacity,
     measure_costs,
@@ -91,6 +93,7 @@ def build_cuda(
     identity = describe(engine)
     known = read_costs(cache_dir, identity)
     kernels = choose_forms(engine, known.kernels if known is not None else None)
+    check_merged(engine)
     check_compiled(engine)
     with kept_free(lane, reserve):
         calls = warm_all(engine, progress)
@@ -124,16 +127,23 @@ def _live(make: Callable[[CudaOptions], CudaEngine], options: CudaOptions, cache
 def _make_with_room(
     make: Callable[[CudaOptions], CudaEngine], options: CudaOptions, lane: GraphLane, reserve: Reserve
 ) -> CudaEngine:
-    """Make the engine with merged weights if they fit beside the reserve, else without."""
+    """Make the engine with merged weights if they fit beside the reserve and can be written, else without."""
     if not options.weight_slots:
         return make(options)
     try:
         with kept_free(lane, reserve):
             return make(options)
-    except RuntimeError as error:
-        if classify(error) is not Fault.MEMORY:
+    except HueshiftError:
+        raise
+    except Exception as error:
+        # Kernels write the weights, and Triton has errors of its own where a GPU does not take one.
+        fault, told = classify(error), {"weight_slots": options.weight_slots}
+        if fault is Fault.LOST:
             raise
-        _log.warning("merged_plan_off", weight_slots=options.weight_slots, error=str(error).splitlines()[0])
+        if fault is Fault.MEMORY:
+            _log.warning("merged_plan_off", **told, error=str(error).splitlines()[0])
+        else:
+            _log.error("merged_plan_failed", **told, exc_info=error)
     # Not above: while the error is being handled, its traceback holds all that the first one had allocated.
     release_memory()
     return make(replace(options, weight_slots=0))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.cuda_layers import SlabRows
+from hueshift.engines.device_errors import Fault, classify
 from hueshift.engines.fused_blocks import fuse_blocks
 
 # Largest mean difference from fp32's picture, over its mean where that is above 1. Half a level of 255 in -1..1: fp16
@@ -53,7 +54,7 @@ def make_half_decoder(base: BaseModel, dtype: torch.dtype, *, fuse: bool) -> Hal
     """The decoder of `base` in `dtype`, fused if asked and found right; None where fp32 has to stay.
 
     That is where the model's config asks for it (SDXL's `force_upcast`: its decoder gives black pictures in fp16) and
-    where the copy draws something else.
+    where the copy draws something else, or nothing.
     """
     vae = base.vae
     if base.xl is not None and vae.config.get("force_upcast", True):
@@ -65,8 +66,15 @@ def make_half_decoder(base: BaseModel, dtype: torch.dtype, *, fuse: bool) -> Hal
     with torch.no_grad():
         expected = vae.decode(latents).sample
     for fused in (True, False) if fuse else (False,):
-        made = HalfDecoder(vae, dtype, fuse=fused)
-        error = float((made(latents).float() - expected.float()).abs().mean() / expected.abs().mean().clamp_min(1))
+        try:
+            made = HalfDecoder(vae, dtype, fuse=fused)
+            error = float((made(latents).float() - expected.float()).abs().mean() / expected.abs().mean().clamp_min(1))
+        except Exception as fault:
+            # Triton has errors of its own, for a kernel that it cannot compile or that this GPU does not take.
+            if classify(fault) is not Fault.OTHER:
+                raise
+            _log.error("half_decoder_failed", fused=fused, exc_info=fault)
+            continue
         if error <= MEAN_BOUND:
             _log.info("half_decoder", fused=fused, error=error)
             return made

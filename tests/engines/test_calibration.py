@@ -19,6 +19,7 @@ from hueshift.engines.cuda_lane import GraphLane, HostLane, Work
 from hueshift.engines.cuda_layers import KernelFactoredLinear, SlabRows
 from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, Plan
+from hueshift.engines.merged_weights import WeightWriter
 from hueshift.engines.torch_engine import TorchEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +135,16 @@ def test_what_was_compiled_wrong_is_not_served(tiny: TinyParts, monkeypatch: pyt
     assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
 
 
+def test_what_cannot_be_compiled_is_served_uncompiled(tiny: TinyParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_networks, "compile_network", lambda compute, autotune: fail)
+    engine = cuda_engine(tiny, HostLane(), compile=CompileKind.INDUCTOR, kernels=KernelUse.OFF)
+    with capture_logs() as logs:
+        calibration.check_compiled(engine)
+    assert [log["plan"] for log in logs if log["event"] == "compiled_form_failed"] == ["dense", "factored"]
+    engine.warm()
+    assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+
+
 @pytest.mark.usefixtures("faster", "broken")
 def test_kernels_that_are_fast_and_wrong_are_not_chosen(tiny: TinyParts) -> None:
     engine = cuda_engine(tiny, HostLane())
@@ -145,6 +156,89 @@ def test_kernels_that_are_fast_and_wrong_are_not_chosen(tiny: TinyParts) -> None
     for _ in range(3):
         assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
         assert_draws_as_torch(tiny, engine, Plan.FULL, 4)
+
+
+class OutOfResourcesError(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+def fail(*_: object, **__: object) -> None:
+    """What a kernel does that a GPU does not take."""
+    raise OutOfResourcesError("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
+
+
+def test_kernels_that_fail_are_not_chosen_and_do_not_end_the_start(
+    tiny: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KernelFactoredLinear, "forward", fail)
+    with capture_logs() as logs:
+        engine = built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.AUTO)
+    assert [log["plan"] for log in logs if log["event"] == "layer_form_failed"] == ["factored", "full"]
+    assert engine.networks.of(Plan.FACTORED).unet.kernel_layers == 0
+    assert engine.networks.full.unet.kernel_layers == 0
+    for _ in range(3):
+        assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+        assert_draws_as_torch(tiny, engine, Plan.FULL, 4)
+    with pytest.raises(OutOfResourcesError):
+        built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.ON)
+
+
+def test_a_device_that_is_lost_while_kernels_are_tried_ends_the_start(
+    tiny: TinyParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(layer: KernelFactoredLinear, x: Tensor) -> Tensor:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(KernelFactoredLinear, "forward", lose)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        calibration.choose_forms(cuda_engine(tiny, HostLane()), None)
+
+
+def test_merged_weights_are_held_against_the_factored_plan(tiny: TinyParts, tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        engine = built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.OFF)
+    assert [log["error"] < 1e-4 for log in logs if log["event"] == "merged_form"] == [True]
+    assert engine.weight_slots == 2
+    # What was tried is gone, and nothing was captured for it but what serves.
+    for slot in (1, 2):
+        assert torch.equal(torch.as_tensor(engine.row(slot).spectral), torch.as_tensor(engine.row(BASE_SLOT).spectral))
+    assert len(engine.graphs) == engine.graphs.captures == len(engine.captures_to_warm())
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_merged_weights_that_are_wrong_are_not_served(
+    tiny: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: int
+) -> None:
+    right, writers = WeightWriter.launch, list[WeightWriter]()
+
+    def launch(writer: WeightWriter) -> None:
+        right(writer)
+        if writer not in writers:
+            writers.append(writer)
+        if writers.index(writer) == copy:
+            for layer in writer._plan.layers:
+                layer.out.mul_(1.5)
+
+    monkeypatch.setattr(WeightWriter, "launch", launch)
+    with capture_logs() as logs:
+        engine = built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.OFF)
+    assert [log["log_level"] for log in logs if log["event"] == "merged_form_wrong"] == ["error"]
+    assert engine.weight_slots == 0
+    assert Plan.MERGED not in engine.plans
+    assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+
+
+def test_weights_that_cannot_be_written_do_not_end_the_start(
+    tiny: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # While the engine is made, and later, when the first mix is merged.
+    for when, event in (("launch", "merged_plan_failed"), ("take", "merged_form_failed")):
+        with monkeypatch.context() as patch, capture_logs() as logs:
+            patch.setattr(WeightWriter, when, fail)
+            engine = built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.OFF)
+        assert [log["log_level"] for log in logs if log["event"] == event] == ["error"]
+        assert engine.weight_slots == 0
+        assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
 
 
 @pytest.mark.usefixtures("faster")

@@ -65,6 +65,17 @@ def test_a_fused_decoder_that_draws_something_else_is_not_used(
     assert [(line["event"], line["fused"]) for line in logs] == [("half_decoder_wrong", True), ("half_decoder", False)]
 
 
+def test_a_fused_decoder_that_fails_is_not_used(base_model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(norm: FusedGroupNorm, *_: Tensor) -> Tensor:
+        raise OverflowError("out of resource: shared memory")
+
+    monkeypatch.setattr(FusedGroupNorm, "forward", fail)
+    with structlog.testing.capture_logs() as logs:
+        made = make_half_decoder(base_model, torch.float32, fuse=True)
+    assert made is not None
+    assert [(line["event"], line["fused"]) for line in logs] == [("half_decoder_failed", True), ("half_decoder", False)]
+
+
 def test_no_copy_is_used_that_overflows(base_model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HalfDecoder, "__call__", lambda self, latents: torch.full((1, 3, 8, 8), float("nan")))
     monkeypatch.setattr(base_model.vae, "decode", lambda latents: type("Out", (), {"sample": torch.zeros(1, 3, 8, 8)}))
