@@ -6,7 +6,8 @@ Every case is checked against float64 before it is timed, and appends one JSON r
 benchmarks/results; `python -P benchmarks/report.py` then rewrites docs/benchmarks.md). With --sweep every launch
 configuration of the table is timed and the rows go to FOLDER/sweep/. Without --models the kernels are timed at both
 models' shapes and the engine with sd15 alone: SDXL's has 794 matrices to decompose, and runs where it is asked for
-(`unet_step attach --models sdxl`). From a checkout that is not installed:
+(`unet_step attach --models sdxl`). Each benchmark has a process of its own: after a kernel's illegal access nothing
+else runs in the one where it happened. From a checkout that is not installed:
 PYTHONPATH=.typing python3 -P benchmarks/run_gpu.py
 """
 
@@ -256,6 +257,48 @@ def what_is_missing(device: torch.device | None) -> str | None:
     return f"torch {torch.__version__}, for CUDA {torch.version.cuda}, finds no device (nvidia-smi shows the driver's)"
 
 
+def in_turns(stems: Sequence[str]) -> list[list[str]]:
+    """Put stems into the groups that share a process, in order: those of the engine, for which a model is made once.
+
+    Kernels come first: they take minutes. Training steps come last and alone, because they choose kernels for the whole
+    process that repeat themselves.
+    """
+    engine = [stem for stem in stems if stem in ENGINE_STEMS]
+    kernels = [[stem] for stem in stems if stem not in (*ENGINE_STEMS, *STEP_STEMS)]
+    return [*kernels, *([engine] if engine else []), *([stem] for stem in stems if stem in STEP_STEMS)]
+
+
+def run_apart(groups: Sequence[Sequence[str]], options: argparse.Namespace) -> int:
+    """Run each group in a process of its own and return the exit status: 1 where one failed, however it ended."""
+    common = ["--out", str(options.out), "--commit", options.commit or current_commit()]
+    common += ["--sweep"] if options.sweep else []
+    common += ["--models", *options.models] if options.models else []
+    failed = []
+    for stems in groups:
+        command = [sys.executable, "-P", str(FOLDER / "run_gpu.py"), *stems, *common]
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            failed.append(f"{' '.join(stems)} (status {status})")
+    if failed:
+        print(f"{len(failed)} of {len(groups)} processes failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_rows(stem: str, models: Mapping[str, list[Weight]], run: Run, folder: Path) -> None:
+    """Measure one benchmark and write its rows as they come."""
+    with (folder / f"{stem}.jsonl").open("a", encoding="utf-8") as file:
+        for row in measure_stem(stem, models, run):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(
+                f"{stem:20} {row['case']:28} {row['ms']:9.4f} ms  floor {row['floor_ms']:9.4f}  "
+                f"{row['baseline']} {row['baseline_ms']:9.4f} ms  ratio {row['ratio']:.2f}",
+                flush=True,
+            )
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def main(
     arguments: Sequence[str],
     *,
@@ -272,31 +315,24 @@ def main(
     if missing is not None:
         print(ADVICE.format(missing=missing))
         return 0
+    wanted = [stem for stem in STEMS if not options.stems or stem in options.stems]
+    if options.sweep:
+        wanted = [stem for stem in wanted if stem not in (*ENGINE_STEMS, *STEP_STEMS)]
+    groups = in_turns(wanted)
+    if device is None and len(groups) > 1:
+        return run_apart(groups, options)
     torch.manual_seed(0)
     device = device or torch.device("cuda")
     run = Run(device, timer, environment(options.commit or current_commit(), device), options.sweep)
     models = {model: weights(model) for model in options.models or MODELS}
     folder = options.out / "sweep" if options.sweep else options.out
     folder.mkdir(parents=True, exist_ok=True)
-    # In this order: training steps come last, because they choose kernels for the whole process that repeat themselves.
-    wanted = [stem for stem in STEMS if not options.stems or stem in options.stems]
-    if not options.sweep:
-        for model in options.models or MODELS[:1]:
-            run_engine_stems([stem for stem in wanted if stem in ENGINE_STEMS], run, folder, model)
-    for stem in [stem for stem in wanted if stem not in ENGINE_STEMS]:
-        if stem in STEP_STEMS and options.sweep:
-            continue
-        with (folder / f"{stem}.jsonl").open("a", encoding="utf-8") as file:
-            for row in measure_stem(stem, models, run):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                print(
-                    f"{stem:20} {row['case']:28} {row['ms']:9.4f} ms  floor {row['floor_ms']:9.4f}  "
-                    f"{row['baseline']} {row['baseline_ms']:9.4f} ms  ratio {row['ratio']:.2f}",
-                    flush=True,
-                )
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    for stems in groups:
+        if stems[0] in ENGINE_STEMS:
+            for model in options.models or MODELS[:1]:
+                run_engine_stems(stems, run, folder, model)
+        else:
+            write_rows(stems[0], models, run, folder)
     if run.failed:
         print(f"{len(run.failed)} failed: {', '.join(run.failed)}", file=sys.stderr)
     return 1 if run.failed else 0

@@ -290,6 +290,32 @@ def test_the_runner_says_which_half_of_a_gpu_is_missing(run_gpu: Any, monkeypatc
     assert run_gpu.what_is_missing(None) == "Triton is not installed"
 
 
+def test_each_benchmark_has_its_process_and_kernels_come_first(
+    run_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    started: list[list[str]] = []
+
+    def start(command: list[str], *, check: bool) -> SimpleNamespace:
+        assert not check
+        started.append(command[3:])
+        # A process that an illegal access ended.
+        return SimpleNamespace(returncode=-6 if "lowrank_merge" in command else 0)
+
+    monkeypatch.setattr(run_gpu, "what_is_missing", lambda device: None)
+    monkeypatch.setattr(run_gpu.subprocess, "run", start)
+    stems = ["attach", "shared_training", "unet_step", "sampler_step", "lowrank_merge"]
+    common = ["--out", str(tmp_path), "--commit", "abc", "--models", "sd15"]
+    assert run_gpu.main([*stems, *common]) == 1
+    groups = [["lowrank_merge"], ["sampler_step"], ["unet_step", "attach"], ["shared_training"]]
+    assert started == [[*group, *common] for group in groups]
+    assert "1 of 4 processes failed: lowrank_merge (status -6)" in capsys.readouterr().err
+    started.clear()
+    assert run_gpu.main(["--sweep", "--out", str(tmp_path), "--commit", "abc"]) == 1
+    assert [command[0] for command in started] == [*KERNELS, "attention"]
+    assert all(command[-1] == "--sweep" for command in started)
+
+
 def test_the_share_of_a_step_is_what_a_call_takes_beyond_its_dense_layers(run_gpu: Any) -> None:
     pytest.importorskip("triton")
     work, baseline, dense = (partial(float, number) for number in (3.0, 6.0, 2.5))
