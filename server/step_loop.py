@@ -138,7 +138,7 @@ class StepLoop:
 
     def _hand_out(self) -> None:
         """Give the next requests in fair order to the preparing threads."""
-        if self._lanes.full or not len(self._queue):
+        if not len(self._queue):
             return
         # Prepared rows are memory: few per tenant when many wait.
         depth = max(2, self._engine.max_batch // self._queue.tenants)

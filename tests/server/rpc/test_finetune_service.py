@@ -13,10 +13,8 @@ from PIL import Image
 from small_jobs import SMALL_ADAPTER
 from whole_server import LiveServer, Refusal, RpcStubs, fake_parts, live_server, refusal
 
-from hueshift.adapters.errors import Reason, Unavailable
 from hueshift.engines.base_model import BaseModel
 from hueshift.server.store.job_records import ClaimedJob
-from hueshift.server.store.job_store import JobStore
 from hueshift.v1 import finetune_pb2 as pb
 
 LIMITS = {"max_picture_bytes": 50_000, "max_pictures": 3, "max_pictures_bytes": 60_000, "tenant_queued_jobs": 3}
@@ -120,26 +118,6 @@ async def test_a_job_is_queued_with_its_pictures_made_harmless(alice: Caller) ->
     # Nothing of the raw upload is kept.
     assert sorted(path.name for path in (alice.folder / job_id).iterdir()) == ["pictures", "work"]
     assert (await alice.call("GetFineTune", pb.GetFineTuneRequest(name=job_id))).fine_tune == job
-
-
-async def test_a_job_that_was_committed_without_a_word_keeps_its_pictures(
-    alice: Caller, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create = JobStore.create
-
-    def lose_the_answer(*arguments: Any, **named: Any) -> Any:
-        create(*arguments, **named)
-        raise Unavailable(Reason.STORE_UNAVAILABLE, "the connection broke while it committed")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(JobStore, "create", lose_the_answer)
-        refused = await alice.refused(upload([png()], idempotency_key="once"))
-    assert refused.reason == "STORE_UNAVAILABLE"
-    again = await alice.create(upload([png()], idempotency_key="once"))
-    assert again.replayed
-    job_id = again.fine_tune.name.rpartition("/")[2]
-    assert len(alice.live.stores.folders.pictures(job_id)) == 1
-    assert alice.left_behind() == [job_id]
 
 
 GOOD = [png(10), png(20)]
@@ -308,18 +286,6 @@ async def test_watching_shows_everything_as_it_happens_and_ends(alice: Caller) -
     # A watcher who comes back goes on where it was, also when everything is over.
     for after in range(6):
         assert await alice.watch(job.name, after) == events[after:]
-
-
-async def test_a_watch_from_the_beginning_goes_through_more_samples_than_one_read_takes(alice: Caller) -> None:
-    job = await alice.queue()
-    lease = alice.claim().lease
-    for step in range(1, 4):
-        alice.live.stores.jobs.progress(lease, step, 0.5, 0.25)
-        alice.live.stores.jobs.sample(lease, step, "a prompt", bytes([step]) * 1_500_000)
-    alice.live.stores.jobs.fail(lease, "TRAINING_DIVERGED", "lower the learning rate")
-    events = await alice.watch(job.name)
-    assert [event.sequence for event in events] == list(range(1, 10))
-    assert [event.sample.data[0] for event in events if event.HasField("sample")] == [1, 2, 3]
 
 
 async def test_a_failed_job_says_why(alice: Caller) -> None:
