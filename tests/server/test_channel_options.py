@@ -40,7 +40,7 @@ async def test_a_caller_that_is_gone_without_a_word_is_noticed() -> None:
     server = grpc.aio.server(
         options=[(name, 1000 if name in long else value) for name, value in _channel_options(ServerSettings())]
     )
-    handlers = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
+    handlers: dict[str, Any] = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -62,7 +62,8 @@ async def test_a_caller_that_is_gone_without_a_word_is_noticed() -> None:
     network = await asyncio.start_server(connect, "127.0.0.1", 0)
     address = f"127.0.0.1:{network.sockets[0].getsockname()[1]}"
     async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_stream("/test.Test/Watch")(b"")
+        method: Any = channel.unary_stream("/test.Test/Watch")
+        call = method(b"")
         assert await call.read() == b"begun"
         gone.set()
         await asyncio.wait_for(ended.wait(), 20)

@@ -276,7 +276,7 @@ async def test_a_tenant_is_charged_for_the_steps_it_got(turns: int) -> None:
     rows = sum(rows - 1 for _, rows in bench.engine.calls[before - 1 :])
     handle.cancel()
     bench.turn(1)
-    assert queue._tenants["a"].virtual == pytest.approx(rows)
+    assert queue._idle["a"].virtual == pytest.approx(rows)
 
 
 async def test_a_deadline_counts_the_inversion() -> None:
