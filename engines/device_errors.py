@@ -71,9 +71,10 @@ def release_memory() -> None:
 
 def _is_memory(error: RuntimeError) -> bool:
     # torch's allocator on a CPU raises RuntimeError, cuBLAS one of its own where its workspace does not fit. What the
-    # driver allocates itself, such as a graph that is made ready to be launched, comes as a plain CUDA error.
+    # driver allocates itself, such as a graph that is made ready to be launched, comes as a plain CUDA error; where it
+    # has no room for a kernel's code, Triton tells.
     text = str(error)
-    words = ("can't allocate memory", "_ALLOC_FAILED", "CUDA error: out of memory")
+    words = ("can't allocate memory", "_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]: out of memory")
     return getattr(error, "error_code", None) == _OUT_OF_MEMORY or any(word in text for word in words)
 
 

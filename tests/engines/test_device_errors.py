@@ -28,6 +28,7 @@ def wrapped(cause: BaseException) -> BaseException:
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_what_does_not_fit_is_memory(error: BaseException) -> None:
@@ -42,6 +43,7 @@ def test_what_does_not_fit_is_memory(error: BaseException) -> None:
         RuntimeError("CUDA error: unspecified launch failure"),
         RuntimeError("CUDA error: uncorrectable ECC error encountered"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         CodedError("CUDA error", 719),
         CodedError("CUDA error", 214),
     ],
