@@ -7,21 +7,25 @@ from typing import Any
 import torch
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+# With these workspaces cuBLAS repeats its bits, and torch refuses products with any other.
+_WORKSPACE, _REPEATING = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 
 def prepare_device(device: torch.device) -> None:
     """Let CUDA choose kernels that give the same bits every time, and train on `device` in this thread.
 
     A job that goes on from its checkpoint then ends as one that was never stopped. It is a choice of the whole process,
-    to be made before the first product: cuBLAS reads its workspace's size when it starts. Where torch has no such
-    kernel it warns (attention in fp32 goes another way back). Does nothing for the CPU.
+    to be made before the first product: cuBLAS reads its workspace's size when it starts. An operation without such a
+    kernel raises; training has none. Only to warn of it would not do: then torch lets attention's way back, flash and
+    memory-efficient alike, add in whatever order its blocks end, and takes cuDNN's too. Does nothing for the CPU.
     """
     if device.type != "cuda":
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if os.environ.get(_WORKSPACE) not in _REPEATING:
+        os.environ[_WORKSPACE] = _REPEATING[0]
     torch.cuda.set_device(0 if device.index is None else device.index)
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     # Else every empty tensor is filled: a launch each, for numbers that nobody reads.
     choices: Any = torch.utils.deterministic
     choices.fill_uninitialized_memory = False

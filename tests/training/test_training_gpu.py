@@ -72,6 +72,21 @@ def test_a_stopped_job_goes_on_bit_for_bit(far: Tiny, tmp_path: Path, method: Me
     assert run_job(far, spec, tmp_path / "stopped").losses == whole.losses
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_a_whole_picture_repeats_its_gradients(device: torch.device, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 8, 4096, 40, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+    gradient = torch.randn(2, 8, 4096, 40, generator=generator).to(device, dtype)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = torch.nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
+        return torch.autograd.grad([out], parts, [gradient])
+
+    first = gradients()
+    for _ in range(8):
+        assert all(torch.equal(one, other) for one, other in zip(first, gradients(), strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("way", ["none", "graph", "inductor"])
 @pytest.mark.parametrize("method", [Method.SVDIFF, Method.LORA])
