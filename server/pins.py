@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from hueshift.adapters.errors import HueshiftError
+from hueshift.adapters.errors import HueshiftError, Reason
 from hueshift.server.clock import Clock
 from hueshift.server.logs import tenant_hash
 from hueshift.server.outages import Observer
@@ -78,7 +78,9 @@ class Pins:
             # A row of two adapters goes with the one that is deleted; the pin of the other brings it back.
             lost = {pin for pin in wanted & before if not self._slots.resident(pin[2])}
             for pin in sorted((wanted - before) | lost):
-                await self._pin(pin)
+                if not await self._pin(pin):
+                    # Each try would load and compose a row, and push others out of memory, every two seconds.
+                    break
             for pin in sorted(before - wanted):
                 await self._unpin(pin, {content_hash for _, _, content_hash in wanted})
             self._told &= wanted | self._held
@@ -90,14 +92,16 @@ class Pins:
         """Follow the table until cancelled. A store that does not answer is asked again in the next round."""
         await keep_doing("pins", every, self.follow, observer, clock=clock)
 
-    async def _pin(self, pin: Pin) -> None:
+    async def _pin(self, pin: Pin) -> bool:
+        """Pin a row; False if there is no slot, for this one or any other."""
         content_hash = pin[2]
         try:
             await self._slots.warm(((content_hash, 1.0),), True)
         except HueshiftError as error:
             self._tell("pin failed", pin, error)
-            return
+            return error.reason is not Reason.SLOTS_EXHAUSTED
         self._held.add(pin)
+        return True
 
     async def _unpin(self, pin: Pin, wanted: Set[str]) -> None:
         content_hash = pin[2]

@@ -198,7 +198,10 @@ def _postgres_arguments(url: URL) -> dict[str, Any]:
     if not url.get_driver_name().startswith("psycopg"):
         return {}
     waits = f"-c lock_timeout={_BUSY_SECONDS * 1000:.0f} -c idle_in_transaction_session_timeout={_IDLE_SECONDS * 1000}"
-    ours = {"connect_timeout": 10, "tcp_user_timeout": int(_BUSY_SECONDS * 1000), "options": waits}
+    # A host that dies while it owes an answer leaves nothing unacknowledged: only probes find that out, and the system
+    # sends none for two hours.
+    probes = {"keepalives_idle": 5, "keepalives_interval": 5, "keepalives_count": 3}
+    ours = {"connect_timeout": 10, "tcp_user_timeout": int(_BUSY_SECONDS * 1000), "options": waits, **probes}
     return {name: value for name, value in ours.items() if name not in url.query}
 
 

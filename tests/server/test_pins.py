@@ -10,10 +10,10 @@ from small_store import open_small_store
 from structlog.testing import capture_logs
 from whole_server import adapter_file, fake_parts, live_server, norm_adapter
 
-from hueshift.adapters.errors import Reason, Unavailable
+from hueshift.adapters.errors import Reason, ResourceExhausted, Unavailable
 from hueshift.adapters.file import write_adapter
 from hueshift.engines.base_model import BaseModel
-from hueshift.server.pins import Pins
+from hueshift.server.pins import Mix, Pins
 from hueshift.server.store.adapter_records import AdapterRecord
 from hueshift.server.store.adapter_store import AdapterStore
 from hueshift.server.store.job_records import NewJob
@@ -90,6 +90,22 @@ async def test_a_row_that_went_with_another_adapter_comes_back(tmp_path: Path) -
     await follower.follow()
     residents.drop_adapter("tenants/other/adapters/b", [content_hash])
     assert (await follower.follow(), residents.pins) == (1, {content_hash})
+    store.database.close()
+
+
+async def test_without_a_slot_nothing_is_loaded_for_the_other_pins(tmp_path: Path) -> None:
+    store, asked = open_small_store(tmp_path), []
+
+    class Full(FakeResidents):
+        async def warm(self, mix: Mix, pin: bool | None) -> bool:
+            asked.append(mix)
+            raise ResourceExhausted(Reason.SLOTS_EXHAUSTED, "all pinned")
+
+    for number in range(5):
+        store.publish(adapter_id=f"a{number}", seed=number)
+        store.adapters.set_pinned("acme", f"a{number}", True)
+    assert await Pins(store.adapters, Full()).follow() == 0
+    assert len(asked) == 1
     store.database.close()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, insert, select, text, update
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason, ResourceExhausted, Unavailable
@@ -180,6 +181,15 @@ def test_a_process_without_a_free_connection_says_try_again(tmp_path: Path, monk
         pass
     assert caught.value.reason is Reason.STORE_UNAVAILABLE
     database.close()
+
+
+def test_a_postgres_that_died_while_it_owes_an_answer_is_given_up_within_seconds() -> None:
+    url = make_url("postgresql+psycopg://db/hueshift?keepalives_count=9")
+    given = database_module._postgres_arguments(url)
+    assert given["keepalives_idle"] + 9 * given["keepalives_interval"] <= 60
+    # The operator's own wins.
+    assert "keepalives_count" not in given
+    assert given["tcp_user_timeout"] == 20_000
 
 
 @pytest.mark.parametrize("state", ["25006", "57014", "57P02", "53200", "40P01"])
