@@ -62,7 +62,8 @@ class _Trial:
 
 
 def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[Plan, bool]:
-    """Let each plan run in its faster form, by `known` or by measuring both; return which use the kernels.
+    """Let each plan run in its faster form, by `known` or by measuring both; return which use the kernels. A plan whose
+    kernels failed runs without them and is left out: the next start may find what they lacked, such as a compiler.
 
     With `engine.kernels` on or off there is nothing to choose. Where it is on, the kernels are still compared with
     torch's form of each plan that is not `known`: raises FailedPrecondition (ENGINE_PARITY) if they are wrong.
@@ -76,8 +77,10 @@ def choose_forms(engine: CudaEngine, known: Mapping[Plan, bool] | None) -> dict[
                 _refuse_wrong(_try_forms(engine, plan, timed=False))
             found[plan] = True
         else:
-            found[plan] = known[plan] if known is not None and plan in known else _kernels_win(engine, plan)
-        engine.networks.choose(plan, kernels=found[plan])
+            won = known[plan] if known is not None and plan in known else _kernels_win(engine, plan)
+            if won is not None:
+                found[plan] = won
+        engine.networks.choose(plan, kernels=found.get(plan, False))
     # The row of the last trial may still be on its way into weights of slots that are now let go.
     engine.finish_rows()
     engine.lane.mark().wait()
@@ -165,8 +168,8 @@ def tell_capacity(engine: CudaEngine) -> None:
         _log.info("engine_capacity", height=height, width=width, rows=rows, free_bytes=free)
 
 
-def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
-    """True if the form on the kernels is faster, and draws what torch's form draws."""
+def _kernels_win(engine: CudaEngine, plan: Plan) -> bool | None:
+    """True if the form on the kernels is faster, and draws what torch's form draws; None if it fails."""
     try:
         trial = _try_forms(engine, plan, timed=True)
     except Exception as error:
@@ -174,7 +177,7 @@ def _kernels_win(engine: CudaEngine, plan: Plan) -> bool:
         _raise_unless_other(error)
         _log.error("layer_form_failed", plan=plan.value, serves="torch", exc_info=error)
         engine.graphs.forget(plan.value)
-        return False
+        return None
     if trial.right:
         _log.info("layer_form", **trial.told())
     else:

@@ -28,7 +28,7 @@ from hueshift.engines.cuda_lane import GraphLane
 from hueshift.engines.cuda_options import CudaOptions, EngineObserver, KernelUse
 from hueshift.engines.cuda_reserve import Reserve, kept_free, measure_reserve
 from hueshift.engines.device_errors import Fault, classify, release_memory
-from hueshift.engines.interface import UNetEngine
+from hueshift.engines.interface import SLAB_PLANS, UNetEngine
 from hueshift.engines.planner import Planner
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
@@ -101,8 +101,10 @@ def build_cuda(
     engine.costs, engine.capacity = measured, measure_capacity(engine, calls)
     tell_capacity(engine)
     found = Calibration(measured, kernels, engine.capacity)
-    # What fits may be another at each start. The last is kept for an engine that is made while requests wait.
-    if found != known:
+    # What fits may be another at each start. The last is kept for an engine that is made while requests wait. What was
+    # measured without something that failed is of no use to a start at which it does not.
+    whole = len(kernels) == len(SLAB_PLANS) and str(engine.weight_slots) == identity["weight_slots"]
+    if whole and found != known:
         write_costs(cache_dir, identity, found)
     return engine
 
