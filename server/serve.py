@@ -34,8 +34,8 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Hears of the warm-up, from its thread: what is being done, steps done, steps in all."""
 Build = Callable[[Settings, Stores, Metrics, Clock, Progress], Services]
-# Calls that wait for the database or a file, at a time. Database connections are enough for all of them.
-THREADS = 32
+# Calls that wait for the database, at a time. Database connections are enough for all of them, and for `file_threads`.
+THREADS = 24
 WARM_UP_THREAD = "hueshift-warm-up"
 
 

@@ -25,6 +25,7 @@ from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import Clock
+from hueshift.server.file_threads import FileThreads
 from hueshift.server.metrics import Metrics
 from hueshift.server.residency_metrics import ResidencyMetrics
 from hueshift.server.rpc.adapter_import import AdapterFormats
@@ -110,10 +111,11 @@ class ServiceSet:
             ImportBase(base.layout, {**dict(base.unet.named_parameters()), **encoder_parameters(base)}),
             parts.rows.served_ranks,
         )
+        self._files = FileThreads()
         self._adapters = AdapterService(
-            stores.adapters, base.layout, limits, self.scheduler, clock, formats, stores.folders.remove
+            stores.adapters, base.layout, limits, self.scheduler, clock, formats, stores.folders.remove, self._files
         )
-        self._fine_tunes = _fine_tunes(settings, stores, metrics, parts)
+        self._fine_tunes = _fine_tunes(settings, stores, metrics, parts, self._files)
         self._metrics, self._clock = metrics, clock
         self._following: asyncio.Task[None] | None = None
         self._models = ModelService(base, engine, settings)
@@ -152,9 +154,12 @@ class ServiceSet:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await asyncio.to_thread(self.scheduler.close)
+        self._files.close()
 
 
-def _fine_tunes(settings: Settings, stores: Stores, metrics: Metrics, parts: ServingParts) -> FineTuneService:
+def _fine_tunes(
+    settings: Settings, stores: Stores, metrics: Metrics, parts: ServingParts, files: FileThreads
+) -> FineTuneService:
     base, speeds = parts.base, open_speeds(settings.store.cache_path)
     return FineTuneService(
         stores.jobs,
@@ -166,4 +171,5 @@ def _fine_tunes(settings: Settings, stores: Stores, metrics: Metrics, parts: Ser
         estimate=lambda spec: speeds.estimate(base.base_hash, spec),
         on_retry=metrics.job_retries.inc,
         removal=JobRemoval(stores.database, stores.adapters.storage.quota),
+        files=files,
     )

@@ -12,6 +12,7 @@ from hueshift.adapters.errors import InvalidArgument, NotFound
 from hueshift.adapters.formats.draft import ImportBase
 from hueshift.adapters.layout import BaseLayout
 from hueshift.server.clock import Clock
+from hueshift.server.file_threads import FileThreads
 from hueshift.server.logs import tenant_hash
 from hueshift.server.pins import Mix, Pins
 from hueshift.server.rpc.adapter_changes import AdapterChanges, Deletion, Imported
@@ -61,8 +62,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         clock: Clock,
         formats: AdapterFormats | None = None,
         end_job: Callable[[str], object] = lambda job_id: None,
+        files: FileThreads | None = None,
     ) -> None:
         self._store = store
+        # What reads and writes adapter files waits there.
+        self._files = files or FileThreads()
         self._layout = layout
         self._formats = formats or AdapterFormats(ImportBase(layout))
         self._changes = AdapterChanges(store, self._formats, layout, limits, end_job)
@@ -94,14 +98,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         tenant = current_call().tenant
         record, revision = await asyncio.to_thread(self._find, tenant, request.name, request.revision)
         if not is_own_form(request.format):
-            data = await asyncio.to_thread(self._convert, revision.content_hash, request)
+            data = await self._files.run(self._convert, revision.content_hash, request)
             yield pb.ExportAdapterResponse(adapter=self._message(record))
             for begin in range(0, len(data), MAX_CHUNK):
                 yield pb.ExportAdapterResponse(chunk=data[begin : begin + MAX_CHUNK])
             return
-        with await asyncio.to_thread(self._store.open_file, revision.content_hash) as file:
+        with await self._files.run(self._store.open_file, revision.content_hash) as file:
             yield pb.ExportAdapterResponse(adapter=self._message(record))
-            while chunk := await asyncio.to_thread(file.read, MAX_CHUNK):
+            while chunk := await self._files.run(file.read, MAX_CHUNK):
                 yield pb.ExportAdapterResponse(chunk=chunk)
 
     async def GetAdapter(
@@ -187,13 +191,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _import(self, tenant: str, upload: Upload) -> Imported:
         started = self._clock.monotonic()
-        imported = await asyncio.to_thread(self._changes.store_upload, tenant, upload)
+        imported = await self._files.run(self._changes.store_upload, tenant, upload)
         await self._stored("adapter imported", imported, started)
         return imported
 
     async def _combine(self, tenant: str, request: pb.CombineAdaptersRequest) -> Imported:
         started = self._clock.monotonic()
-        combined = await asyncio.to_thread(self._changes.combine, tenant, request)
+        combined = await self._files.run(self._changes.combine, tenant, request)
         await self._stored("adapters combined", combined, started)
         return combined
 
@@ -216,7 +220,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if not deletion.replayed:
             # Before the files go, so that nothing starts to load one that is about to vanish.
             self._scheduler.drop_adapter(adapter_name(tenant, deletion.adapter_id), deletion.deleted.hashes)
-        await asyncio.to_thread(self._changes.discard_files, deletion)
+        await self._files.run(self._changes.discard_files, deletion)
         self._log.info(
             "adapter deleted",
             tenant_hash=tenant_hash(tenant),

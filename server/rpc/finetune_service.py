@@ -9,6 +9,7 @@ import grpc
 import structlog
 
 from hueshift.adapters.errors import HueshiftError, InvalidArgument, Unavailable
+from hueshift.server.file_threads import FileThreads
 from hueshift.server.ingestion import PictureLimits
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.job_news import JobNews
@@ -59,10 +60,13 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         estimate: Callable[[TrainingSpec], Cost | None],
         removal: JobRemoval,
         on_retry: Callable[[], object] = lambda: None,
+        files: FileThreads | None = None,
     ) -> None:
         self._jobs, self._removal = jobs, removal
         self._news = JobNews(jobs.sequences)
         self._folders = folders
+        # What moves pictures waits there.
+        self._files = files or FileThreads()
         self._limits = limits
         self._pictures = PictureLimits(max_bytes=limits.max_picture_bytes, max_pixels=limits.max_picture_pixels)
         self._default_identifier = default_identifier
@@ -155,7 +159,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
     ) -> pb.CancelFineTuneResponse:
         """Ask a job to stop."""
         tenant = current_call().tenant
-        job = await asyncio.to_thread(self._cancel, tenant, parse_fine_tune_name(request.name, tenant))
+        job = await self._files.run(self._cancel, tenant, parse_fine_tune_name(request.name, tenant))
         return pb.CancelFineTuneResponse(fine_tune=to_message(job))
 
     async def RetryFineTune(
@@ -164,7 +168,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         """Queue a failed job again; see the contract."""
         tenant, key = current_call().tenant, check_key(request.idempotency_key)
         job_id = parse_fine_tune_name(request.name, tenant)
-        job, replayed = await asyncio.to_thread(self._retry, tenant, job_id, key)
+        job, replayed = await self._files.run(self._retry, tenant, job_id, key)
         return pb.RetryFineTuneResponse(fine_tune=to_message(job), replayed=replayed)
 
     async def DeleteFineTune(
@@ -178,7 +182,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
 
     async def _to_the_end(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Run in a thread, to the end even if the caller leaves: no job may stand without its folder, nor inversely."""
-        task = asyncio.create_task(asyncio.to_thread(work, *arguments, **named))
+        task = asyncio.create_task(self._files.run(work, *arguments, **named))
         self._unfinished.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)

@@ -37,7 +37,7 @@ from hueshift.server.store.shared_clock import SharedClock
 _BUSY_SECONDS = 20.0
 # Longer than an adapter file takes to reach an object store, which happens inside the transaction that publishes it.
 _IDLE_SECONDS = 300
-# Every thread of the event loop's pool (serve.THREADS) and a few of ours may hold a connection at once.
+# Every thread of the event loop's pool (serve.THREADS), of `file_threads` and a few more may hold one at once.
 _POOL_SIZE = 8
 _POOL_OVERFLOW = 32
 _WRITE_OPTION = "hueshift_write"

@@ -1,7 +1,9 @@
 """AdapterService over gRPC: lists, updates, pins, deletions that stop serving, and tenants that never meet."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from small_adapters import LAYOUT
 from small_store import open_small_store, small_file
 
 from hueshift.server.clock import SystemClock
+from hueshift.server.rpc.adapter_changes import AdapterChanges, Imported
 from hueshift.server.rpc.adapter_service import AdapterService
 from hueshift.server.settings import LimitSettings
 from hueshift.v1 import adapters_pb2 as pb
@@ -41,6 +44,29 @@ def test_lists_are_paged_newest_first_and_filtered(running: Running) -> None:
     assert [adapter.display_name for adapter in odd] == ["a3", "a1"]
     code, reason, _ = running.refused("ListAdapters", pb.ListAdaptersRequest(page_token="x"))
     assert (code, reason) == ("INVALID_ARGUMENT", "PAGE_TOKEN_INVALID")
+
+
+def test_a_store_of_files_that_does_not_answer_holds_up_no_other_call(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.import_file(adapter_id="fox")
+    answers, store_upload = threading.Event(), AdapterChanges.store_upload
+
+    def store_late(*arguments: Any) -> Imported:
+        answers.wait(20)
+        return store_upload(*arguments)
+
+    monkeypatch.setattr(AdapterChanges, "store_upload", store_late)
+    with ThreadPoolExecutor(16) as pool:
+        imports = [pool.submit(running.import_file, adapter_id=f"a{number}") for number in range(16)]
+        try:
+            until(lambda: running.service._files._pool._work_queue.qsize() > 0)
+            begun = time.monotonic()
+            assert running.call("GetAdapter", pb.GetAdapterRequest(name="fox")).adapter.name.endswith("/fox")
+            assert time.monotonic() - begun < 5
+        finally:
+            answers.set()
+        assert all(future.result(20).adapter.name for future in imports)
 
 
 def test_updates_follow_their_mask(running: Running) -> None:
