@@ -21,7 +21,7 @@ class ImageFormat(StrEnum):
 
 
 class Priority(StrEnum):
-    """Order within one tenant's own queue."""
+    """Order within one tenant's own queue, of requests or of fine-tuning jobs."""
 
     LOW = "low"
     NORMAL = "normal"

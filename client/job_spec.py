@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from hueshift.client.uploads import new_key
 from hueshift.client.wire import to_enum
 from hueshift.v1 import finetune_pb2 as pb
+from hueshift.v1 import generation_pb2
 
 if TYPE_CHECKING:
     from hueshift.client.jobs import FineTuneOptions
@@ -39,6 +40,8 @@ def make_spec(pictures: Sequence[bytes], masks: Mapping[int, bytes], options: "F
     )
     if "method" in options:
         spec.method = to_enum(pb.FineTuneMethod, "FINE_TUNE_METHOD", options["method"])
+    if "priority" in options:
+        spec.priority = to_enum(generation_pb2.Priority, "PRIORITY", options["priority"])
     if "subject" in options:
         spec.subject = to_enum(pb.FineTuneSubject, "FINE_TUNE_SUBJECT", options["subject"])
     return spec

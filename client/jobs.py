@@ -6,12 +6,13 @@ from datetime import datetime
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 from hueshift.client.calls import Page, Paged, Unary, Upload
-from hueshift.client.choices import JobState, Method, Subject
+from hueshift.client.choices import JobState, Method, Priority, Subject
 from hueshift.client.errors import CorruptAnswer
 from hueshift.client.job_spec import Setting, make_spec
 from hueshift.client.uploads import Source, chunks, new_key, read_source
-from hueshift.client.wire import from_enum, optional, to_datetime, to_enum
+from hueshift.client.wire import from_enum, known_enums, optional, to_datetime, to_enum
 from hueshift.v1 import finetune_pb2 as pb
+from hueshift.v1 import generation_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class FineTuneOptions(TypedDict, total=False):
     identifier starts from. `settings` in the contract's words (FineTuneSettings): steps, learning_rate, rank, ...;
     choices as `linear`, lists as sequences. `more_subjects` follow the first one, and `picture_subjects` tells which of
     them each picture shows, 0 being the first. `masks` are picture files by the index of the picture they mask.
-    With `validate_only` nothing is queued: the answer has no name, and its `cost` where that is known.
+    `priority` orders the tenant's own waiting jobs. With `validate_only` nothing is queued: the answer has no name, and
+    its `cost` where that is known.
     """
 
     captions: Sequence[str]
@@ -46,6 +48,7 @@ class FineTuneOptions(TypedDict, total=False):
     picture_repeats: Sequence[int]
     masks: Mapping[int, Source]
     validate_only: bool
+    priority: Priority
     sample_prompts: Sequence[str]
     adapter_id: str
     display_name: str
@@ -93,7 +96,8 @@ class FineTune:
     """A fine-tuning job. `loss` is None before its first step, times are None before they come.
 
     One that succeeded with `step` below `steps` stopped early. `device_seconds` are those it has used. `cost` is None
-    until a job of its kind was measured, `kept_energy` where the adapter was not compressed.
+    until a job of its kind was measured, `kept_energy` where the adapter was not compressed, `priority` from a server
+    that is too old to tell it, or so new that this client does not know the word.
     """
 
     name: str
@@ -115,6 +119,7 @@ class FineTune:
     cost: Cost | None = None
     kept_energy: float | None = None
     device_seconds: float = 0.0
+    priority: Priority | None = None
 
     @property
     def id(self) -> str:
@@ -299,6 +304,7 @@ def read_job(message: pb.FineTune) -> FineTune:
         ),
         kept_energy=optional(message.HasField("kept_energy"), lambda: message.kept_energy),
         device_seconds=message.device_seconds,
+        priority=next(iter(known_enums(generation_pb2.Priority, "PRIORITY", Priority, [message.priority])), None),
     )
 
 

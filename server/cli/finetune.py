@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hueshift.client.choices import Method, Subject
+from hueshift.client.choices import Method, Priority, Subject
 from hueshift.server.cli.finetune_options import chosen_settings, parse_also, parse_masks, settings_options
 from hueshift.server.cli.options import gather
 from hueshift.server.cli.parse import parse_labels, read_captions
@@ -41,6 +41,7 @@ def _lesson_options(
     name: Annotated[str, typer.Option(help="Id of the adapter to make, or to give a new revision.")] = "",
     display_name: Annotated[str, typer.Option(help="Name for people.")] = "",
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the adapter.")] = None,
+    priority: Annotated[Priority, typer.Option(help="Place among your own waiting jobs.")] = Priority.NORMAL,
     sample_prompt: Annotated[list[str] | None, typer.Option(help="Prompt of a sample picture; up to four.")] = None,
 ) -> None:
     """Declare what is learned, from what, and what it is called."""
@@ -99,6 +100,7 @@ def _options(pictures: list[Path], lesson: Mapping[str, Any]) -> dict[str, Any]:
         "adapter_id": lesson["name"],
         "display_name": lesson["display_name"],
         "labels": parse_labels(lesson["label"] or ()),
+        "priority": lesson["priority"],
         "more_subjects": subjects,
         "picture_subjects": shown,
         "masks": parse_masks(lesson["mask"] or (), pictures),

@@ -93,6 +93,7 @@ def job_table(job: "FineTune") -> "Table":
             "job": job.name,
             "state": job.state.value,
             "method": f"{job.method.value}, {job.subject.value}",
+            "priority": None if job.priority is None else job.priority.value,
             "steps": _steps_text(job),
             "loss": None if job.loss is None else f"{job.loss:.4f}",
             "adapter": f"{job.adapter}@{job.revision}" if job.revision else job.adapter,

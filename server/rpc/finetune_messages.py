@@ -7,8 +7,10 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hueshift.adapters.errors import InvalidArgument
+from hueshift.server.rpc.checker import Checker
 from hueshift.server.rpc.finetune_settings import read_settings
 from hueshift.server.rpc.names import adapter_name, fine_tune_name
+from hueshift.server.rpc.priorities import PRIORITIES, tell_priority
 from hueshift.server.store.job_records import EventKind, JobEvent, JobRecord, JobState
 from hueshift.training.cost import Cost
 from hueshift.training.defaults import complete_spec
@@ -72,6 +74,14 @@ def read_spec(spec: pb.FineTuneSpec, default_identifier: str) -> TrainingSpec:
     )
 
 
+def read_priority(spec: pb.FineTuneSpec) -> int:
+    """Return the place among the tenant's own jobs, larger first. Raises InvalidArgument on an unknown value."""
+    check = Checker()
+    priority = check.choice("priority", spec.priority, PRIORITIES, "Priority")
+    check.done()
+    return priority
+
+
 def read_states(states: "Sequence[pb.FineTuneState.ValueType]") -> list[JobState]:
     """Return the states of a filter, each once. Raises InvalidArgument on an unknown one, or on too many."""
     if len(states) > len(_STATES):
@@ -100,6 +110,7 @@ def to_message(job: JobRecord, cost: Cost | None = None) -> pb.FineTune:
         end_time=_timestamp(job.ended),
         sequence=job.sequence,
         device_seconds=job.device_seconds,
+        priority=tell_priority(job.priority),
     )
     if job.error_reason is not None:
         message.error.reason = job.error_reason
@@ -114,13 +125,14 @@ def to_message(job: JobRecord, cost: Cost | None = None) -> pb.FineTune:
     return message
 
 
-def to_plan(spec: TrainingSpec, adapter: str, cost: Cost | None) -> pb.FineTune:
+def to_plan(spec: TrainingSpec, adapter: str, cost: Cost | None, priority: int) -> pb.FineTune:
     """Return the message of a job that was checked but not queued: it has no name and no state."""
     message = pb.FineTune(
         method=METHOD_NUMBERS[spec.method],
         subject=_SUBJECT_NUMBERS[spec.subject_kind],
         steps=spec.steps,
         adapter=adapter,
+        priority=tell_priority(priority),
     )
     _write_cost(message, cost)
     return message

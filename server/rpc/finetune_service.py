@@ -15,7 +15,7 @@ from hueshift.server.job_folders import JobFolders
 from hueshift.server.job_news import JobNews
 from hueshift.server.logs import tenant_hash
 from hueshift.server.rpc.call import current_call
-from hueshift.server.rpc.finetune_messages import read_spec, read_states, to_event, to_message, to_plan
+from hueshift.server.rpc.finetune_messages import read_priority, read_spec, read_states, to_event, to_message, to_plan
 from hueshift.server.rpc.finetune_pictures import ingest_pictures
 from hueshift.server.rpc.finetune_targets import TargetFit
 from hueshift.server.rpc.finetune_upload import announced_bytes, receive_pictures, receive_spec
@@ -84,13 +84,13 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         tenant = current_call().tenant
         messages = aiter(request_iterator)
         message = await receive_spec(messages, self._limits)
-        spec = read_spec(message, self._default_identifier)
+        spec, priority = read_spec(message, self._default_identifier), read_priority(message)
         self._check_words(spec)
         spec = self._fit_targets(spec, {field.name for field, _ in message.settings.ListFields()})
         cost = await asyncio.to_thread(self._estimate, spec)
         if message.validate_only:
             adapter = adapter_name(tenant, message.adapter_id) if message.adapter_id else ""
-            return pb.CreateFineTuneResponse(fine_tune=to_plan(spec, adapter, cost))
+            return pb.CreateFineTuneResponse(fine_tune=to_plan(spec, adapter, cost, priority))
         limit, size = self._limits.tenant_queued_jobs, announced_bytes(message)
         await asyncio.to_thread(self._jobs.check_quota, tenant, limit, message.idempotency_key, size)
         staged = self._folders.stage()
@@ -205,6 +205,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
             adapter_id=message.adapter_id or make_id("adapter"),
             display_name=message.display_name,
             labels=dict(message.labels),
+            priority=read_priority(message),
             picture_bytes=self._folders.stored_bytes(staged),
         )
         try:

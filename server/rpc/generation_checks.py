@@ -27,6 +27,7 @@ from hueshift.server.rpc.generation_start import (
     check_start,
     inverts,
 )
+from hueshift.server.rpc.priorities import PRIORITIES
 from hueshift.server.settings import LimitSettings
 from hueshift.v1 import generation_pb2 as pb
 
@@ -45,12 +46,6 @@ _FORMATS: Mapping["pb.ImageFormat.ValueType", PictureFormat] = {
     pb.IMAGE_FORMAT_PNG: PictureFormat.PNG,
     pb.IMAGE_FORMAT_WEBP: PictureFormat.WEBP,
     pb.IMAGE_FORMAT_JPEG: PictureFormat.JPEG,
-}
-_PRIORITIES: Mapping["pb.Priority.ValueType", int] = {
-    pb.PRIORITY_UNSPECIFIED: 0,
-    pb.PRIORITY_LOW: -1,
-    pb.PRIORITY_NORMAL: 0,
-    pb.PRIORITY_HIGH: 1,
 }
 
 
@@ -100,7 +95,7 @@ def check_request(
         height=height,
         format=check.choice("format", request.format, _FORMATS, "ImageFormat"),
         preview_interval=check.whole("preview_interval", request.preview_interval, 1, limits.max_steps, default=0),
-        priority=check.choice("priority", request.priority, _PRIORITIES, "Priority"),
+        priority=check.choice("priority", request.priority, PRIORITIES, "Priority"),
         lag=check_lag(check, request),
         regions=check_regions(check, request, tenant, limits, base.layout, (width, height)),
         start=check_start(check, request, limits),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from fake_service import FakeServer, State, job_events, job_message, png
 
+from hueshift.v1.generation_pb2 import PRIORITY_LOW
+
 Run = Callable[..., Any]
 
 
@@ -82,11 +84,12 @@ def test_finetune_sends_settings_subjects_and_masks(fake: FakeServer, run: Run, 
     ran = run(
         *("finetune", *pictures, "--class-noun", "cat", "--method", "lora", "--also", "idk:dog:two.png"),
         *("--mask", f"two.png={pictures[0]}", "--rank", 4, "--targets", "proj_out", "--targets", "attn2.to_k"),
-        *("--rate-schedule", "cosine", "--mirror", "--no-per-layer"),
+        *("--rate-schedule", "cosine", "--mirror", "--no-per-layer", "--priority", "low"),
     )
     assert ran.code == 0, ran.err
     spec, *chunks = (message for message in fake.service.seen["CreateFineTune"][0])
     settings = spec.spec.settings
+    assert spec.spec.priority == PRIORITY_LOW
     assert (settings.rank, list(settings.targets), settings.rate_schedule) == (4, ["proj_out", "attn2.to_k"], 3)
     assert (settings.mirror, settings.per_layer, settings.HasField("per_layer")) == (True, False, True)
     assert [(s.identifier, s.class_noun) for s in spec.spec.more_subjects] == [("idk", "dog")]

@@ -12,13 +12,14 @@ from grpc_health.v1 import health_pb2
 
 from hueshift.client import errors
 from hueshift.client.adapters import StorageUse
-from hueshift.client.choices import AdapterKind, JobState, Method, Sampler, Subject
+from hueshift.client.choices import AdapterKind, JobState, Method, Priority, Sampler, Subject
 from hueshift.client.combination import AdapterRef, BlockMix, Interpolation, Sum
 from hueshift.client.generation import AdapterUse, Finished, Picture, Progress, Queued
 from hueshift.client.jobs import FineTuneFailed, LearnedSubject, StateChanged, TrainingSample
 from hueshift.client.model import EngineCapacity, SizeCapacity
 from hueshift.client.retry import RetryPolicy
 from hueshift.client.sync import Client
+from hueshift.v1 import generation_pb2
 
 BUSY = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", "QUEUE_FULL", retryable=True, retry_after=0.02)
 
@@ -230,12 +231,16 @@ def test_fine_tune_sends_spec_and_pictures(fake: FakeServer, client: Client, tmp
         method=Method.SVDIFF,
         settings={"steps": 4, "learning_rate": 0.5},
         adapter_id="style-1",
+        priority=Priority.HIGH,
     )
     assert (job.id, job.state, job.method) == ("job-1", JobState.QUEUED, Method.SVDIFF)
+    # A server that does not know priorities tells none.
+    assert job.priority is None
     (messages,) = fake.service.seen["CreateFineTune"]
     spec = messages[0].spec
     assert [(p.caption, p.size_bytes) for p in spec.pictures] == [("a sks", len(png())), ("b sks", len(big))]
     assert (spec.settings.steps, spec.settings.learning_rate) == (4, 0.5)
+    assert spec.priority == generation_pb2.PRIORITY_HIGH
     assert not spec.settings.HasField("batch_size")
     assert not spec.HasField("learn_identifier")
     assert [(m.chunk.index, len(m.chunk.data)) for m in messages[1:]] == [(0, len(png())), (1, 1024 * 1024), (1, 5)]

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hueshift.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -614,6 +615,7 @@ class FineTuneSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     MORE_SUBJECTS_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id of the adapter to make or to give a new revision, as in ImportAdapterSpec. Empty: the server makes one."""
     display_name: _builtins.str
@@ -636,6 +638,10 @@ class FineTuneSpec(_message.Message):
     """The same key with the same spec and pictures returns the first call's job. At most 64 characters; empty means none."""
     validate_only: _builtins.bool
     """Check the spec and return the job as it would be, with its cost; nothing is queued, and no pictures follow."""
+    priority: _generation_pb2.Priority.ValueType
+    """Place among the tenant's own waiting jobs, as of GenerateRequest: tenants never overtake one another by it, and a job
+    that runs is not stopped for another. A job that is queued again, by a lost worker or RetryFineTune, keeps it.
+    """
     @_builtins.property
     def identifier_init(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Known words whose mean embedding the identifier starts from, for example the names of known styles. Empty: the
@@ -680,10 +686,11 @@ class FineTuneSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         more_subjects: _abc.Iterable[Global___FineTuneSubjectSpec] | None = ...,
         validate_only: _builtins.bool = ...,
+        priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "learn_identifier", b"learn_identifier", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "adapter_id", b"adapter_id", "class_noun", b"class_noun", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "identifier", b"identifier", "identifier_init", b"identifier_init", "labels", b"labels", "learn_identifier", b"learn_identifier", "method", b"method", "more_subjects", b"more_subjects", "pictures", b"pictures", "sample_prompts", b"sample_prompts", "settings", b"settings", "subject", b"subject", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "adapter_id", b"adapter_id", "class_noun", b"class_noun", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "identifier", b"identifier", "identifier_init", b"identifier_init", "labels", b"labels", "learn_identifier", b"learn_identifier", "method", b"method", "more_subjects", b"more_subjects", "pictures", b"pictures", "priority", b"priority", "sample_prompts", b"sample_prompts", "settings", b"settings", "subject", b"subject", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__learn_identifier: _TypeAlias = _typing.Literal["learn_identifier"]  # noqa: Y015
     _WhichOneofArgType__learn_identifier: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier"]  # noqa: Y015
@@ -806,6 +813,7 @@ class FineTune(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     KEPT_ENERGY_FIELD_NUMBER: _builtins.int
     DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `tenants/{tenant}/fineTunes/{id}`, made by the server."""
     state: Global___FineTuneState.ValueType
@@ -834,6 +842,8 @@ class FineTune(_message.Message):
     """Seconds of the training device it has used since it was queued or last retried. Of a step that it shares with other
     jobs, its part by rows of the batch.
     """
+    priority: _generation_pb2.Priority.ValueType
+    """Place among the tenant's own waiting jobs, never unspecified."""
     @_builtins.property
     def error(self) -> Global___FineTuneError:
         """Why it failed."""
@@ -880,10 +890,11 @@ class FineTune(_message.Message):
         cost: Global___FineTuneCost | None = ...,
         kept_energy: _builtins.float | None = ...,
         device_seconds: _builtins.float = ...,
+        priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "cost", b"cost", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "scores", b"scores", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "adapter", b"adapter", "attempt", b"attempt", "cost", b"cost", "create_time", b"create_time", "device_seconds", b"device_seconds", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "method", b"method", "name", b"name", "revision", b"revision", "scores", b"scores", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "step", b"step", "steps", b"steps", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy", "_loss", b"_loss", "adapter", b"adapter", "attempt", b"attempt", "cost", b"cost", "create_time", b"create_time", "device_seconds", b"device_seconds", "end_time", b"end_time", "error", b"error", "kept_energy", b"kept_energy", "loss", b"loss", "method", b"method", "name", b"name", "priority", b"priority", "revision", b"revision", "scores", b"scores", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "step", b"step", "steps", b"steps", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kept_energy: _TypeAlias = _typing.Literal["kept_energy"]  # noqa: Y015
     _WhichOneofArgType__kept_energy: _TypeAlias = _typing.Literal["_kept_energy", b"_kept_energy"]  # noqa: Y015
