@@ -27,6 +27,7 @@ from hueshift.server.store.job_records import JobEvent, JobRecord, NewJob
 from hueshift.server.store.job_removal import DeletedJob, JobRemoval
 from hueshift.server.store.job_retry import not_retryable
 from hueshift.server.store.job_store import JobStore
+from hueshift.server.tenant_turns import TenantTurns
 from hueshift.training.cost import Cost
 from hueshift.training.spec import TrainingSpec
 from hueshift.v1 import finetune_pb2 as pb
@@ -72,7 +73,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         self._default_identifier = default_identifier
         self._check_words, self._fit_targets, self._estimate = check_words, fit_targets, estimate
         self._on_retry = on_retry
-        self._ingestions = asyncio.Semaphore(_INGESTIONS)
+        self._ingestions = TenantTurns(_INGESTIONS)
         self._unfinished: set[asyncio.Task[Any]] = set()
 
     async def CreateFineTune(
@@ -99,7 +100,7 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
             request_hash = hash_request([_without_key(message), *hashes])
             known = await asyncio.to_thread(self._jobs.recall, tenant, message.idempotency_key, request_hash)
             if known is None:
-                async with self._ingestions:
+                async with self._ingestions.taken(tenant):
                     await ingest_pictures(staged, len(spec.captions), spec.masked_pictures, self._pictures)
         except BaseException:
             self._folders.discard(staged)

@@ -86,8 +86,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         applied, *of_regions = await asyncio.to_thread(
             self._resolve_all, call.tenant, (checked.adapters, *(region.adapters for region in checked.regions))
         )
-        areas = await self._masks.sanitise([region.area for region in checked.regions])
-        start = await self._start(checked)
+        areas = await self._masks.sanitise([region.area for region in checked.regions], call.tenant)
+        start = await self._start(checked, call.tenant)
         deadline = call.deadline
         if deadline is None:
             deadline = self._clock.monotonic() + self._server.default_deadline_seconds
@@ -106,11 +106,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             async for event in events:
                 yield _to_response(event, call.request_id)
 
-    async def _start(self, checked: CheckedRequest) -> StartRequest | None:
+    async def _start(self, checked: CheckedRequest, tenant: str) -> StartRequest | None:
         wanted = checked.start
         if wanted is None:
             return None
-        picture = await self._masks.sanitise_start(wanted.data, checked.width, checked.height)
+        picture = await self._masks.sanitise_start(wanted.data, checked.width, checked.height, tenant)
         return StartRequest(picture, wanted.strength, wanted.inversion, hashlib.sha256(wanted.data).hexdigest())
 
     def _resolve_all(self, tenant: str, mixes: Sequence[tuple[WantedAdapter, ...]]) -> list[tuple[AppliedAdapter, ...]]:

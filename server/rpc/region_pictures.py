@@ -14,6 +14,7 @@ from hueshift.server.ingestion import PictureLimits
 from hueshift.server.ingestion_process import PictureFile, ingest_files
 from hueshift.server.rpc.generation_guides import MAX_MASK_BYTES
 from hueshift.server.rpc.generation_start import MAX_START_BYTES
+from hueshift.server.tenant_turns import TenantTurns
 
 # Masks end at an eighth of the picture's size, so more would be thrown away.
 _LIMITS = PictureLimits(
@@ -25,12 +26,12 @@ _AT_ONCE = 2
 
 
 class RegionPictures:
-    """Sanitises masks and start pictures, a few requests at a time. Belongs to one event loop."""
+    """Sanitises masks and start pictures, a few requests at a time, tenants in turn. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._turns = TenantTurns(_AT_ONCE)
 
-    async def sanitise(self, areas: Sequence[Area]) -> list[Area]:
+    async def sanitise(self, areas: Sequence[Area], tenant: str = "") -> list[Area]:
         """Return the areas of a request's regions, each file among them as a plain grey PNG.
 
         Raises InvalidArgument (PICTURE_INVALID, PICTURE_TOO_LARGE) naming every refused mask.
@@ -38,22 +39,24 @@ class RegionPictures:
         given = {index: area for index, area in enumerate(areas) if isinstance(area, bytes)}
         if not given:
             return list(areas)
-        done = await self._clean(list(given.values()), _LIMITS, [f"regions[{index}].mask" for index in given])
+        done = await self._clean(tenant, list(given.values()), _LIMITS, [f"regions[{index}].mask" for index in given])
         clean = dict(zip(given, done, strict=True))
         return [clean.get(index, area) for index, area in enumerate(areas)]
 
-    async def sanitise_start(self, picture: bytes, width: int, height: int) -> bytes:
+    async def sanitise_start(self, picture: bytes, width: int, height: int, tenant: str = "") -> bytes:
         """Return the picture a request of this size starts from, as a plain RGB PNG that is large enough to cover it.
 
         Raises as `sanitise`, for picture.data.
         """
         # The shorter side is at least as long as the longer one of the request, unless the file's is shorter.
         limits = replace(_START_LIMITS, kept_side=max(width, height))
-        (clean,) = await self._clean([picture], limits, ["picture.data"])
+        (clean,) = await self._clean(tenant, [picture], limits, ["picture.data"])
         return clean
 
-    async def _clean(self, pictures: Sequence[bytes], limits: PictureLimits, fields: Sequence[str]) -> list[bytes]:
-        async with self._turns:
+    async def _clean(
+        self, tenant: str, pictures: Sequence[bytes], limits: PictureLimits, fields: Sequence[str]
+    ) -> list[bytes]:
+        async with self._turns.taken(tenant):
             with tempfile.TemporaryDirectory(prefix="hueshift-pictures-") as folder:
                 files = await asyncio.to_thread(_write, Path(folder), pictures)
                 try:
