@@ -1,7 +1,8 @@
 """Run the layer norms of every transformer of a UNet with each sample's own weights. Through benchmarks/run_gpu.py.
 
 Baseline: torch's layer norm without weights, then the gathered rows and the bias in one pass.
-`dense_ms` is torch's layer norm with one row of weights for everybody.
+`dense_ms` is torch's layer norm with one row of weights for everybody. The `-sum` cases are the same behind the sum of
+two tensors, as two norms of three stand in a block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.nn import functional
 from hueshift.kernels.bench import Case, Weight, floor_ms
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.launch_table import LaunchConfig, architecture, candidates
-from hueshift.kernels.layer_norm import layer_norm, norm_launch, reference
+from hueshift.kernels.layer_norm import add_layer_norm, layer_norm, norm_launch, reference
 
 KERNEL = "layer_norm"
 DTYPE = torch.float16
@@ -60,6 +61,16 @@ class Norms:
         for x, weight, bias in self.dense:
             functional.layer_norm(x, (x.shape[2],), weight, bias, EPS)
 
+    def run_sums(self, one: Callable[..., Any]) -> None:
+        """Run all of them behind a sum."""
+        for call in self.calls:
+            one(residual=call["x"], **call)
+
+    def run_dense_sums(self) -> None:
+        """The same with one row of weights for everybody."""
+        for x, weight, bias in self.dense:
+            functional.layer_norm(x + x, (x.shape[2],), weight, bias, EPS)
+
     @property
     def bytes(self) -> float:
         """Bytes of all norms: x read, the result written; the weights are nothing beside them."""
@@ -72,6 +83,12 @@ class Norms:
             exact = {name: call[name].double() for name in ("x", "weight", "bias")}
             worst = max(worst, relative_error(one(**call), reference(**{**call, **exact})))
         return worst
+
+
+def add_in_torch(x: Tensor, residual: Tensor, **norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the sum, and its norm as norm_in_torch."""
+    total = x + residual
+    return total, norm_in_torch(total, **norm)
 
 
 def norm_in_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, index: Tensor) -> Tensor:
@@ -107,3 +124,24 @@ def cases(models: Mapping[str, Sequence[Weight]], device: torch.device, sweep: b
                 details={"batch": BATCH, "config": None if config is None else asdict(config)},
                 dense=norms.run_dense,
             )
+        if not sweep:
+            yield sum_case(model, norms)
+
+
+def sum_case(model: str, norms: Norms) -> Case:
+    """Return the comparison of norms behind sums."""
+    # Two tensors read and two written. The benchmark's two are one, so that a third is not read from memory.
+    moved = 1.5 * norms.bytes
+    return Case(
+        case=f"{model}-sum",
+        works=[partial(norms.run_sums, add_layer_norm)],
+        baseline="sum, norm, then weights and bias per layer",
+        baselines=[partial(norms.run_sums, add_in_torch)],
+        flops=0.0,
+        bytes=moved,
+        floor_ms=floor_ms(0, moved),
+        check=partial(norms.check, lambda **call: add_layer_norm(residual=torch.zeros_like(call["x"]), **call)[1]),
+        tolerance=TOLERANCES[DTYPE],
+        details={"batch": BATCH},
+        dense=norms.run_dense_sums,
+    )

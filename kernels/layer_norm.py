@@ -3,6 +3,9 @@
 The factored plan shifts the weights of norms as singular values (SVDiff, Han et al. 2023), so samples of one batch have
 different ones. torch's layer norm knows one row of weights: there it normalises without, and a product with the rows in
 fp32, a cast and a sum follow, four passes over activations more.
+
+Behind each layer of a transformer stands a sum, and behind that the next norm: both at once read and write each of the
+two once, where one after the other reads the sum again and is a launch more.
 """
 
 from math import gcd
@@ -45,6 +48,26 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, index: Tenso
     out = torch.empty_like(x)
     norm_launch(out, x, weight, bias, eps, index).run()
     return out
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return x + residual, rounded to their dtype, and the layer norm of that sum; the rest as layer_norm.
+
+    residual [N, T, C] contiguous, of x's dtype.
+    """
+    check_arguments(x, weight, bias, eps, index)
+    check_shape("residual", residual, tuple(x.shape))
+    check_dtype("residual", residual, (x.dtype,))
+    check_contiguous("residual", residual)
+    check_device("residual", residual, x.device)
+    if not on_gpu(x):
+        total = x + residual
+        return total, reference(total, weight, bias, eps, index)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    norm_launch(out, x, weight, bias, eps, index, residual=residual, total=total).run()
+    return total, out
 
 
 def check_arguments(x: Tensor, weight: Tensor, bias: Tensor, eps: float, index: Tensor | None) -> None:
@@ -106,8 +129,11 @@ def norm_launch(
     eps: float,
     index: Tensor | None,
     config: LaunchConfig | None = None,
+    *,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Launch:
-    """Return the launch that fills `out`; `config` replaces the launch table's choice."""
+    """Return the launch that fills `out`, and `total` with x + residual where given; `config` replaces the table's."""
     config = config or choose(x.device, KERNEL)
     samples, tokens, width = x.shape
     if index is None:
@@ -124,8 +150,10 @@ def norm_launch(
         "x_ptr": x,
         "weight_ptr": weight,
         "bias_ptr": bias,
-        # A tensor must be passed even where the index is compiled out.
+        # A tensor must be passed even where its use is compiled out.
         "index_ptr": bias if index is None else index,
+        "residual_ptr": x if residual is None else residual,
+        "total_ptr": out if total is None else total,
         "eps": eps,
         "tokens": tokens,
         # Triton learns only of multiples of 16 by itself: divided here, multiplied back by a constant there.
@@ -134,7 +162,7 @@ def norm_launch(
         "slot_stride": stride // step,
     }
     constants = {"BLOCK_T": block, "MAIN": main, "TAIL": tail, "VECTOR": vector, "STEP": step}
-    constants["INDEXED"] = index is not None
+    constants |= {"INDEXED": index is not None, "ADD": residual is not None}
     grid = (blocks(tokens, block), samples)
     return Launch(_norm_kernel, grid, arguments, constants, config.num_warps, config.num_stages)
 
@@ -148,10 +176,23 @@ def _scale_and_shift(centred: tl.tensor, deviation: tl.tensor, weight: tl.tensor
 
 
 @jit
+def _read(x_ptr: tl.tensor, residual_ptr: tl.tensor, total_ptr: tl.tensor, at: tl.tensor, inside: tl.tensor,
+          ADD: tl.constexpr) -> tl.tensor:  # fmt: skip
+    # In fp32; a sum as it is kept, rounded once.
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    if ADD:
+        total = x.to(tl.float32) + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = total.to(x.dtype)
+        tl.store(total_ptr + at, x, mask=inside)
+    return x.to(tl.float32)
+
+
+@jit
 def _norm_kernel(out_ptr: tl.tensor, x_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
-                 index_ptr: tl.tensor, eps: tl.tensor, tokens: tl.tensor, width: tl.tensor, slots: tl.tensor,
-                 slot_stride: tl.tensor, BLOCK_T: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-                 VECTOR: tl.constexpr, STEP: tl.constexpr, INDEXED: tl.constexpr) -> None:  # fmt: skip
+                 index_ptr: tl.tensor, residual_ptr: tl.tensor, total_ptr: tl.tensor, eps: tl.tensor,
+                 tokens: tl.tensor, width: tl.tensor, slots: tl.tensor, slot_stride: tl.tensor, BLOCK_T: tl.constexpr,
+                 MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr, STEP: tl.constexpr,
+                 INDEXED: tl.constexpr, ADD: tl.constexpr) -> None:  # fmt: skip
     # Tokens of one sample, so of one row of weights. The two tiles lie side by side in a row. The mean goes off before
     # squares are summed: a difference of large sums would lose the variance of activations far from zero.
     width = width * VECTOR
@@ -160,12 +201,12 @@ def _norm_kernel(out_ptr: tl.tensor, x_ptr: tl.tensor, weight_ptr: tl.tensor, bi
     row = (sample * tokens + token) * width
     col = tl.arange(0, MAIN)
     inside = (token < tokens)[:, None] & (col < width)[None, :]
-    x = tl.load(x_ptr + row[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = _read(x_ptr, residual_ptr, total_ptr, row[:, None] + col[None, :], inside, ADD)
     total = tl.sum(x, 1)
     if TAIL:
         last = MAIN + tl.arange(0, TAIL)
         last_inside = (token < tokens)[:, None] & (last < width)[None, :]
-        rest = tl.load(x_ptr + row[:, None] + last[None, :], mask=last_inside, other=0.0).to(tl.float32)
+        rest = _read(x_ptr, residual_ptr, total_ptr, row[:, None] + last[None, :], last_inside, ADD)
         total += tl.sum(rest, 1)
     mean = total / width
     x = tl.where(inside, x - mean[:, None], 0.0)

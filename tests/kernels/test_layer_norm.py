@@ -10,7 +10,7 @@ from torch import Tensor
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, LaunchConfig, architecture, candidates
-from hueshift.kernels.layer_norm import MAX_WIDTH, layer_norm, norm_launch, split_width
+from hueshift.kernels.layer_norm import MAX_WIDTH, add_layer_norm, layer_norm, norm_launch, split_width
 
 Arguments = dict[str, Any]
 # Samples, tokens, width.
@@ -59,6 +59,18 @@ def test_reference_agrees_with_float64(dtype: torch.dtype, indexed: bool) -> Non
         assert relative_error(y, exact(arguments)) <= TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_sum_is_rounded_and_then_normalised(dtype: torch.dtype, indexed: bool) -> None:
+    torch.manual_seed(0)
+    for samples, tokens, width in SIZES:
+        arguments = make(samples, tokens, width, dtype, indexed=indexed)
+        residual = torch.randn_like(arguments["x"])
+        total, y = add_layer_norm(residual=residual, **arguments)
+        assert torch.equal(total, arguments["x"] + residual)
+        assert torch.equal(y, layer_norm(**{**arguments, "x": total}))
+
+
 def test_two_tiles_cover_a_row_and_waste_little() -> None:
     found = [split_width(width) for width in (320, 640, 1280, 768)]
     assert found == [(256, 64), (512, 128), (1024, 256), (512, 256)]
@@ -90,6 +102,30 @@ def interpreted(size: list[int], dtype: str, indexed: bool, mean: float, element
     return found
 
 
+def interpreted_sum(size: list[int], dtype: str, indexed: bool) -> dict[str, float]:
+    """Run the kernel with a sum before it; return the error of the norm, and how much of the sum is not torch's."""
+    torch.manual_seed(1)
+    samples, tokens, width = size
+    arguments = make(samples, tokens, width, getattr(torch, dtype), indexed=indexed)
+    residual = torch.randn_like(arguments["x"])
+    out, total = (torch.full_like(residual, float("nan")) for _ in range(2))
+    norm_launch(out, **arguments, residual=residual, total=total).run()
+    expected = arguments["x"] + residual
+    return {
+        "wrong": float((total != expected).sum()),
+        "error": relative_error(out, exact({**arguments, "x": expected})),
+    }
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_sum_before_the_norm_interpreted(interpret: Callable[..., dict[str, float]], indexed: bool) -> None:
+    for size in ((3, 5, 31), (2, 7, 40), (1, 4, 320), (2, 2, 511)):
+        for dtype in ("float16", "float32"):
+            found = interpret(__file__, "interpreted_sum", size=size, dtype=dtype, indexed=indexed)
+            assert found["wrong"] == 0
+            assert found["error"] <= TOLERANCES[getattr(torch, dtype)]
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 def test_kernel_interpreted(
@@ -111,7 +147,7 @@ def test_a_mean_far_from_zero_costs_no_digits(interpret: Callable[..., dict[str,
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMITS)
 def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: str) -> None:
-    for config in candidates(arch, "layer_norm"):
+    for number, config in enumerate(candidates(arch, "layer_norm")):
         for width in (320, 640, 1280):
             for indexed in (True, False):
                 arguments = make(2, 64, width, torch.float16, indexed=indexed)
@@ -119,6 +155,13 @@ def test_every_configuration_compiles(cross_compile: Callable[..., Any], arch: s
                 # Eight elements of 16 bits at a time.
                 assert set(found.accesses("st")) == {16}
                 assert found.accesses("ld")[16] >= found.accesses("st")[16]
+                summed = norm_launch(
+                    arguments["x"], **arguments, config=config, residual=arguments["x"], total=arguments["x"]
+                )
+                # ptxas spills 8 bytes for one more warp in a configuration of sm_80's and sm_89's sweeps.
+                written = cross_compile(summed, arch, spills_allowed=arch != "sm_90" and number > 0).accesses("st")
+                # The sum and the norm.
+                assert written == {16: 2 * found.accesses("st")[16]}
 
 
 def test_aligned_rows_of_a_slab_are_read_sixteen_bytes_at_a_time(cross_compile: Callable[..., Any]) -> None:
@@ -172,6 +215,20 @@ def test_wrong_arguments_are_refused(change: Arguments, message: str) -> None:
         layer_norm(**{**make(2, 3, 8, torch.float32, indexed=True), **change})
 
 
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        (torch.zeros(2, 3, 9), "residual has shape"),
+        (torch.zeros(2, 3, 8, dtype=torch.float16), "residual is float16"),
+        (torch.zeros(2, 8, 3).transpose(1, 2), "residual has strides"),
+        (torch.zeros(2, 3, 8, device="meta"), "residual is on meta"),
+    ],
+)
+def test_a_wrong_summand_is_refused(residual: Tensor, message: str) -> None:
+    with pytest.raises(KernelArgumentError, match=message):
+        add_layer_norm(residual=residual, **make(2, 3, 8, torch.float32, indexed=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -187,6 +244,15 @@ def test_every_configuration_on_a_gpu(
                 run=norm_launch(y, **arguments, config=config).run,
                 outputs=[y],
                 expected=[exact(arguments)],
+                tolerance=TOLERANCES[dtype],
+            )
+            residual, total = torch.randn_like(y), torch.empty_like(y)
+            added = arguments["x"] + residual
+            check_on_gpu(
+                reset=lambda to=(y, total): [part.fill_(float("nan")) for part in to] and None,
+                run=norm_launch(y, **arguments, config=config, residual=residual, total=total).run,
+                outputs=[total, y],
+                expected=[added, exact({**arguments, "x": added})],
                 tolerance=TOLERANCES[dtype],
             )
 
