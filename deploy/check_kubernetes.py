@@ -1,8 +1,8 @@
 """Check the Kubernetes files without a cluster (part of `make lint`, through check.py).
 
-Kubernetes' own objects go through its schemas, strictly; RayCluster and ServiceMonitor through the schemas kept beside
-them, and the pods inside a RayCluster through Kubernetes' own. Then what no schema knows: that every file is in the
-kustomization, that selectors, ports and names meet, that the settings of every container are settings of this server.
+Kubernetes' own objects go through its schemas, strictly; RayCluster and Prometheus' monitors through the schemas kept
+beside them, and the pods inside a RayCluster through Kubernetes' own. Then what no schema knows: that every file is in
+the kustomization, that selectors, ports and names meet, that the settings of every container are settings of this server.
 """
 
 import json
@@ -23,7 +23,11 @@ from hueshift.server.settings import Settings, load_settings
 
 FOLDER = Path(__file__).resolve().parent / "kubernetes"
 VERSION = "1.33"
-SCHEMAS = {"RayCluster": "raycluster.json", "ServiceMonitor": "servicemonitor.json"}
+SCHEMAS = {
+    "RayCluster": "raycluster.json",
+    "ServiceMonitor": "servicemonitor.json",
+    "PodMonitor": "podmonitor.json",
+}
 # Not applied: the kustomization itself, and values for another program's chart.
 ASIDE = ("kustomization.yaml", "custom-metrics.yaml")
 NAME = "app.kubernetes.io/name"
@@ -50,7 +54,13 @@ def check(folder: Path = FOLDER) -> list[str]:
     for name, found in applied.items():
         for each in found:
             wrong += [f"{name} {each['kind']}/{each['metadata']['name']}: {text}" for text in schema_errors(each)]
-    return [*wrong, *reference_errors(objects), *settings_errors(objects), *pool_errors(objects)]
+    return [
+        *wrong,
+        *reference_errors(objects),
+        *settings_errors(objects),
+        *pool_errors(objects),
+        *monitor_errors(objects),
+    ]
 
 
 def schema_errors(each: Object) -> Iterator[str]:
@@ -151,6 +161,47 @@ def pool_errors(objects: list[Object]) -> Iterator[str]:
             pools = [group.get("labels", {}).get(label) for group in each["spec"]["workerGroupSpecs"]]
             if sorted(map(str, pools)) != sorted(Pool):
                 yield f"RayCluster/{each['metadata']['name']} has groups labelled {pools}, not {[*Pool]}"
+
+
+def monitor_errors(objects: list[Object]) -> Iterator[str]:
+    """Yield monitors that find nothing, or a port on which no server tells its metrics."""
+    services = {
+        each["metadata"].get("labels", {}).get(NAME): {port["name"]: port["port"] for port in each["spec"]["ports"]}
+        for each in objects
+        if each["kind"] == "Service"
+    }
+    # The labels that KubeRay gives to the pods of a group, whatever their template says.
+    groups = {
+        (each["metadata"]["name"], group["groupName"]): {
+            port["name"]: port["containerPort"]
+            for container in containers(group["template"])
+            for port in container.get("ports", ())
+        }
+        for each in objects
+        if each["kind"] == "RayCluster"
+        for group in each["spec"]["workerGroupSpecs"]
+        if "groupName" in group
+    }
+    served = load_settings(None).server.metrics_port
+    for each in objects:
+        said, spec = f"{each['kind']}/{each['metadata']['name']}", each.get("spec", {})
+        if each["kind"] == "ServiceMonitor":
+            (expression,) = spec["selector"]["matchExpressions"]
+            found = {name: services.get(name) for name in expression["values"]}
+            endpoints = spec.get("endpoints", ())
+        elif each["kind"] == "PodMonitor":
+            wanted = spec["selector"]["matchLabels"]
+            group = (wanted.get("ray.io/cluster"), wanted.get("ray.io/group"))
+            found, endpoints = {"/".join(map(str, group)): groups.get(group)}, spec.get("podMetricsEndpoints", ())
+        else:
+            continue
+        for name, ports in found.items():
+            if ports is None:
+                yield f"{said} selects {name!r}, which is not here"
+                continue
+            for endpoint in endpoints:
+                if ports.get(endpoint["port"]) != served:
+                    yield f"{said} asks port {endpoint['port']!r} of {name!r}, which is not {served}"
 
 
 def containers(template: Object) -> list[Object]:

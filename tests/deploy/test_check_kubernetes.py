@@ -34,6 +34,11 @@ def test_the_files_are_right() -> None:
         ("raycluster.yaml", "mountPath: /data", "mountpath: /data", "mountPath"),
         ("raycluster.yaml", "groupName: serve", "group: serve", "'groupName' is a required property"),
         ("monitoring.yaml", "interval: 15s", "interval: 15", "is not of type 'string'"),
+        ("monitoring.yaml", "ray.io/group: serve", "ray.io/group: server", "selects 'hueshift-ray/server'"),
+        ("monitoring.yaml", "port: serve-metrics", "port: metrics", "asks port 'metrics' of 'hueshift-ray/serve'"),
+        ("monitoring.yaml", "podMetricsEndpoints", "endpoints", "'endpoints' was unexpected"),
+        ("monitoring.yaml", "hueshift-frontend,", "hueshift-front,", "selects 'hueshift-front'"),
+        ("raycluster.yaml", "containerPort: 9464", "containerPort: 9465", "which is not 9464"),
         ("kustomization.yaml", "  - network.yaml\n", "", "kustomization.yaml lists"),
     ],
 )
