@@ -2,7 +2,7 @@
 
 Kubernetes' own objects go through its schemas, strictly; RayCluster and Prometheus' monitors through the schemas kept
 beside them, and the pods inside a RayCluster through Kubernetes' own. Then what no schema knows: that every file is in
-the kustomization, that selectors, ports and names meet, that the settings of every container are settings of this server.
+the kustomization, that selectors, ports and names meet, that every container's settings are settings of this server.
 """
 
 import json
