@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+from hueshift.engines.device_errors import Fault, classify
+
 # With these workspaces cuBLAS repeats its bits, and torch refuses products with any other.
 _WORKSPACE, _REPEATING = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
@@ -29,6 +30,11 @@ def prepare_device(device: torch.device) -> None:
     # Else every empty tensor is filled: a launch each, for numbers that nobody reads.
     choices: Any = torch.utils.deterministic
     choices.fill_uninitialized_memory = False
+
+
+def lacks_memory(error: Exception) -> bool:
+    """True if memory did not suffice: torch's, or what cuBLAS and the driver ask for, who have errors of their own."""
+    return classify(error) is Fault.MEMORY
 
 
 def release_memory(device: torch.device) -> None:

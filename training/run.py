@@ -25,7 +25,7 @@ from hueshift.engines.vae import VaeStage
 from hueshift.training.arrivals import MOST_UNDERWAY
 from hueshift.training.checkpoint import fingerprint_job, read_checkpoint, write_checkpoint
 from hueshift.training.class_pictures import class_latents, class_prompt, prune_cache
-from hueshift.training.devices import OUT_OF_MEMORY, release_memory
+from hueshift.training.devices import lacks_memory, release_memory
 from hueshift.training.divergence import check_finite
 from hueshift.training.editing import InversionErrors, measure_inversion
 from hueshift.training.evaluation.measures import diversity_of, paired_cosine
@@ -154,9 +154,9 @@ def _with_room(run: Callable[[], TrainingResult], release: Callable[[], bool], d
     """Run a job, once more if it finds no memory and `release` has some; what it held goes back after it."""
     try:
         result = run()
-    except OUT_OF_MEMORY as error:
+    except Exception as error:
         # While its own UNet lives: factors that it works with are in use.
-        if not release():
+        if not lacks_memory(error) or not release():
             raise
         _log.warning("training.again_with_more_memory", error=type(error).__name__)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hueshift.engines.text import TextStage
 from hueshift.engines.transfer import to_device
 from hueshift.training.conditions import encode_packed
-from hueshift.training.devices import OUT_OF_MEMORY
+from hueshift.training.devices import lacks_memory
 from hueshift.training.methods.learnable import Rows
 from hueshift.training.objectives.denoising import denoising_loss
 from hueshift.training.precision import mixed_precision
@@ -99,7 +99,7 @@ class SharedStep:
         except Exception as error:
             # Without the frames, which hold the activations that the next try needs room for.
             failure = error.with_traceback(None) if len(shares) > 1 else error
-            memory = isinstance(error, OUT_OF_MEMORY)
+            memory = lacks_memory(error)
         if memory and self._release():
             failure = None
             return self._take(shares)
@@ -207,9 +207,9 @@ def _losses(unet: TrainingUNet, works: Sequence[StepWork], context: Tensor, rows
         try:
             loss = denoising_loss(target[begin:end], weights[begin:end], output[begin:end], pixels)
             losses.append(with_added(loss, work, own))
-        except OUT_OF_MEMORY:
-            raise
         except Exception as error:
+            if lacks_memory(error):
+                raise
             losses.append(error)
     return losses
 

@@ -1,6 +1,6 @@
 """A shared pass of the UNet: each job's loss and gradients are its own, and nothing of the others'."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -179,7 +179,12 @@ def test_an_update_that_fails_is_taken_by_nobody_again(tiny: Tiny, monkeypatch: 
 class Memory:
     """Lets the UNet run on so many rows at once and no more."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        rows: int,
+        refuse: Callable[[str], Exception] = torch.OutOfMemoryError,
+    ) -> None:
         self.rows = rows
         self.tried: list[int] = []
         forward = AdaptedUNet.forward_rows
@@ -187,15 +192,23 @@ class Memory:
         def hungry(unet: AdaptedUNet, sample: Tensor, *others: Any) -> Tensor:
             self.tried.append(len(sample))
             if len(sample) > self.rows:
-                raise torch.OutOfMemoryError(f"{len(sample)} rows")
+                raise refuse(f"{len(sample)} rows")
             return forward(unet, sample, *others)
 
         monkeypatch.setattr(AdaptedUNet, "forward_rows", hungry)
 
 
-def test_without_memory_for_all_the_group_is_halved_and_stays_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_workspace(_: str) -> Exception:
+    """Memory that cuBLAS asks for itself."""
+    return RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("refuse", [torch.OutOfMemoryError, no_workspace])
+def test_without_memory_for_all_the_group_is_halved_and_stays_so(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[str], Exception]
+) -> None:
     jobs = make_jobs(tiny, [make_spec(**FP32, anchor_below=0)] * 4)
-    memory = Memory(monkeypatch, 4)
+    memory = Memory(monkeypatch, 4, refuse)
     step = SharedStep(jobs[0][0].unet, text_of(tiny))
     assert all(isinstance(result, Tensor) for result in step(make_shares(jobs)))
     assert (memory.tried, step.max_rows) == ([8, 4, 4], 4)
