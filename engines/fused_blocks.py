@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hueshift.engines.adapted_layers import RowGroupNorm, RowLayerNorm
+from hueshift.engines.adapted_layers import RowGroupNorm
 from hueshift.engines.cuda_layers import SlabRows, as_pixels, as_tokens
-from hueshift.kernels.gated_gelu import gated_gelu
+from hueshift.engines.fused_tokens import FusedGate, FusedTokenBlock, fuse_norms
 from hueshift.kernels.group_norm import group_norm
-from hueshift.kernels.layer_norm import layer_norm
 from hueshift.kernels.residual_add import residual_add
 
 
@@ -49,32 +49,6 @@ class FusedGroupNorm(nn.Module):
         return group_norm(x, weights, self.bias, self.groups, self.eps, index=index, **given)
 
 
-class FusedLayerNorm(nn.Module):
-    """Layer norm over tokens [N, T, width] with the weights of each sample's slot."""
-
-    def __init__(self, layer: RowLayerNorm, rows: SlabRows) -> None:
-        super().__init__()
-        self.name, self.eps, self.rows = layer.name, layer.eps, rows
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        rows = self.rows
-        return layer_norm(x.contiguous(), rows.sigma[self.name], self.bias, self.eps, index=rows.indices())
-
-
-class FusedGate(nn.Module):
-    """GEGLU (Shazeer 2020): a product of twice the width, of which one half gates the other."""
-
-    def __init__(self, layer: GEGLU) -> None:
-        super().__init__()
-        self.proj = layer.proj
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map [N, T, width] to [N, T, inner width]."""
-        return gated_gelu(self.proj(tokens))
-
-
 class PixelLinear(nn.Module):
     """A 1x1 convolution as a product on pixels, whose bias costs no pass of its own."""
 
@@ -96,6 +70,8 @@ class FusedResnet(nn.Module):
         self.time_emb_proj = block.time_emb_proj
         self.norm2, self.conv2 = block.norm2, block.conv2
         self.conv_shortcut = block.conv_shortcut
+        # Set where the embedding has its activation already, which is the same for all blocks.
+        self.activated = False
         for norm in (block.norm1, block.norm2):
             norm.silu = True
 
@@ -116,7 +92,9 @@ class FusedResnet(nn.Module):
         """Map [N, c_in, h, w] and an embedding [N, width] to [N, c_out, h, w], channels_last."""
         hidden, bias = convolve(self.conv1, self.norm1(x))
         # An autoencoder's blocks have none.
-        embedded = None if temb is None else self.time_emb_proj(functional.silu(temb))
+        embedded = None
+        if temb is not None:
+            embedded = self.time_emb_proj(temb if self.activated else functional.silu(temb))
         hidden, bias = convolve(self.conv2, self.norm2(hidden, embedded, bias))
         kept = x if self.conv_shortcut is None else self.conv_shortcut(x)
         layout = torch.channels_last
@@ -131,6 +109,9 @@ class FusedTransformer(nn.Module):
         self.on_tokens = block.use_linear_projection
         self.norm, self.proj_in = block.norm, block.proj_in
         self.transformer_blocks, self.proj_out = block.transformer_blocks, block.proj_out
+        for key, child in list(self.transformer_blocks._modules.items()):
+            if isinstance(child, BasicTransformerBlock) and FusedTokenBlock.fits(child):
+                self.transformer_blocks._modules[key] = FusedTokenBlock(child)
 
     @staticmethod
     def fits(block: Transformer2DModel) -> bool:
@@ -150,14 +131,22 @@ class FusedTransformer(nn.Module):
         x = hidden_states.contiguous(memory_format=torch.channels_last)
         normal = self.norm(x)
         tokens = self.proj_in(as_tokens(normal)) if self.on_tokens else as_tokens(self.proj_in(normal))
+        masks, given = (attention_mask, encoder_attention_mask), cross_attention_kwargs or {}
+        pending: Tensor | None = None
         for block in self.transformer_blocks:
-            tokens = block(
-                tokens,
-                attention_mask=attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                cross_attention_kwargs=cross_attention_kwargs,
-            )
+            if isinstance(block, FusedTokenBlock):
+                tokens, pending = block(tokens, pending, encoder_hidden_states, *masks, given)
+            else:
+                tokens = tokens if pending is None else tokens + pending
+                pending = None
+                tokens = block(
+                    tokens,
+                    attention_mask=attention_mask,
+                    encoder_hidden_states=encoder_hidden_states,
+                    encoder_attention_mask=encoder_attention_mask,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                )
+        tokens = tokens if pending is None else tokens + pending
         out = as_pixels(self.proj_out(tokens), x) if self.on_tokens else self.proj_out(as_pixels(tokens, x))
         return (residual_add(x, out.contiguous(memory_format=torch.channels_last)),)
 
@@ -183,6 +172,8 @@ def fuse_blocks(unet: nn.Module, rows: SlabRows) -> int:
             if made is not None:
                 parent._modules[key] = made
                 replaced += 1
+            if isinstance(child, BasicTransformerBlock):
+                replaced += fuse_norms(child, rows)
     # Their norms are fused by now.
     for parent in list(unet.modules()):
         for key, child in list(parent._modules.items()):
@@ -193,6 +184,7 @@ def fuse_blocks(unet: nn.Module, rows: SlabRows) -> int:
                 parent._modules[key] = FusedResnet(child)
                 replaced += 1
     _fuse_output(unet)
+    _activate_once(unet)
     return replaced
 
 
@@ -200,8 +192,6 @@ def _fused(key: str, child: nn.Module | None, rows: SlabRows) -> nn.Module | Non
     # An autoencoder's attention normalises tokens.
     if isinstance(child, nn.GroupNorm | RowGroupNorm) and key != "group_norm":
         return FusedGroupNorm(child, rows)
-    if isinstance(child, RowLayerNorm):
-        return FusedLayerNorm(child, rows)
     if type(child) is GEGLU:
         return FusedGate(child)
     if type(child) is nn.Conv2d and key in ("proj_in", "proj_out", "conv_shortcut") and _is_product(child):
@@ -220,3 +210,13 @@ def _fuse_output(unet: nn.Module) -> None:
     if isinstance(norm, FusedGroupNorm) and isinstance(act, nn.SiLU):
         norm.silu = True
         unet._modules["conv_act"] = nn.Identity()
+
+
+def _activate_once(unet: nn.Module) -> None:
+    """Let the time embedding's activation be done for all residual blocks at once, if all of them are fused."""
+    kinds = {type(module) for module in unet.modules()}
+    if getattr(unet, "time_embed_act", unet) is None and FusedResnet in kinds and ResnetBlock2D not in kinds:
+        unet.time_embed_act = nn.SiLU()
+        for module in unet.modules():
+            if isinstance(module, FusedResnet):
+                module.activated = True

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from tiny_unet import TinyParts
@@ -17,14 +18,13 @@ from hueshift.engines.cuda_lane import HostLane
 from hueshift.engines.cuda_layers import SlabRows
 from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
 from hueshift.engines.fused_blocks import (
-    FusedGate,
     FusedGroupNorm,
-    FusedLayerNorm,
     FusedResnet,
     FusedTransformer,
     PixelLinear,
     fuse_blocks,
 )
+from hueshift.engines.fused_tokens import FusedGate, FusedLayerNorm, FusedTokenBlock
 from hueshift.engines.interface import Plan
 from hueshift.engines.merged_slots import BASE_ROLE
 
@@ -135,8 +135,8 @@ def test_a_whole_unet_equals_diffusers_and_keeps_the_names_of_its_weights(any_ar
     expected = unet(sample, 500, **given).sample
     assert fuse_blocks(unet, rows_of({}, [0, 0])) > 10
     kinds = {type(module) for module in unet.modules()}
-    assert kinds >= {FusedResnet, FusedTransformer, FusedGroupNorm, FusedGate}
-    assert not kinds & {ResnetBlock2D, Transformer2DModel, nn.GroupNorm, GEGLU}
+    assert kinds >= {FusedResnet, FusedTransformer, FusedTokenBlock, FusedGroupNorm, FusedGate}
+    assert not kinds & {ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, nn.GroupNorm, nn.LayerNorm, GEGLU}
     torch.testing.assert_close(unet(sample, 500, **given).sample, expected, rtol=1e-4, atol=1e-5)
     assert {name for name, _ in unet.named_parameters()} == names
 
