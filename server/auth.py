@@ -27,7 +27,7 @@ class Keys(Protocol):
         ...
 
     def any(self) -> bool:
-        """Return True if a key has ever been made and not revoked."""
+        """Return True once a key was ever made, revoked ones too: revoking the last one lets no keyless call in."""
         ...
 
 

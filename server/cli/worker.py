@@ -22,7 +22,7 @@ def worker(
     supervised: Annotated[bool, typer.Option(hidden=True, help="Settings and life come from standard input.")] = False,
     failpoint: Annotated[str, typer.Option(hidden=True, envvar="HUESHIFT_FAILPOINT", help="For tests.")] = "",
 ) -> None:
-    """Take fine-tuning jobs from the store and train them, until SIGTERM."""
+    """Take fine-tuning jobs from the store and train them, until SIGTERM or Ctrl-C."""
     stop = StopFlag()
     stop.on_signals()
     try:
@@ -38,7 +38,8 @@ def worker(
         run_worker(settings, stop=stop, owner=owner, device=device, failpoint=Failpoint.parse(failpoint))
     except HueshiftError as error:
         typer.echo(f"hueshift worker: {error.message}", err=True)
-        raise typer.Exit(2) from error
+        # As of every command: 2 is for options that are wrong by themselves.
+        raise typer.Exit(1) from error
 
 
 def _pin(device: str, settings: Settings) -> None:
