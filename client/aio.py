@@ -11,7 +11,7 @@ import grpc
 
 from hueshift.client import adapters, jobs
 from hueshift.client import model as models
-from hueshift.client.calls import UNARY_SECONDS, UPLOAD_SECONDS, Paged, Stubs, Unary, Upload
+from hueshift.client.calls import UNARY_SECONDS, UPLOAD_SECONDS, CallTimes, Paged, Stubs, Unary, Upload
 from hueshift.client.choices import AdapterFormat, JobState
 from hueshift.client.combination import CombinedAdapter, Operation, combine_call
 from hueshift.client.connection import DEFAULT_ADDRESS, Connection, Tls
@@ -30,7 +30,8 @@ class AsyncClient:
 
     Every method raises a HueshiftClientError where the call fails. Calls that fail with an error the server marks as
     retryable are repeated within their time; calls that change something carry an idempotency key, so a repeat does
-    nothing twice.
+    nothing twice. `timeout` is that time in seconds, `file_timeout` that of calls that carry pictures to learn from or
+    adapter files; `generate` takes one of its own, and a watch has none.
     """
 
     def __init__(
@@ -41,7 +42,10 @@ class AsyncClient:
         tls: Tls | None = None,
         allow_plaintext: bool = False,
         retry: RetryPolicy | None = None,
+        timeout: float = UNARY_SECONDS,
+        file_timeout: float = UPLOAD_SECONDS,
     ) -> None:
+        self._times = CallTimes(timeout, file_timeout)
         connection = Connection(address, api_key, tls, allow_plaintext)
         self._metadata = connection.metadata()
         self._channel = connection.open_async()
@@ -203,7 +207,7 @@ class AsyncClient:
                 assembly.take(message)
             return assembly.finish(revision)
 
-        return await self._repeat(attempt, UPLOAD_SECONDS)
+        return await self._repeat(attempt, self._times.files)
 
     async def get_adapter(self, name: str) -> adapters.Adapter:
         """Return an adapter's record."""
@@ -264,14 +268,14 @@ class AsyncClient:
     async def _unary(self, call: Unary[Any, Any, T]) -> T:
         method: Any = call.method(self._stubs)
         answer = await self._repeat(
-            lambda seconds: method(call.request, timeout=seconds, metadata=self._metadata), UNARY_SECONDS
+            lambda seconds: method(call.request, timeout=seconds, metadata=self._metadata), self._times.unary
         )
         return call.decode(answer)
 
     async def _upload(self, call: Upload[Any, Any, T]) -> T:
         method: Any = call.method(self._stubs)
         answer = await self._repeat(
-            lambda seconds: method(call.messages(), timeout=seconds, metadata=self._metadata), UPLOAD_SECONDS
+            lambda seconds: method(call.messages(), timeout=seconds, metadata=self._metadata), self._times.files
         )
         return call.decode(answer)
 

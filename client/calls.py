@@ -19,6 +19,22 @@ UNARY_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
 
 
+@dataclass(frozen=True, slots=True)
+class CallTimes:
+    """Seconds of a call over all its attempts. `files`: of those that carry pictures or adapter files, `unary`: of all
+    others but Generate and watches. Raises ValueError unless both are above 0 and finite.
+    """
+
+    unary: float = UNARY_SECONDS
+    files: float = UPLOAD_SECONDS
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        for name, seconds in (("timeout", self.unary), ("file_timeout", self.files)):
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"{name} {seconds!r} given; allowed: seconds above 0")
+
+
 class Stubs:
     """The generated stubs of every service on one channel.
 

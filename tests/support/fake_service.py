@@ -92,12 +92,12 @@ class FakeService(
         self.failures: dict[str, deque[Failure]] = defaultdict(deque)
         self.seen: dict[str, list[Any]] = defaultdict(list)
         self.metadata: list[dict[str, str | bytes]] = []
+        self.times: list[float] = []  # Seconds that each call had left when it came.
         self.adapters: dict[str, adapters_pb2.Adapter] = {}
         self.files: dict[str, bytes] = {}
         self.corrupt_exports = False
         self.report: adapters_pb2.ImportReport | None = None
-        # Set when a caller gives up a hanging Generate.
-        self.cancelled = threading.Event()
+        self.cancelled = threading.Event()  # Set when a caller gives up a hanging Generate.
         self.hang_generate = False
         self.job = job_message(State.FINE_TUNE_STATE_QUEUED)
         self.events: list[finetune_pb2.WatchFineTuneResponse] = []
@@ -289,6 +289,7 @@ class FakeService(
     def _begin(self, method: str, request: object, context: Context) -> Failure | None:
         self.seen[method].append(request)
         self.metadata.append(dict(context.invocation_metadata() or ()))
+        self.times.append(context.time_remaining())
         return self.failures[method].popleft() if self.failures[method] else None
 
     def _fail_or_go(self, method: str, request: object, context: Context) -> None:
