@@ -23,6 +23,9 @@ class AdapterKind(StrEnum):
     KV = "kv"
     """Deltas of cross-attention keys and values: Custom Diffusion, Perfusion."""
 
+    DENSE = "dense"
+    """Full deltas of weight matrices: DreamBooth with no rank, full differences. May hold all that the others hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class LowRankFactors:
@@ -121,6 +124,9 @@ class Adapter:
     `kv` maps to_k and to_v layers of cross-attention to full deltas [rows, cols] (Custom Diffusion, Kumari et al.
     2023); `gated` maps a word to its Perfusion edit. `class_noun` is the class of what was taught, if known; LAG
     sampling looks for it in the prompt.
+
+    `dense` maps a matrix layer of the UNet to its full delta [rows, cols], flattened like every matrix of BaseLayout.
+    Layers of the text side (to_k and to_v of cross-attention) are never among them: their deltas are in `kv`.
     """
 
     kind: AdapterKind
@@ -137,6 +143,7 @@ class Adapter:
     gated: Mapping[str, GatedEdit] = field(default_factory=dict)
     class_noun: str = ""
     encoder: EncoderChange = field(default_factory=EncoderChange)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -150,7 +157,7 @@ class Adapter:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor."""
-        for mapping in (self.spectral, self.norm, self.tokens, self.token_grids, self.kv):
+        for mapping in (self.spectral, self.norm, self.tokens, self.token_grids, self.kv, self.dense):
             yield from mapping.values()
         for mapping in (self.encoder.spectral, self.encoder.norm):
             yield from mapping.values()
