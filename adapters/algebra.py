@@ -2,9 +2,10 @@
 
 Shifts of singular values add as deltas; the relu comes where the row is made, so relu(sigma + d1 + d2) and
 relu(sigma + (1 - t) d1 + t d2) of SVDiff (Han et al. 2023, section 3.4) both hold, in the UNet and in the text encoder.
-Deltas of keys and values add too.
+Deltas of keys and values add too, and so do full deltas, beside which spectral and low-rank parts stay what they are.
 Low-rank products add by joining their ranks: sum_k w_k B_k A_k = [w_1 B_1 ... w_n B_n] [A_1; ...; A_n]. Sums are made
-in fp64 and kept in fp32; what only one adapter brings with weight 1 keeps its own values and dtype.
+in fp64 and kept in fp32, those of full deltas in fp16 where all of them are; what only one adapter brings with weight 1
+keeps its own values and dtype.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, EncoderChange, LowRankFactors
 from hueshift.adapters.blocks import BlockWeights, Weight, complement, layer_weight
+from hueshift.adapters.dense_deltas import DENSE_DTYPE, store_delta
 from hueshift.adapters.errors import InvalidArgument, Reason
 from hueshift.adapters.validate import FileLimits
 from hueshift.adapters.word_algebra import (
@@ -28,11 +30,12 @@ from hueshift.adapters.word_algebra import (
 )
 
 MIXED_METHOD = "mix"
-# Files of the later kinds hold the parts of the earlier ones too; the last two exclude each other.
-_PRECEDENCE = (AdapterKind.TOKENS, AdapterKind.KV, AdapterKind.SPECTRAL, AdapterKind.LOWRANK)
+# Files of the later kinds hold the parts of the earlier ones too; spectral and low-rank ones exclude each other.
+_PRECEDENCE = (AdapterKind.TOKENS, AdapterKind.KV, AdapterKind.SPECTRAL, AdapterKind.LOWRANK, AdapterKind.DENSE)
 Parts = Sequence[tuple[Adapter, Weight]]
 _Shifts = Callable[[Adapter], Mapping[str, Tensor]]
 _Lowrank: TypeAlias = Mapping[str, LowRankFactors]
+_Terms: TypeAlias = Sequence[tuple[Tensor, float]]
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:
@@ -50,6 +53,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         norm=_scaled(adapter.norm, factor),
         lowrank=_scaled_factors(adapter.lowrank, factor),
         kv=_scaled(adapter.kv, factor),
+        dense={layer: _sum_deltas(layer, [(delta, factor)]) for layer, delta in adapter.dense.items()},
         encoder=EncoderChange(
             _scaled(encoder.spectral, factor), _scaled(encoder.norm, factor), _scaled_factors(encoder.lowrank, factor)
         ),
@@ -121,7 +125,7 @@ def _check_parts(parts: Parts) -> None:
         if adapter.base_hash != parts[0][0].base_hash:
             raise incompatible(f"they belong to base models {parts[0][0].base_hash} and {adapter.base_hash}")
         kinds.append(adapter.kind)
-    if AdapterKind.SPECTRAL in kinds and AdapterKind.LOWRANK in kinds:
+    if {AdapterKind.SPECTRAL, AdapterKind.LOWRANK} <= set(kinds) and AdapterKind.DENSE not in kinds:
         raise incompatible(
             f"they are of kinds {AdapterKind.SPECTRAL} and {AdapterKind.LOWRANK}, which no file holds together; name "
             "them both in a request instead"
@@ -143,6 +147,7 @@ def _add_changes(parts: Parts, max_rank: int | None) -> Adapter:
         norm=_add_tensors(parts, lambda adapter: adapter.norm),
         lowrank=_join_factors(parts, lambda adapter: adapter.lowrank, most),
         kv=_add_tensors(parts, lambda adapter: adapter.kv),
+        dense=_add_tensors(parts, lambda adapter: adapter.dense, _sum_deltas),
         identifier=_common((a.identifier for a, _ in parts), ""),
         class_noun=_common((a.class_noun for a, _ in parts), ""),
         encoder=EncoderChange(
@@ -162,20 +167,31 @@ def _common(values: Iterable[str], otherwise: str) -> str:
     return distinct.pop() if len(distinct) == 1 else otherwise
 
 
-def _add_tensors(parts: Parts, of: _Shifts) -> dict[str, Tensor]:
+def _add_tensors(parts: Parts, of: _Shifts, add_up: Callable[[str, _Terms], Tensor] | None = None) -> dict[str, Tensor]:
     found: dict[str, list[tuple[Tensor, float]]] = {}
     for adapter, weight in parts:
         for layer, tensor in of(adapter).items():
             strength = layer_weight(weight, layer)
             if strength != 0:
                 found.setdefault(layer, []).append((tensor, strength))
-    return {layer: _sum(layer, terms) for layer, terms in found.items()}
+    return {layer: (add_up or _sum)(layer, terms) for layer, terms in found.items()}
 
 
-def _sum(layer: str, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+def _sum(layer: str, terms: _Terms) -> Tensor:
+    first, weight = terms[0]
+    return first if len(terms) == 1 and weight == 1 else _total(layer, terms).float()
+
+
+def _sum_deltas(layer: str, terms: _Terms) -> Tensor:
     first, weight = terms[0]
     if len(terms) == 1 and weight == 1:
         return first
+    total = _total(layer, terms)
+    return store_delta(total) if all(tensor.dtype is DENSE_DTYPE for tensor, _ in terms) else total.float()
+
+
+def _total(layer: str, terms: _Terms) -> Tensor:
+    first = terms[0][0]
     total = torch.zeros_like(first, dtype=torch.float64)
     for tensor, strength in terms:
         if tensor.shape != first.shape:
@@ -184,7 +200,7 @@ def _sum(layer: str, terms: Sequence[tuple[Tensor, float]]) -> Tensor:
                 f"{' x '.join(map(str, tensor.shape))} in another"
             )
         total += tensor.double() * strength
-    return total.float()
+    return total
 
 
 def _join_factors(parts: Parts, of: Callable[[Adapter], _Lowrank], max_rank: int) -> dict[str, LowRankFactors]:

@@ -132,6 +132,15 @@ def is_encoder_layer(name: str) -> bool:
     return name.partition(".")[0] in ENCODERS
 
 
+def is_text_side(name: str) -> bool:
+    """True for matrix layers of a UNet whose results are inputs of its graph, computed once per request.
+
+    Keys and values of cross-attention, and what SDXL adds to the time embedding for pooled text and sizes. Their full
+    deltas stand in `Adapter.kv`, never in `Adapter.dense`.
+    """
+    return name.endswith((".attn2.to_k", ".attn2.to_v")) or name.startswith("add_embedding.")
+
+
 def split_layers(parts: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]:
     """Return what belongs to layers of the UNet, and what to those of text encoders."""
     unet = {name: part for name, part in parts.items() if not is_encoder_layer(name)}

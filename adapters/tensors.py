@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,35 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A container in pieces: its header, then each tensor's bytes as they lie in memory, in the order of the file.
+
+    Nothing is copied but what is on another device or not contiguous, one tensor at a time: full deltas of Stable
+    Diffusion 1.x have 1.7 GB.
+    """
+
+    head: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.head) + sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        """Yield the pieces. The tensors must not change meanwhile."""
+        yield self.head
+        for tensor in self.tensors:
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a container of the tensors in one piece, as `pack_pieces` describes it."""
+    return b"".join(pack_pieces(tensors, metadata))
+
+
+def pack_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Packed:
     """Return a container of the tensors. Equal content gives equal bytes.
 
     Wider dtypes come first, so that every tensor stays aligned; then names in order.
@@ -45,9 +74,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         position = end
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % PREFIX)
-    parts = [len(text).to_bytes(PREFIX, "little"), text]
-    parts.extend(_to_bytes(tensors[name]) for name in order)
-    return b"".join(parts)
+    return Packed(len(text).to_bytes(PREFIX, "little") + text, tuple(tensors[name] for name in order))
 
 
 def read_tensor(file: io.BufferedIOBase, data_begin: int, entry: TensorEntry) -> Tensor:
@@ -74,7 +101,3 @@ def check_finite(name: str, tensor: Tensor) -> None:
         Reason.ADAPTER_NOT_FINITE,
         f"adapter file refused: tensor {name!r} is {float(tensor[place])} at {list(place)}; allowed: finite values",
     )
-
-
-def _to_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

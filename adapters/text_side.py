@@ -19,7 +19,7 @@ from hueshift.adapters.container import (
     unknown_tensor,
     wrong_shape,
 )
-from hueshift.adapters.layout import BaseLayout, MatrixLayer
+from hueshift.adapters.layout import BaseLayout, MatrixLayer, is_text_side
 from hueshift.adapters.words import check_word, checked_word
 
 if TYPE_CHECKING:
@@ -133,8 +133,9 @@ def check_text_side(
         return
     names = {f"{attention}.{side}" for attention in layout.cross_attentions for side in ("to_k", "to_v")}
     projections = {layer.name: layer for layer in layout.matrices if layer.name in names}
+    once = {layer.name: layer for layer in layout.matrices if is_text_side(layer.name)}
     for name, entry in plan.kv.items():
-        layer = _projection(entry, name, projections)
+        layer = _projection(entry, name, {**projections, **once})
         expect_shape(entry, (layer.rows, layer.cols))
     for word, parts in plan.gated.items():
         _check_gated(word, parts, projections)

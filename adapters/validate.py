@@ -18,7 +18,7 @@ from hueshift.adapters.container import (
     wrong_shape,
 )
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
-from hueshift.adapters.layout import BaseLayout, MatrixLayer
+from hueshift.adapters.layout import BaseLayout, MatrixLayer, is_encoder_layer, is_text_side
 from hueshift.adapters.text_side import (
     TEXT_SIDE_GROUPS,
     GatedNumbers,
@@ -40,6 +40,9 @@ FORMAT_TEXT_SIDE = "hueshift.adapter/2"
 FORMAT_ENCODER = "hueshift.adapter/3"
 """Files that change layers of the text encoder, under the names that layers of the UNet have otherwise."""
 
+FORMAT_DENSE = "hueshift.adapter/4"
+"""Files of the kind `dense`, with full deltas of weight matrices, beside anything that earlier versions know."""
+
 METADATA_KEY = "hueshift"
 _MIB = 1024 * 1024
 _METHOD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -47,7 +50,12 @@ _Layer = TypeVar("_Layer")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FIELDS = ("format", "kind", "base_hash", "method", "identifier", "scales")
 _FIELDS_OF_2 = (*_FIELDS, "class_noun", "mappers", "gated")
-_FIELDS_OF = {FORMAT: _FIELDS, FORMAT_TEXT_SIDE: _FIELDS_OF_2, FORMAT_ENCODER: _FIELDS_OF_2}
+_FIELDS_OF = {
+    FORMAT: _FIELDS,
+    FORMAT_TEXT_SIDE: _FIELDS_OF_2,
+    FORMAT_ENCODER: _FIELDS_OF_2,
+    FORMAT_DENSE: _FIELDS_OF_2,
+}
 # Tooling of the safetensors project adds {"format": "pt"}.
 _METADATA_KEYS = {METADATA_KEY, "format"}
 _GROUPS_OF_1 = {
@@ -60,12 +68,23 @@ _GROUPS = {
     AdapterKind.LOWRANK: ("lowrank", "norm", "tokens", *TEXT_SIDE_GROUPS),
     AdapterKind.TOKENS: ("tokens", "grid", "mapper"),
     AdapterKind.KV: ("tokens", *TEXT_SIDE_GROUPS),
+    AdapterKind.DENSE: ("dense", "spectral", "lowrank", "norm", "tokens", *TEXT_SIDE_GROUPS),
+}
+# Which kinds a version knows: a reader of that version has no others.
+_KINDS_OF = {
+    FORMAT: tuple(_GROUPS_OF_1),
+    FORMAT_TEXT_SIDE: tuple(kind for kind in AdapterKind if kind is not AdapterKind.DENSE),
+    FORMAT_ENCODER: tuple(kind for kind in AdapterKind if kind is not AdapterKind.DENSE),
+    FORMAT_DENSE: (AdapterKind.DENSE,),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class FileLimits:
-    """Caps of an adapter file. An SVDiff file of Stable Diffusion 1.x has 1.7 MB, 391 tensors and a 60 KB header."""
+    """Caps of an adapter file. An SVDiff file of Stable Diffusion 1.x has 1.7 MB, 391 tensors and a 60 KB header.
+
+    Full deltas of all its layers have 1.7 GB in fp16, more than `max_bytes` allows unless a server's setting says so.
+    """
 
     max_bytes: int = 256 * _MIB
     max_header_bytes: int = 8 * _MIB
@@ -79,6 +98,11 @@ class FileLimits:
     # NeTI has 1024 frequencies and two hidden layers of 128.
     max_mapper_width: int = 4096
     max_mapper_layers: int = 8
+
+    @property
+    def max_bytes_text(self) -> str:
+        """The cap in words, with the setting that a server takes it from."""
+        return f"{self.max_bytes} (setting limits.max_adapter_bytes)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +132,7 @@ class FilePlan:
     norm: dict[str, TensorEntry] = field(default_factory=dict)
     lowrank: dict[str, tuple[TensorEntry, TensorEntry]] = field(default_factory=dict)
     tokens: dict[str, TensorEntry] = field(default_factory=dict)
+    dense: dict[str, TensorEntry] = field(default_factory=dict)
     text_side: TextSidePlan = field(default_factory=TextSidePlan)
 
 
@@ -131,7 +156,7 @@ def read_adapter_header(container: ContainerHeader) -> AdapterHeader:
     if set(data) != set(fields):
         wrong = sorted(set(data) ^ set(fields))
         raise invalid(f"metadata fields must be exactly {list(fields)}; missing or unknown: {str(wrong)[:200]}")
-    kinds = [kind.value for kind in (_GROUPS_OF_1 if version == FORMAT else AdapterKind)]
+    kinds = [kind.value for kind in _KINDS_OF[version]]
     if not isinstance(data["kind"], str) or data["kind"] not in kinds:
         raise invalid(f"kind {show(data['kind'])} given; allowed: {kinds}")
     return AdapterHeader(
@@ -162,7 +187,7 @@ def plan_file(container: ContainerHeader, header: AdapterHeader, layout: BaseLay
         )
     matrices = {layer.name: layer for layer in layout.matrices}
     norms = {layer.name: layer.size for layer in layout.norms}
-    if header.format == FORMAT_ENCODER:
+    if header.format in (FORMAT_ENCODER, FORMAT_DENSE):
         matrices |= {layer.name: layer for layer in layout.encoder_matrices}
         norms |= {layer.name: layer.size for layer in layout.encoder_norms}
     plan = FilePlan(header)
@@ -178,6 +203,9 @@ def plan_file(container: ContainerHeader, header: AdapterHeader, layout: BaseLay
         elif group == "norm":
             expect_shape(entry, (_layer(entry, rest, norms),))
             plan.norm[rest] = entry
+        elif group == "dense":
+            _check_dense(entry, rest, matrices)
+            plan.dense[rest] = entry
         elif group == "tokens":
             plan.tokens[checked_word(entry, rest)] = entry
         elif group in TEXT_SIDE_GROUPS:
@@ -232,6 +260,15 @@ def _layer(entry: TensorEntry, layer: str, known: Mapping[str, _Layer]) -> _Laye
     if found is None:
         raise unknown_tensor(entry, f"the base model has no such layer {layer[:120]!r} of that kind")
     return found
+
+
+def _check_dense(entry: TensorEntry, name: str, matrices: Mapping[str, MatrixLayer]) -> None:
+    layer = _layer(entry, name, matrices)
+    if is_encoder_layer(name):
+        raise unknown_tensor(entry, "full deltas are of the UNet's layers; text encoders have spectral, norm, lowrank")
+    if is_text_side(name):
+        raise unknown_tensor(entry, f"full deltas of a layer of the text side are kept as 'kv/{name}'")
+    expect_shape(entry, (layer.rows, layer.cols))
 
 
 def _pair_factors(

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, AdapterKind, EncoderChange, GatedEdit, LowRankFactors, TokenMapper
 from hueshift.adapters.container import invalid
+from hueshift.adapters.dense_deltas import store_delta
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
 from hueshift.adapters.formats.compress import Product, compress, compress_product, product_norm
 from hueshift.adapters.formats.report import MAX_NAMED, ConvertedLayer, ImportReport, LeftOut, name_some
 from hueshift.adapters.formats.spelling import EncoderNames, LayerNames, Part, split_part
-from hueshift.adapters.layout import BaseLayout, MatrixLayer, is_encoder_layer, split_layers
+from hueshift.adapters.layout import BaseLayout, MatrixLayer, is_encoder_layer, is_text_side, split_layers
 from hueshift.adapters.text_parts import check_edit, check_text_parts
 from hueshift.adapters.validate import FileLimits
 from hueshift.adapters.words import check_word
@@ -60,14 +61,16 @@ class ImportOptions:
     """What the caller decides.
 
     `rank` is the largest rank of a layer; 0 keeps low-rank files as they are and brings all others to DEFAULT_RANK.
-    `word` names a learned embedding whose file does not. With `served`, low-rank layers that are not in it are left out
-    and reported. With `complete`, a file of which anything must be left out is refused.
+    With `dense`, which goes with rank 0 only, changes of the UNet that are not low-rank are kept whole instead. `word`
+    names a learned embedding whose file does not. With `served`, low-rank layers that are not in it are left out and
+    reported. With `complete`, a file of which anything must be left out is refused.
     """
 
     rank: int = 0
     word: str = ""
     served: Collection[str] | None = None
     complete: bool = False
+    dense: bool = False
 
 
 class Draft:
@@ -90,6 +93,7 @@ class Draft:
         self._grids: dict[str, Tensor] = {}
         self._mappers: dict[str, TokenMapper] = {}
         self._kv: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
         self._gated: dict[str, GatedEdit] = {}
         self._left_out: dict[str, list[str]] = {}
 
@@ -112,12 +116,18 @@ class Draft:
         self._lowrank[layer.name] = LowRankFactors(a, b, scale)
 
     def add_delta(self, layer: MatrixLayer, delta: Tensor, form: str) -> None:
-        """Add a change [rows, cols] of a matrix, brought to the wanted rank. A change of nothing is only counted."""
+        """Add a change [rows, cols] of a matrix: whole where that is asked for, else brought to the wanted rank.
+
+        A change of nothing is only counted.
+        """
         delta = delta.double()
         if not bool(torch.isfinite(delta).all()) or float(delta.abs().max()) > torch.finfo(torch.float32).max:
             raise _not_finite(layer.name)
         if not bool(delta.any()):
             self._count(ConvertedLayer(layer.name, form, 0, 0.0))
+            return
+        if self.options.dense and not is_encoder_layer(layer.name):
+            self._keep_whole(layer, delta, form)
             return
         self._put(layer, compress(delta, min(self.options.rank or DEFAULT_RANK, layer.rank)), 1.0, form)
 
@@ -200,7 +210,7 @@ class Draft:
                 "adapter file refused, as asked, because a part of it has no effect here: "
                 + "; ".join(f"{part.reason} ({name_some(self._left_out[part.reason])})" for part in left_out),
             )
-        if not (self._lowrank or self._norm or self._spectral or self._kv or self._gated or self._words):
+        if not (self._by_layer or self._gated or self._words):
             why = "; ".join(f"{reason} ({name_some(keys)})" for reason, keys in self._left_out.items())
             raise invalid(f"nothing of it has an effect here: {why or 'it changes nothing'}")
         order = {name: place for place, name in enumerate((*self.matrices, *self.norm_sizes))}
@@ -222,12 +232,19 @@ class Draft:
             kv=self._kv,
             gated=self._gated,
             encoder=EncoderChange(encoder_spectral, encoder_norm, encoder_lowrank),
+            dense=self._dense,
         )
         check_text_parts(adapter, self.base.layout, self.limits)
         return adapter, ImportReport(format_name, layers, self._words, left_out, tuple(self.notes))
 
     @property
+    def _by_layer(self) -> dict[str, object]:
+        return {**self._lowrank, **self._norm, **self._spectral, **self._kv, **self._dense}
+
+    @property
     def _kind(self) -> AdapterKind:
+        if self._dense:
+            return AdapterKind.DENSE
         if self._lowrank:
             return AdapterKind.LOWRANK
         if self._spectral or self._norm:
@@ -240,6 +257,13 @@ class Draft:
         known = self._words
         words = [word for word in known if not (word.endswith(NEGATIVE) and word.removesuffix(NEGATIVE) in known)]
         return words[0] if len(words) == 1 else ""
+
+    def _keep_whole(self, layer: MatrixLayer, delta: Tensor, form: str) -> None:
+        stored = store_delta(delta)
+        lost = float(torch.linalg.norm(delta - stored.double()))
+        self._count(ConvertedLayer(layer.name, form, 0, float(torch.linalg.norm(delta)), lost))
+        if bool(stored.any()):
+            (self._kv if is_text_side(layer.name) else self._dense)[layer.name] = stored
 
     def _put(self, layer: MatrixLayer, product: Product, scale: float, form: str) -> None:
         if not (bool(torch.isfinite(product.a).all()) and bool(torch.isfinite(product.b).all())):

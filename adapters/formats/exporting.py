@@ -66,5 +66,6 @@ def _refuse_text_side(adapter: Adapter, form: ExportForm, left: Leftovers) -> No
     if form is not ExportForm.KOHYA:
         encoder = adapter.encoder
         left.refuse("changes of the text encoder", [*encoder.spectral, *encoder.norm, *encoder.lowrank])
-    if form is not ExportForm.CUSTOM_DIFFUSION:
+        left.refuse("full deltas", adapter.dense, "; the kohya form holds them")
+    if form not in (ExportForm.CUSTOM_DIFFUSION, ExportForm.KOHYA):
         left.refuse("deltas of keys and values", adapter.kv)

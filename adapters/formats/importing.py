@@ -27,6 +27,7 @@ from hueshift.adapters.formats import (
 from hueshift.adapters.formats.detect import Format, detect
 from hueshift.adapters.formats.draft import Draft, ImportBase, ImportOptions
 from hueshift.adapters.formats.exports import BASE_HASH_KEY
+from hueshift.adapters.formats.lowering import lower_rank
 from hueshift.adapters.formats.report import ImportReport, name_some
 from hueshift.adapters.formats.source import ForeignFile
 from hueshift.adapters.validate import FileLimits
@@ -59,7 +60,9 @@ _UNSUPPORTED = {
 def import_adapter(
     data: bytes | Path, base: ImportBase, options: ImportOptions | None = None, limits: FileLimits | None = None
 ) -> tuple[Adapter, ImportReport | None]:
-    """Return the adapter in a file, and for files of other programs the report of its conversion.
+    """Return the adapter in a file, and the report of its conversion where there was one.
+
+    Files of other programs are converted, and our own that hold full deltas if a rank is asked for.
 
     Raises InvalidArgument as `read_adapter` does, naming the tensor, what it is and what is allowed;
     (ADAPTER_TENSOR_UNKNOWN) with the names that nothing here understands; FailedPrecondition (ADAPTER_BASE_MISMATCH)
@@ -68,11 +71,14 @@ def import_adapter(
     options, limits = options or ImportOptions(), limits or FileLimits()
     if not 0 <= options.rank <= limits.max_rank:
         raise InvalidArgument.for_field("rank", f"{options.rank} given; allowed: 0 to {limits.max_rank}")
+    if options.dense and options.rank:
+        raise InvalidArgument.for_field("dense", f"given with rank {options.rank}; allowed: one of them, or neither")
     with ForeignFile(data, limits) as source:
         found = detect(source.header)
         if found is not Format.HUESHIFT:
             return _convert(found, source, Draft(base, options, limits))
-    return read_adapter(data, base.layout, limits), None
+    adapter = read_adapter(data, base.layout, limits)
+    return lower_rank(adapter, base, options, limits) if options.rank and adapter.dense else (adapter, None)
 
 
 def _convert(found: Format, source: ForeignFile, draft: Draft) -> tuple[Adapter, ImportReport]:

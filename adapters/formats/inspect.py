@@ -14,7 +14,7 @@ from hueshift.adapters.layout import is_encoder_layer
 from hueshift.adapters.validate import AdapterHeader, FileLimits, read_adapter_header
 
 _START = 512
-_BY_LAYER = ("spectral", "norm", "lowrank", "kv")
+_BY_LAYER = ("spectral", "norm", "lowrank", "kv", "dense")
 # The tensor of a module that tells its rank, and on which side of it the rank stands.
 _RANK_TENSORS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"[._]lora_?\.?(?:A(?:\.[\w-]+)?|down|linear_layer\.down)\.weight$"), 0),
@@ -38,6 +38,7 @@ _FORMS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("words by layer or stage", re.compile(r"^grid/|^prospect\.|-0$")),
     ("mappers", re.compile(r"^mapper/.+/output_weight$|^(mapper\.)?output_layer\.0\.weight$")),
     ("key and value deltas", re.compile(r"^kv/")),
+    ("full deltas", re.compile(r"^dense/")),
     ("gated edits", re.compile(r"^gated/.+/target$|^target_input$")),
 )
 # Long texts of training programs (tag counts, bucket lists) say nothing about the adapter itself.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
+from hueshift.adapters.dense_deltas import with_product
 from hueshift.adapters.formats.draft import TEXT_ENCODER, Draft
 from hueshift.adapters.formats.exports import BASE_HASH_KEY, Leftovers
 from hueshift.adapters.formats.foreign_module import ForeignModule
@@ -45,13 +46,22 @@ def read(draft: Draft, source: ForeignFile) -> None:
 
 
 def write(adapter: Adapter, layout: BaseLayout, left: Leftovers) -> bytes:
-    """Write low-rank parts, norm shifts and words. alpha is scale * rank, as a kohya program divides it again."""
+    """Write low-rank parts, full deltas, norm shifts and words. alpha is scale * rank, as a kohya program divides it.
+
+    A module has one form: where a layer has a delta and a low-rank part, the `diff` is of both, in fp32.
+    """
     encoder, flat = adapter.encoder, _Flat(two_encoders=len(layout.token_parts) > 1)
     left.refuse("spectral shifts", [*adapter.spectral, *encoder.spectral])
     lowrank, norms = {**adapter.lowrank, **encoder.lowrank}, {**adapter.norm, **encoder.norm}
+    whole = {**adapter.dense, **adapter.kv}
     tensors: dict[str, Tensor] = {}
     for layer in (*layout.matrices, *layout.encoder_matrices):
-        if layer.name in lowrank:
+        if layer.name in whole:
+            delta = whole[layer.name]
+            if layer.name in lowrank:
+                delta = with_product(delta, lowrank[layer.name]).float()
+            tensors[f"{flat(layer.name)}.diff"] = delta.reshape(layer.weight_shape)
+        elif layer.name in lowrank:
             part, name = lowrank[layer.name], flat(layer.name)
             kernel = (1, 1) if layer.is_conv else ()
             tensors[f"{name}.lora_down.weight"] = part.a.reshape(part.rank, *layer.weight_shape[1:])
@@ -62,7 +72,7 @@ def write(adapter: Adapter, layout: BaseLayout, left: Leftovers) -> bytes:
     for word, vectors in adapter.tokens.items():
         tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors
     ranks = {part.rank for part in lowrank.values()}
-    metadata = {"ss_network_module": "lycoris.kohya" if norms else "networks.lora"}
+    metadata = {"ss_network_module": "lycoris.kohya" if norms or whole else "networks.lora"}
     if len(ranks) == 1:
         metadata["ss_network_dim"] = str(ranks.pop())
     return pack(tensors, {**metadata, BASE_HASH_KEY: adapter.base_hash})

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hueshift.adapters.container import ContainerHeader, TensorEntry, invalid
 from hueshift.adapters.errors import InvalidArgument, Reason
 
-_GROUPS = ("spectral", "norm", "tokens", "grid", "kv")
+_GROUPS = ("spectral", "norm", "tokens", "grid", "kv", "dense")
 _TYPES: Mapping[str, str] = {"F16": "<f2", "F32": "<f4", "BF16": "<u2"}
 
 

@@ -11,8 +11,8 @@ MAX_NAMED = 8
 class ConvertedLayer:
     """One layer. `form` is what the file held (lora, dora, loha, lokr, dense, norm, spectral).
 
-    `rank` is what is stored, 0 for shifts. `norm` is the Frobenius norm of the change that the file defines, `residual`
-    that of what was lost; it is 0 where the file's own values are kept.
+    `rank` is what is stored, 0 for shifts and full deltas. `norm` is the Frobenius norm of the change that the file
+    defines, `residual` that of what was lost; it is 0 where the file's own values are kept.
     """
 
     layer: str

@@ -40,7 +40,8 @@ class ForeignFile:
             self._file.seek(0)
             if size > limits.max_bytes:
                 raise InvalidArgument(
-                    Reason.UPLOAD_TOO_LARGE, f"the adapter file has {size} bytes; allowed: at most {limits.max_bytes}"
+                    Reason.UPLOAD_TOO_LARGE,
+                    f"the adapter file has {size} bytes; allowed: at most {limits.max_bytes_text}",
                 )
             length = header_length(self._file.read(_START), size, limits.max_header_bytes)
             self._file.seek(8)
