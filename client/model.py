@@ -45,6 +45,7 @@ class EngineCapacity:
     merged_slots: int
     buckets: tuple[int, ...]
     sizes: tuple[SizeCapacity, ...]
+    dense_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ def _read_capacity(message: pb.EngineCapacity) -> EngineCapacity:
         max_rows=message.max_rows,
         adapter_slots=message.adapter_slots,
         merged_slots=message.merged_slots,
+        dense_slots=message.dense_slots,
         buckets=tuple(message.buckets),
         sizes=tuple(SizeCapacity(size.width, size.height, size.rows) for size in message.sizes),
     )

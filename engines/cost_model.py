@@ -80,7 +80,8 @@ class CostTable:
 @dataclass(frozen=True, slots=True)
 class Member:
     """One picture of a batch: the slot of its mix, its UNet rows, the cheapest slab plan that can run it, the steps it
-    still takes. `mergeable` is False where its rows need several slots or guides.
+    still takes. `mergeable` is False where its rows need several slots or guides, and where it `needs` the merged plan,
+    whose weights are there then: pictures of one such slot share a call, and nobody else does.
     """
 
     slot: int
@@ -164,7 +165,7 @@ def choose(
         kept = Style(before.division, before.merged & merged)
         if cost(kept) * (1 - HYSTERESIS) <= cost(best):
             best = kept
-    together = table.ms(_highest(batch), sum(member.rows for member in batch), size)
+    together = sum(run.ms for run in arrange(table, size, batch, Style()))
     # The base's own weights are always there and take no weight slot; those in use now must not be overwritten.
     room = weight_slots - len(best.merged - {BASE_SLOT}) - len(merging)
     started = merged | merging
@@ -177,7 +178,8 @@ def arrange(table: CostTable, size: Size, batch: Sequence[Member], style: Style)
     calls: dict[tuple[Plan, int | None], list[int]] = {}
     rest: list[int] = []
     for number, member in enumerate(batch):
-        if member.mergeable and member.needs is not Plan.FULL and member.slot in style.merged:
+        optional = member.mergeable and member.needs is not Plan.FULL and member.slot in style.merged
+        if optional or member.needs is Plan.MERGED:
             calls.setdefault((Plan.MERGED, member.slot), []).append(number)
         else:
             rest.append(number)

@@ -6,6 +6,7 @@ which `captures` and `compiles` prove.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -27,6 +28,7 @@ from hueshift.engines.rows import RowLayout
 from hueshift.engines.run_ahead import RunAhead
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.whole_rows import check_whole, no_dense_deltas, only_slot
 
 _log = structlog.get_logger()
 
@@ -100,8 +102,18 @@ class CudaEngine:
 
     @property
     def weight_slots(self) -> int:
-        """Mixes whose weights it holds at a time."""
+        """Mixes whose weights it holds at a time, beside those that stay."""
+        return 0 if self._merged is None else self._merged.count - len(self._merged.kept)
+
+    @property
+    def dense_slots(self) -> int:
+        """Mixes with dense deltas that it holds at a time; see WholeWeightEngine. They take weight slots."""
         return 0 if self._merged is None else self._merged.count
+
+    @property
+    def dense(self) -> frozenset[int]:
+        """Slots that hold one now."""
+        return frozenset() if self._merged is None else self._merged.kept
 
     @property
     def merged(self) -> frozenset[int]:
@@ -119,11 +131,17 @@ class CudaEngine:
         return self._ahead.working
 
     def load_row(self, slot: int, row: EngineRow) -> None:
-        """Copy a row into a slot; see UNetEngine. The copy runs beside the steps: only its readers wait."""
+        """Copy a row into a slot; see UNetEngine. The copy runs beside the steps: only its readers wait.
+
+        One with dense deltas begins to write the slot's own weights, which stay until another row is loaded there.
+        Raises FailedPrecondition (PLAN_UNAVAILABLE) on such a row where there are no weight slots.
+        """
+        if row.dense is not None and self._merged is None:
+            raise no_dense_deltas(self.name)
         copies = self._copies
         # Steps that are queued may still read what the slot held.
         copies.after(self.lane.mark())
-        on_host = all(part is None or part.device.type == "cpu" for part in (row.spectral, row.lowrank))
+        on_host = all(part.device.type == "cpu" for part in row.tensors())
         with copies.apart() if on_host else copies.running():
             self._slabs.load(slot, row)
             self.networks.slot_weights.write(slot, self.row(slot))
@@ -131,6 +149,8 @@ class CudaEngine:
         self._branches[slot] = NO_BRANCH if row.lowrank is None else slot
         if self._merged is not None:
             self._merged.loaded(slot, arrived)
+            if row.dense is not None:
+                self._merged.keep(slot, replace(self.row(slot), dense=row.dense))
 
     def row(self, slot: int) -> EngineRow:
         """Views of what a slot holds."""
@@ -197,6 +217,7 @@ class CudaEngine:
         added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
+        check_whole(self, Plan.FULL, adapter_index)
         shape = self._shape(latents, adapter_index)
         out, mask = self._run(self.networks.full, shape, latents, timesteps, cross, adapter_index, added, guides)
         return out, mask
@@ -273,14 +294,14 @@ class CudaEngine:
 
     def _network(self, plan: Plan, adapter_index: Tensor) -> Network:
         if plan is Plan.MERGED and self._merged is not None:
-            slot = int(adapter_index[0])
-            if bool((adapter_index != slot).any()):
-                raise InvalidArgument.for_field("adapter_index", "rows of the merged plan must share one slot")
+            slot = only_slot(adapter_index)
             if slot == BASE_SLOT:
                 return self.networks.base
-            if slot in self.merged:
+            # Kept ones are waited for: no other plan can run their rows.
+            if slot in self.merged or slot in self._merged.kept:
                 return self.networks.merged(self._merged.use(slot))
             plan = Plan.FACTORED
+        check_whole(self, plan, adapter_index)
         return self.networks.of(plan)
 
     def _await_rows(self, adapter_index: Tensor) -> None:

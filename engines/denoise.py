@@ -10,7 +10,7 @@ from torch import Tensor
 from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.fused_update import fits, fused_update
-from hueshift.engines.interface import BASE_SLOT, Guides, Plan, UNetEngine
+from hueshift.engines.interface import BASE_SLOT, Guides, Plan, UNetEngine, dense_in
 from hueshift.engines.samplers import SamplerTable
 from hueshift.engines.transfer import to_device
 
@@ -103,8 +103,11 @@ def start_sample(
 def choose_plan(engine: UNetEngine, samples: Sequence[Sample]) -> Plan:
     """The cheapest plan of the engine that can run all samples together.
 
-    Raises FailedPrecondition (PLAN_UNAVAILABLE) if a sample needs the full plan and the engine has none.
+    Those of a slot with dense deltas are together already (whole_rows.divide). Raises FailedPrecondition
+    (PLAN_UNAVAILABLE) if a sample needs the full plan and the engine has none.
     """
+    if samples[0].slot in dense_in(engine):
+        return Plan.MERGED
     if any(sample.lag is not None or sample.reference is not None for sample in samples):
         if Plan.FULL not in engine.plans:
             raise FailedPrecondition(

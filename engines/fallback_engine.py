@@ -8,7 +8,17 @@ import structlog
 from torch import Tensor
 
 from hueshift.engines.device_errors import NoEngineError, release_memory
-from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, MeasuredEngine, Plan, RunsAhead, UNetEngine
+from hueshift.engines.interface import (
+    BASE_SLOT,
+    EngineRow,
+    Guides,
+    MeasuredEngine,
+    Plan,
+    RunsAhead,
+    UNetEngine,
+    dense_in,
+    dense_slots,
+)
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.tensorrt_engine import TensorRtEngine
@@ -80,6 +90,18 @@ class FallbackEngine:
         """UNet rows of one call that fit, by latent size; empty as well."""
         engine = self._present
         return engine.capacity if isinstance(engine, MeasuredEngine) else {}
+
+    @property
+    def dense_slots(self) -> int:
+        """Mixes with dense deltas that the engine which serves now holds at a time; see WholeWeightEngine."""
+        engine = self._present
+        return 0 if engine is None else dense_slots(engine)
+
+    @property
+    def dense(self) -> frozenset[int]:
+        """Slots that hold one."""
+        engine = self._present
+        return frozenset() if engine is None else dense_in(engine)
 
     @property
     def working(self) -> bool:
@@ -166,7 +188,7 @@ class FallbackEngine:
 
 def _on_host(row: EngineRow) -> EngineRow:
     """A copy of a row outside of the device's memory."""
-    return EngineRow(*(None if part is None else part.to("cpu", copy=True) for part in (row.spectral, row.lowrank)))
+    return row.each(lambda part: part.to("cpu", copy=True))
 
 
 def report_fallback(error: TensorRtError, on_fallback: OnFallback) -> None:

@@ -5,7 +5,7 @@ engine already owns: the compiled graph takes the slabs as inputs, so nothing is
 samples stay as they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -53,15 +53,18 @@ class Guides:
 
 @dataclass(frozen=True, slots=True)
 class EngineRow:
-    """One adapter mix as the flat fp32 vectors an engine reads.
+    """One adapter mix as an engine reads it: flat fp32 vectors, and whole deltas where it has any.
 
     `spectral` [spectral_size] holds *effective* values, relu(sigma + delta) for each matrix and w + shift for each
     norm; None means the base's own. `lowrank` [lowrank_size] holds A and B of every target with scale and weight
-    folded into B; None means zeros. The layout of both is `engines.rows.RowLayout`.
+    folded into B; None means zeros. The layout of both is `engines.rows.RowLayout`. `dense` has deltas [rows, cols] of
+    weight matrices by layer with weights folded in, any float dtype; layers that are missing are unchanged. None means
+    none: most mixes have none, and one that has runs under Plan.MERGED alone (see WholeWeightEngine).
     """
 
     spectral: Tensor | None = None
     lowrank: Tensor | None = None
+    dense: Mapping[str, Tensor] | None = None
 
     @property
     def needs_factored(self) -> bool:
@@ -69,9 +72,25 @@ class EngineRow:
         return self.spectral is not None
 
     @property
+    def needs_weights(self) -> bool:
+        """True if it takes weights of its own."""
+        return self.dense is not None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of both vectors."""
-        return sum(t.numel() * t.element_size() for t in (self.spectral, self.lowrank) if t is not None)
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them."""
+        yield from (part for part in (self.spectral, self.lowrank) if part is not None)
+        yield from (self.dense or {}).values()
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "EngineRow":
+        """The same with every tensor changed: moved, copied, page-locked."""
+        spectral, lowrank = (None if part is None else change(part) for part in (self.spectral, self.lowrank))
+        dense = None if self.dense is None else {name: change(delta) for name, delta in self.dense.items()}
+        return EngineRow(spectral, lowrank, dense)
 
 
 def no_guides(cross: Tensor) -> Guides:
@@ -203,3 +222,31 @@ class MergingEngine(UNetEngine, Protocol):
         InvalidArgument on a slot that does not exist.
         """
         ...
+
+
+@runtime_checkable
+class WholeWeightEngine(Protocol):
+    """An engine that serves mixes with dense deltas, each from weights of its own.
+
+    Rows of such a slot run under Plan.MERGED, which then need not be among `plans`, in calls that name no other slot.
+    """
+
+    @property
+    def dense_slots(self) -> int:
+        """Such mixes it holds at a time; 0: it serves none."""
+        ...
+
+    @property
+    def dense(self) -> frozenset[int]:
+        """Slots that hold one now."""
+        ...
+
+
+def dense_slots(engine: UNetEngine) -> int:
+    """Mixes with dense deltas that any engine holds at a time."""
+    return engine.dense_slots if isinstance(engine, WholeWeightEngine) else 0
+
+
+def dense_in(engine: UNetEngine) -> frozenset[int]:
+    """Slots of any engine that hold such a mix."""
+    return engine.dense if isinstance(engine, WholeWeightEngine) else frozenset()

@@ -55,6 +55,8 @@ class MergedSlots:
         self._held: OrderedDict[int, WeightSlot] = OrderedDict()
         self._free: list[WeightSlot] = []
         self._loaded: dict[int, Mark] = {}
+        # Slots whose weights stay until another row is loaded there: nothing else can serve them.
+        self._kept: set[int] = set()
         weights = dict(pristine.named_parameters())
         writer: WeightWriter | None = None
         for number, network in enumerate(networks):
@@ -72,6 +74,11 @@ class MergedSlots:
         return [*self._free, *self._held.values()]
 
     @property
+    def kept(self) -> frozenset[int]:
+        """Slots whose weights stay whatever is merged."""
+        return frozenset(self._kept)
+
+    @property
     def ready(self) -> frozenset[int]:
         """Slots whose weights are written."""
         return frozenset(slot for slot, held in self._held.items() if held.written is not None and held.written.done())
@@ -81,16 +88,30 @@ class MergedSlots:
         """Slots whose weights are being written."""
         return frozenset(self._held) - self.ready
 
+    def keep(self, slot: int, row: EngineRow) -> None:
+        """Begin to write the weights of `row`, which `slot` holds, and keep them until another is loaded there.
+
+        Raises RuntimeError if all copies are kept for others.
+        """
+        self.merge(slot, row)
+        if slot not in self._held:
+            raise RuntimeError(f"all {self.count} copies of the weights are kept for slots {sorted(self._kept)}")
+        self._kept.add(slot)
+
     def merge(self, slot: int, row: EngineRow) -> None:
         """Begin to write the weights of `row`, which `slot` holds.
 
-        If they are written or being written this only counts as a use, so that others make room first.
+        If they are written or being written this only counts as a use, so that others make room first. Where all
+        copies are kept for others it does nothing.
         """
         if slot in self._held:
             self._held.move_to_end(slot)
             return
         if not self._free:
-            _, evicted = self._held.popitem(last=False)
+            oldest = next((held for held in self._held if held not in self._kept), None)
+            if oldest is None:
+                return
+            evicted = self._held.pop(oldest)
             evicted.slot = evicted.written = None
             self._free.append(evicted)
         # It stays free until all is queued: a write that fails must not take the place away for good.
@@ -127,6 +148,7 @@ class MergedSlots:
     def loaded(self, slot: int, arrived: Mark) -> None:
         """The row of a slot was replaced, from `arrived` on: its merged weights are of no use any more."""
         self._loaded[slot] = arrived
+        self._kept.discard(slot)
         held = self._held.pop(slot, None)
         if held is not None:
             if held.written is not None:
@@ -136,7 +158,10 @@ class MergedSlots:
             self._free.append(held)
 
     def _writing(self, writer: WeightWriter, *, capture: bool) -> Callable[[EngineRow], None]:
-        """A function that writes a row: the copy of the row, then the launches, as one graph where it can be."""
+        """A function that writes a row: the copy of the row, then the launches, as one graph where it can be.
+
+        Whole deltas are added after it, layer by layer: 1.7 GB of SD1.5 come from the host meanwhile.
+        """
         launch: Work = writer.launch
         if capture:
             # The tables and the weights were written on the lane that this runs in.
@@ -148,6 +173,7 @@ class MergedSlots:
         def write(row: EngineRow) -> None:
             writer.take(row)
             launch()
+            writer.add(row.dense or {})
 
         return write
 

@@ -83,7 +83,7 @@ class WeightWriter:
             self._one = torch.ones(1, device=device)
         else:
             self._row, self._lowrank, self._one = like._row, like._lowrank, like._one
-        places = {matrix.name: matrix for matrix in matrices}
+        places = self._places = {matrix.name: matrix for matrix in matrices}
         self._branches = [
             _make_branch(target, places[target.name].is_transposed, device, dtype)
             for target in rows.targets
@@ -108,6 +108,18 @@ class WeightWriter:
             raise ValueError("a merge takes both parts of a row, as the slabs hold them")
         self._row[0].copy_(row.spectral, non_blocking=True)
         self._lowrank.copy_(row.lowrank, non_blocking=True)
+
+    def add(self, deltas: Mapping[str, Tensor]) -> None:
+        """Queue the sum of whole deltas [rows, cols] by layer onto what `launch` wrote; in fp32, rounded once more.
+
+        Raises KeyError on a layer that is not written.
+        """
+        for name, delta in deltas.items():
+            matrix = self._places[name]
+            out = matrix.layer.out
+            change = delta.to(out.device, non_blocking=True).float()
+            change = change.t() if matrix.is_transposed else change
+            out.copy_(out.float() + change.reshape(out.shape))
 
     def launch(self) -> None:
         """Queue W' of the row that was taken. Allocates nothing, so it can be captured in a graph and replayed."""

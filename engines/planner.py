@@ -7,7 +7,7 @@ import structlog
 from hueshift.engines.cost_model import Backlog, CostTable, Decision, Member, Size, Style, choose
 from hueshift.engines.denoise import Sample
 from hueshift.engines.device_errors import Fault, classify
-from hueshift.engines.interface import MergingEngine, Plan, UNetEngine
+from hueshift.engines.interface import MergingEngine, Plan, UNetEngine, dense_in
 
 _log = structlog.get_logger()
 
@@ -22,7 +22,7 @@ class Planner:
         self.capacity = dict(capacity or {})
         self._engine = engine
         self._table = table
-        self._merging = engine if isinstance(engine, MergingEngine) and engine.weight_slots else None
+        self._merging = engine if isinstance(engine, MergingEngine) and Plan.MERGED in engine.plans else None
         self._before: dict[Size, Style] = {}
 
     def decide(self, samples: Sequence[Sample], waiting: Mapping[int, int]) -> Decision:
@@ -69,9 +69,11 @@ def members_of(engine: UNetEngine, samples: Sequence[Sample]) -> list[Member]:
 
 
 def _member(engine: UNetEngine, sample: Sample, is_reference: bool) -> Member:
+    left = sample.table.steps - sample.step
+    if sample.slot in dense_in(engine):
+        return Member(sample.slot, sample.rows, Plan.MERGED, left, mergeable=False)
     guided = sample.lag is not None or sample.reference is not None or is_reference
     factored = any(part.needs_factored for part in sample.parts) or Plan.DENSE not in engine.plans
     needs = Plan.FULL if guided else Plan.FACTORED if factored else Plan.DENSE
     one_slot = len({part.slot for part in sample.parts}) == 1
-    left = sample.table.steps - sample.step
     return Member(sample.slot, sample.rows, needs, left, mergeable=one_slot and not guided)

@@ -11,18 +11,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hueshift.adapters.errors import Reason, ResourceExhausted
-from hueshift.engines.interface import BASE_SLOT, EngineRow, UNetEngine
+from hueshift.engines.interface import BASE_SLOT, EngineRow, UNetEngine, dense_slots
 from hueshift.engines.mixes import Mix
 from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.residency_tiers import ResidencyObserver, Tier
 from hueshift.engines.text_side import TextSide
+from hueshift.engines.whole_rows import no_dense_deltas
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedMix:
     """A mix ready to enter a slot. `row` is None for the base, and for a mix that was in a slot already.
 
-    `text` is what its adapters teach the text side. `seconds` is what loading and composing took.
+    `needs_weights` as EngineRow's. `text` is what its adapters teach the text side. `seconds` is what loading and
+    composing took.
     """
 
     mix: Mix
@@ -30,6 +32,7 @@ class PreparedMix:
     needs_factored: bool = False
     text: TextSide = field(default_factory=TextSide)
     seconds: float = 0.0
+    needs_weights: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -38,9 +41,15 @@ class _Resident:
     nbytes: int
     needs_factored: bool
     text: TextSide
+    needs_weights: bool = False
     uses: int = 0
     pinned: bool = False
     doomed: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """True if it must stay."""
+        return self.uses > 0 or self.pinned
 
 
 class SlotCache:
@@ -65,8 +74,9 @@ class SlotCache:
     def prepare(self, mix: Mix) -> PreparedMix:
         """Load and compose what `mix` needs; free of cost for the base and for a mix in a slot.
 
-        Raises what loading raises, what RowLayout.compose raises, and InvalidArgument (ADAPTERS_INCOMPATIBLE) when two
-        adapters learned the same word.
+        Raises what loading raises, what RowLayout.compose raises, InvalidArgument (ADAPTERS_INCOMPATIBLE) when two
+        adapters learned the same word, and FailedPrecondition (PLAN_UNAVAILABLE) for dense deltas that the engine does
+        not serve.
         """
         if not mix:
             return PreparedMix(mix)
@@ -74,11 +84,14 @@ class SlotCache:
             held = self._held.get(mix)
         self._observer.looked_up(Tier.SLOT, hit=held is not None)
         if held is not None:
-            return PreparedMix(mix, None, held.needs_factored, held.text)
+            return PreparedMix(mix, None, held.needs_factored, held.text, needs_weights=held.needs_weights)
         begin = time.perf_counter()
         composed = self._rows.get(mix)
         seconds = time.perf_counter() - begin
-        return PreparedMix(mix, composed.row, composed.row.needs_factored, composed.text, seconds)
+        row = composed.row
+        if row.needs_weights and not dense_slots(self._engine):
+            raise no_dense_deltas(self._engine.name)
+        return PreparedMix(mix, row, row.needs_factored, composed.text, seconds, row.needs_weights)
 
     def at_hand(self, mix: Mix) -> bool:
         """True if `prepare` would find all that it needs in memory, composed."""
@@ -102,6 +115,8 @@ class SlotCache:
             return BASE_SLOT
         held = self._held.get(prepared.mix)
         if held is None:
+            if prepared.needs_weights and not self._find_weights():
+                return None
             slot = self._find_slot()
             if slot is None or prepared.row is None:
                 return None
@@ -110,6 +125,13 @@ class SlotCache:
         with self._lock:
             self._held.move_to_end(prepared.mix)
         return held.slot
+
+    def lacks_weights(self, prepared: Sequence[PreparedMix]) -> bool:
+        """True if one of the mixes needs weights of its own, and all that the engine has are in use or pinned."""
+        whole = self._whole()
+        if len(whole) < dense_slots(self._engine) or not all(self._held[mix].busy for mix in whole):
+            return False
+        return any(one.needs_weights and one.mix not in self._held for one in prepared)
 
     def acquire_all(self, prepared: Sequence[PreparedMix]) -> list[int] | None:
         """Return a slot for each mix, all in use until released one by one; or None, and then none is in use.
@@ -160,6 +182,13 @@ class SlotCache:
                 f"all but one of the engine's {self._engine.slots - 1} adapter slots are pinned; unpin an adapter, or "
                 "raise the setting engine.slots",
             )
+        whole = sum(held.pinned and held.needs_weights for held in self._held.values())
+        if newly and prepared.needs_weights and 1 + whole >= dense_slots(self._engine):
+            raise ResourceExhausted(
+                Reason.SLOTS_EXHAUSTED,
+                f"the adapter changes whole weights, of which the engine holds {dense_slots(self._engine)} at a time: "
+                "with it pinned there would be none left for others; leave it unpinned, or raise engine.merged_slots",
+            )
         if self.acquire(prepared) is None:
             raise ResourceExhausted(
                 Reason.SLOTS_EXHAUSTED,
@@ -203,18 +232,32 @@ class SlotCache:
 
     def _find_slot(self) -> int | None:
         if not self._free:
-            idle = next((mix for mix, r in self._held.items() if r.uses == 0 and not r.pinned), None)
+            idle = next((mix for mix, held in self._held.items() if not held.busy), None)
             if idle is None:
                 return None
             self._evict(idle)
         return self._free[-1]
+
+    def _find_weights(self) -> bool:
+        """Make room for one more mix with weights of its own; False while all that there is room for are in use."""
+        whole = self._whole()
+        if len(whole) < dense_slots(self._engine):
+            return True
+        idle = next((mix for mix in whole if not self._held[mix].busy), None)
+        if idle is not None:
+            self._evict(idle)
+        return idle is not None
+
+    def _whole(self) -> list[Mix]:
+        return [mix for mix, held in self._held.items() if held.needs_weights]
 
     def _bring_in(self, slot: int, prepared: PreparedMix, row: EngineRow) -> _Resident:
         begin = time.perf_counter()
         # The slot stays on the free list until the copy is made, so that a row the engine refuses costs no slot.
         self._engine.load_row(slot, row)
         self._observer.loaded(Tier.SLOT, time.perf_counter() - begin)
-        held = _Resident(slot, row.nbytes + prepared.text.nbytes, prepared.needs_factored, prepared.text)
+        nbytes = row.nbytes + prepared.text.nbytes
+        held = _Resident(slot, nbytes, prepared.needs_factored, prepared.text, prepared.needs_weights)
         with self._lock:
             self._free.pop()
             self._held[prepared.mix] = held
@@ -224,8 +267,12 @@ class SlotCache:
 
     def _evict(self, mix: Mix) -> None:
         with self._lock:
-            self._free.append(self._held.pop(mix).slot)
+            held = self._held.pop(mix)
+            self._free.append(held.slot)
             self._holders -= Counter(content_hash for content_hash, _ in mix)
+        if held.needs_weights:
+            # The engine keeps its weights until the slot holds another row.
+            self._engine.load_row(held.slot, EngineRow())
         self._observer.evicted(Tier.SLOT)
         self._tell()
 

@@ -76,5 +76,5 @@ class RowCache(FlightCache[Mix, ComposedMix]):
         weighted = [(self._host.get(content_hash), weight) for content_hash, weight in mix]
         row = self._rows.compose(weighted, self._factors, self._norms)
         if self._pinned:
-            row = EngineRow(*(None if part is None else part.pin_memory() for part in (row.spectral, row.lowrank)))
+            row = row.each(Tensor.pin_memory)
         return ComposedMix(row, compose_text_side(weighted, self._factors))

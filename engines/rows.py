@@ -63,6 +63,7 @@ class RowLayout:
     targets: tuple[LowRankTarget, ...] = field(init=False)
     lowrank_size: int = field(init=False)
     _sizes: dict[str, int] = field(init=False, repr=False, compare=False)
+    _shapes: dict[str, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Find the target layers and lay them out in module order."""
@@ -82,6 +83,7 @@ class RowLayout:
         object.__setattr__(self, "lowrank_size", position)
         # Asked of the layout's layers for every mix, these would take longer than the sums.
         object.__setattr__(self, "_sizes", {name: end - begin for name, begin, end in self.layout.spans()})
+        object.__setattr__(self, "_shapes", {layer.name: (layer.rows, layer.cols) for layer in self.layout.matrices})
 
     @property
     def spectral_size(self) -> int:
@@ -123,7 +125,8 @@ class RowLayout:
 
         Spectral: relu(sigma + sum_k w_k delta_k), and w + sum_k w_k shift_k for norms (Han et al. 2023, sections 3.2
         and 3.4), where w_k may differ by block. Low rank: ranks are concatenated, and w_k times the adapter's scale is
-        folded into B. A part that no adapter touches is None, so that such a row also runs under the dense plan.
+        folded into B. Dense: sum_k w_k delta_k. A part that no adapter touches is None, so that such a row also runs
+        under the dense plan.
         `norms` are the base's norm weights.
 
         Raises FailedPrecondition (ADAPTER_BASE_MISMATCH), or InvalidArgument (ADAPTER_TENSOR_UNKNOWN,
@@ -137,6 +140,7 @@ class RowLayout:
         return EngineRow(
             spectral=self._compose_spectral(mix, factors, norms) if spectral else None,
             lowrank=self._compose_lowrank(mix) if lowrank else None,
+            dense=self._compose_dense(mix) if any(adapter.dense for adapter, _ in mix) else None,
         )
 
     def _check(self, adapter: Adapter, weight: Weight) -> None:
@@ -164,6 +168,31 @@ class RowLayout:
                     places[name] += layer_weight(weight, name) * shift.float()
         row[: layout.sigma_size].clamp_(min=0)
         return row
+
+    def _compose_dense(self, mix: Mix) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for adapter, weight in mix:
+            for name, delta in adapter.dense.items():
+                self._check_delta(name, delta)
+                strength = layer_weight(weight, name)
+                if strength == 0:
+                    continue
+                # An adapter alone at full weight is 1.7 GB for SD1.5 that need not be copied.
+                part = delta if strength == 1 else (delta.float() * strength).to(delta.dtype)
+                before = found.get(name)
+                found[name] = part if before is None else (before.float() + part.float()).to(part.dtype)
+        return found
+
+    def _check_delta(self, name: str, delta: Tensor) -> None:
+        shape = self._shapes.get(name)
+        if shape is None or is_text_side(name):
+            raise InvalidArgument(
+                Reason.ADAPTER_TENSOR_UNKNOWN, f"the base model has no matrix {name!r} that takes a whole delta"
+            )
+        if tuple(delta.shape) != shape:
+            raise InvalidArgument(
+                Reason.ADAPTER_SHAPE_MISMATCH, f"{name}: a delta of shape {tuple(delta.shape)}, expected {shape}"
+            )
 
     def _counts(self, layer: str) -> bool:
         return self.text_side or not is_text_side(layer)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
+from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.adapted_unet import AdaptedUNet
 from hueshift.engines.added_embedding import added_width
 from hueshift.engines.base_model import BaseModel
@@ -13,6 +15,7 @@ from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan, no_gu
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.slabs import Slabs
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.engines.whole_rows import check_whole, only_slot, whole_weights
 
 
 class TorchEngine:
@@ -46,15 +49,35 @@ class TorchEngine:
         self._unets = {
             plan: AdaptedUNet(base, factors, rows, plan).to(device=device, dtype=self._dtype) for plan in self.plans
         }
+        # Weights of slots with dense deltas by the dense plan's names; all others are the base's.
+        self._whole: dict[int, dict[str, Tensor]] = {}
 
     @property
     def slots(self) -> int:
         """Slots in all, the base's own included."""
         return self._slabs.slots
 
+    @property
+    def dense_slots(self) -> int:
+        """Mixes with dense deltas that it holds at a time: as many as there are slots; see WholeWeightEngine."""
+        return self.slots - 1
+
+    @property
+    def dense(self) -> frozenset[int]:
+        """Slots that hold one now."""
+        return frozenset(self._whole)
+
     def load_row(self, slot: int, row: EngineRow) -> None:
-        """Copy a row into a slot; see UNetEngine."""
+        """Copy a row into a slot; see UNetEngine. One with dense deltas puts weights of its own together."""
         self._slabs.load(slot, row)
+        self._whole.pop(slot, None)
+        if row.dense is not None:
+            base = {
+                name.removeprefix("unet.").removesuffix(".weight"): weight.detach()
+                for name, weight in self._unets[Plan.DENSE].named_parameters()
+            }
+            whole = whole_weights(row, base, self.rows, self.factors)
+            self._whole[slot] = {f"unet.{name}.weight": weight for name, weight in whole.items()}
 
     def denoise(
         self,
@@ -70,11 +93,23 @@ class TorchEngine:
             guides = no_guides(cross)
             return self.denoise_guided(latents, timesteps, cross, adapter_index, guides, added)[0]
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
+        check_whole(self, plan, adapter_index)
+        weights: dict[str, Tensor] = {}
+        if plan is Plan.MERGED:
+            plan, weights = Plan.DENSE, self._weights_of(only_slot(adapter_index))
         spectral = self._slabs.spectral if plan is Plan.FACTORED else None
         inputs = self._placed(latents, timesteps, cross, adapter_index)
+        given = (*inputs, spectral, self._slabs.lowrank, self._place_added(added))
         with torch.no_grad():
-            out: Tensor = self._unets[plan](*inputs, spectral, self._slabs.lowrank, self._place_added(added))
+            out: Tensor = functional_call(self._unets[plan], weights, given)
         return out.to(latents.device, torch.float32)
+
+    def _weights_of(self, slot: int) -> dict[str, Tensor]:
+        if slot not in self._whole:
+            raise InvalidArgument.for_field(
+                "adapter_index", f"slot {slot} has no weights of its own: only rows with dense deltas run merged here"
+            )
+        return self._whole[slot]
 
     def denoise_guided(
         self,
@@ -87,6 +122,7 @@ class TorchEngine:
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
+        check_whole(self, Plan.FULL, adapter_index)
         inputs = self._placed(latents, timesteps, cross, adapter_index)
         placed = Guides(*(part.to(self._device) for part in (guides.lag, guides.lag_source, guides.reference)))
         with torch.no_grad():

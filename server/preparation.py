@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.conditioning import Conditioner, CrossInputs
 from hueshift.engines.mixes import Mix
 from hueshift.engines.noise_schedule import NoiseSchedule
@@ -102,14 +103,16 @@ class Preparation:
     def prepare(self, request: GenerationRequest, mixes: Sequence[Mix]) -> Prepared:
         """Prepare one request, whose own mix comes first in `mixes`, then those of its regions.
 
-        Raises what loading its adapters, its words or its sampler raise, and InvalidArgument on words that LAG sampling
-        needs and the prompt lacks.
+        Raises what loading its adapters, its words or its sampler raise, InvalidArgument on words that LAG sampling
+        needs and the prompt lacks, and FailedPrecondition (PLAN_UNAVAILABLE) where an adapter with dense deltas meets
+        what runs under another plan.
         """
         skipped = 0 if request.start is None else first_step(request.steps, request.start.strength)
         table = make_table(self._schedule, request.sampler, request.steps, request.eta, skipped)
         timesteps = table.timesteps.tolist()
         begin = self._clock.monotonic()
         rows = tuple(self._slots.prepare(mix) for mix in mixes)
+        _check_whole(request, rows)
         words = self._lag_words(request, mixes[0])
         loaded = self._clock.monotonic()
         with self._turns:
@@ -183,3 +186,18 @@ class Preparation:
 
 def _prompts(request: GenerationRequest, prompt: str) -> tuple[str, ...]:
     return (request.negative_prompt, prompt) if request.guided else (prompt,)
+
+
+def _check_whole(request: GenerationRequest, mixes: Sequence[PreparedMix]) -> None:
+    asked = {
+        "lag": request.lag is not None,
+        "shared_attention": request.shared_attention,
+        "regions": bool(request.regions),
+    }
+    names = [name for name, given in asked.items() if given]
+    if names and any(mix.needs_weights for mix in mixes):
+        raise FailedPrecondition(
+            Reason.PLAN_UNAVAILABLE,
+            f"{' and '.join(names)}: not together with an adapter that changes whole weights (dense deltas), which "
+            "runs in calls of its own; leave it out, or use an adapter of low rank",
+        )

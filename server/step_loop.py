@@ -176,13 +176,13 @@ class StepLoop:
         # Who is next but does not fit holds up those behind it that want the same, or it would wait for ever.
         closed = self._decoder.backlog >= 2 * self._engine.max_batch
         full: set[Size] = set()
-        slots_out = False
+        slots_out = weights_out = False
 
         def fits(ticket: Ticket) -> bool:
             nonlocal closed
             if closed or ticket.prepared is None or ticket.size in full or (slots_out and any(ticket.mixes)):
                 return False
-            if waits_for_inversion(ticket):
+            if waits_for_inversion(ticket) or (weights_out and any(mix.needs_weights for mix in ticket.prepared.mixes)):
                 return False
             rows = ticket.request.rows * ticket.request.together
             closed = not self._batch.fits(rows)
@@ -192,7 +192,10 @@ class StepLoop:
 
         while (ticket := self._queue.first(fits)) is not None:
             try:
-                slots_out = not self._place(ticket) or slots_out
+                if not self._place(ticket):
+                    # Weights of their own hold up those that need some; all others go on.
+                    lacking = ticket.prepared is not None and self._slots.lacks_weights(ticket.prepared.mixes)
+                    weights_out, slots_out = weights_out or lacking, slots_out or not lacking
             except Exception as error:  # The engine refused the row: it belongs to this request alone.
                 self._watch.heard(error)
                 self._log.error("row refused", request_id=ticket.request.request_id, exc_info=error)

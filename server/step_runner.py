@@ -12,6 +12,7 @@ from hueshift.engines.denoise import advance, choose_plan
 from hueshift.engines.device_errors import Fault, classify, release_memory
 from hueshift.engines.interface import MeasuredEngine, Plan, UNetEngine
 from hueshift.engines.planner import Planner
+from hueshift.engines.whole_rows import divide
 from hueshift.server.clock import Clock
 from hueshift.server.metrics import Metrics
 from hueshift.server.pace import Size
@@ -121,7 +122,8 @@ class StepRunner:
     ) -> Iterator[tuple[Plan | None, list[Running]]]:
         self._follow()
         if self._planner is None:
-            yield None, list(chosen)
+            for numbers in divide(self._engine, [running.sample.slot for running in chosen]):
+                yield None, [chosen[number] for number in numbers]
             return
         decision = self._planner.decide([running.sample for running in chosen], waiting)
         if len(decision.runs) > 1:

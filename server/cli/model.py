@@ -60,6 +60,7 @@ def _capacity_facts(capacity: "EngineCapacity | None") -> dict[str, str | None]:
     if capacity is None:
         return {}
     merged = f", {capacity.merged_slots} merged into weights" if capacity.merged_slots else ""
+    merged += f", {capacity.dense_slots} with dense deltas" if capacity.dense_slots else ""
     filled = f", filled up to {', '.join(map(str, capacity.buckets))}" if capacity.buckets else ""
     sizes = (f"{size.rows} at {size.width}x{size.height}" for size in capacity.sizes)
     return {

@@ -8,7 +8,7 @@ import grpc
 
 from hueshift.adapters.errors import Reason
 from hueshift.engines.base_model import BaseModel
-from hueshift.engines.interface import MeasuredEngine, MergingEngine, Plan, UNetEngine
+from hueshift.engines.interface import MeasuredEngine, MergingEngine, Plan, UNetEngine, dense_slots
 from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS
 from hueshift.server.rpc.finetune_settings import write_settings
 from hueshift.server.rpc.finetune_targets import served_targets
@@ -100,6 +100,7 @@ def describe_capacity(engine: UNetEngine, latent_factor: int) -> model_pb2.Engin
         max_rows=engine.max_batch,
         adapter_slots=engine.slots - 1,
         merged_slots=engine.weight_slots if isinstance(engine, MergingEngine) else 0,
+        dense_slots=dense_slots(engine),
     )
     if isinstance(engine, MeasuredEngine):
         capacity.buckets.extend(engine.buckets)

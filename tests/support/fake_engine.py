@@ -9,7 +9,10 @@ from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan
 
 
 class FakeEngine:
-    """Deterministic and small. `on_call` runs before each call with (plan, slots), and may raise."""
+    """Deterministic and small. `on_call` runs before each call with (plan, slots), and may raise.
+
+    It holds as many mixes with dense deltas as `dense_slots` says.
+    """
 
     name = "fake"
     plans: tuple[Plan, ...] = (Plan.DENSE, Plan.FACTORED, Plan.FULL)
@@ -24,12 +27,15 @@ class FakeEngine:
         self.calls: list[tuple[Plan, int]] = []
         self.guides: list[Guides] = []
         self.sizes: list[tuple[int, int]] = []
+        self.dense_slots = 0
+        self.dense: frozenset[int] = frozenset()
 
     def load_row(self, slot: int, row: EngineRow) -> None:
         """Keep the sum of the row as the slot's mark."""
         assert slot != BASE_SLOT
-        vectors = [v for v in (row.spectral, row.lowrank) if v is not None]
-        self.marks[slot] = sum(float(v.sum()) for v in vectors)
+        self.marks[slot] = sum(float(part.sum()) for part in row.tensors())
+        self.dense = self.dense - {slot} | ({slot} if row.needs_weights else set())
+        assert len(self.dense) <= self.dense_slots
         self.factored[slot] = row.needs_factored
         self.loads.append(slot)
 
@@ -49,6 +55,8 @@ class FakeEngine:
         assert timesteps.shape == adapter_index.shape == (rows,)
         assert cross.shape[0] == rows <= self.max_batch
         assert plan is not Plan.DENSE or not any(self.factored[int(slot)] for slot in adapter_index)
+        named = set(adapter_index.tolist())
+        assert not named & self.dense or (plan, len(named)) == (Plan.MERGED, 1)
         self.calls.append((plan, rows))
         self.sizes.append((latents.shape[2], latents.shape[3]))
         marks = torch.tensor([self.marks[int(slot)] for slot in adapter_index])

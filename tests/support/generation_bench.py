@@ -13,7 +13,7 @@ import torch
 from fake_clock import FakeClock
 from fake_engine import FakeEngine
 from prometheus_client import CollectorRegistry
-from tiny_layout import BASE_HASH, lowrank_adapter, spectral_adapter, tiny_rows
+from tiny_layout import BASE_HASH, dense_adapter, lowrank_adapter, spectral_adapter, tiny_rows
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
@@ -124,8 +124,8 @@ class Limits:
 
 
 class AdapterFolder:
-    """Loads adapters by a hash that says what they are: `low-0.3` or `spec-0.3` is one of that mark, `fox-0.3` a
-    low-rank one that taught "fox", which is a kind of "animal"."""
+    """Loads adapters by a hash that says what they are: `low-0.3`, `spec-0.3` or `dense-0.3` is one of that mark,
+    `fox-0.3` a low-rank one that taught "fox", which is a kind of "animal"."""
 
     def __init__(self) -> None:
         self.deleted: set[str] = set()
@@ -137,6 +137,8 @@ class AdapterFolder:
         if content_hash in self.deleted:
             raise NotFound(Reason.ADAPTER_DELETED, "the adapter has been deleted")
         kind, _, mark = content_hash.partition("-")
+        if kind == "dense":
+            return dense_adapter(float(mark))
         if kind == "fox":
             return replace(lowrank_adapter(float(mark)), identifier="fox", class_noun="animal")
         tokens = {"sks": torch.full((1, WIDTH), float(mark))}

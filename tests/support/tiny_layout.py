@@ -31,6 +31,12 @@ def spectral_adapter(mark: float, tokens: dict[str, torch.Tensor] | None = None)
     return Adapter(AdapterKind.SPECTRAL, BASE_HASH, "svdiff", norm={NORM: shift}, tokens=tokens or {})
 
 
+def dense_adapter(mark: float) -> Adapter:
+    """An adapter whose row sums to `mark` at weight 1. Needs weights of its own."""
+    delta = torch.tensor([[mark, 0.0], [0.0, 0.0]])
+    return Adapter(AdapterKind.DENSE, BASE_HASH, "dreambooth", dense={TARGET: delta})
+
+
 def lowrank_adapter(mark: float, tokens: dict[str, torch.Tensor] | None = None) -> Adapter:
     """An adapter whose row sums to `mark` at weight 1. Runs under either plan."""
     # A sums to 0, so that only B counts.

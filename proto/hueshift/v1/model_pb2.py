@@ -26,7 +26,7 @@ from hueshift.v1 import finetune_pb2 as hueshift_dot_v1_dot_finetune__pb2
 from hueshift.v1 import generation_pb2 as hueshift_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hueshift/v1/model.proto\x12\x0bhueshift.v1\x1a\x1ahueshift/v1/finetune.proto\x1a\x1chueshift/v1/generation.proto\"\x80\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tbase_hash\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\r\n\x05plans\x18\x04 \x03(\t\x12&\n\x08samplers\x18\x05 \x03(\x0e\x32\x14.hueshift.v1.Sampler\x12-\n\x0f\x64\x65\x66\x61ult_sampler\x18\x06 \x01(\x0e\x32\x14.hueshift.v1.Sampler\x12\x15\n\rdefault_steps\x18\x07 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x08 \x01(\x02\x12\r\n\x05width\x18\t \x01(\x05\x12\x0e\n\x06height\x18\n \x01(\x05\x12\x15\n\rsize_multiple\x18\x0b \x01(\x05\x12\x10\n\x08max_size\x18\x0c \x01(\x05\x12\x11\n\tmax_count\x18\r \x01(\x05\x12\x11\n\tmax_steps\x18\x0e \x01(\x05\x12\x12\n\nmax_tokens\x18\x0f \x01(\x05\x12\x16\n\x0e\x62\x61tch_capacity\x18\x10 \x01(\x05\x12(\n\x07methods\x18\x11 \x03(\x0b\x32\x17.hueshift.v1.MethodInfo\x12\x1a\n\x12\x64\x65\x66\x61ult_identifier\x18\x12 \x01(\t\x12\x19\n\x11max_adapter_bytes\x18\x13 \x01(\x03\x12\x19\n\x11max_picture_bytes\x18\x14 \x01(\x03\x12\x14\n\x0cmax_pictures\x18\x15 \x01(\x05\x12\x0b\n\x03lag\x18\x16 \x01(\x08\x12\x18\n\x10shared_attention\x18\x17 \x01(\x08\x12\x13\n\x0bmax_regions\x18\x18 \x01(\x05\x12\x17\n\x0fmax_start_bytes\x18\x19 \x01(\x03\x12\x18\n\x10\x64\x65\x66\x61ult_strength\x18\x1a \x01(\x02\x12\x1f\n\x17\x64\x65\x66\x61ult_inversion_steps\x18\x1b \x01(\x05\x12(\n default_inversion_guidance_scale\x18\x1c \x01(\x02\x12\x14\n\x0c\x61rchitecture\x18  \x01(\t\x12-\n\x08\x63\x61pacity\x18! \x01(\x0b\x32\x1b.hueshift.v1.EngineCapacity\"\x8a\x01\n\x0e\x45ngineCapacity\x12\x10\n\x08max_rows\x18\x01 \x01(\x05\x12\x15\n\radapter_slots\x18\x02 \x01(\x05\x12\x14\n\x0cmerged_slots\x18\x03 \x01(\x05\x12\x0f\n\x07\x62uckets\x18\x04 \x03(\x05\x12(\n\x05sizes\x18\x05 \x03(\x0b\x32\x19.hueshift.v1.SizeCapacity\";\n\x0cSizeCapacity\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0c\n\x04rows\x18\x03 \x01(\x05\"\xdf\x01\n\nMethodInfo\x12+\n\x06method\x18\x01 \x01(\x0e\x32\x1b.hueshift.v1.FineTuneMethod\x12\x37\n\x10subject_defaults\x18\x02 \x01(\x0b\x32\x1d.hueshift.v1.FineTuneSettings\x12\x35\n\x0estyle_defaults\x18\x03 \x01(\x0b\x32\x1d.hueshift.v1.FineTuneSettings\x12\x34\n\redit_defaults\x18\x04 \x01(\x0b\x32\x1d.hueshift.v1.FineTuneSettings\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.hueshift.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.hueshift.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xa6\x01\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.hueshift.v1.GetModelRequest\x1a\x1d.hueshift.v1.GetModelResponse\x12M\n\nListModels\x12\x1e.hueshift.v1.ListModelsRequest\x1a\x1f.hueshift.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hueshift/v1/model.proto\x12\x0bhueshift.v1\x1a\x1ahueshift/v1/finetune.proto\x1a\x1chueshift/v1/generation.proto\"\x80\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tbase_hash\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\r\n\x05plans\x18\x04 \x03(\t\x12&\n\x08samplers\x18\x05 \x03(\x0e\x32\x14.hueshift.v1.Sampler\x12-\n\x0f\x64\x65\x66\x61ult_sampler\x18\x06 \x01(\x0e\x32\x14.hueshift.v1.Sampler\x12\x15\n\rdefault_steps\x18\x07 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x08 \x01(\x02\x12\r\n\x05width\x18\t \x01(\x05\x12\x0e\n\x06height\x18\n \x01(\x05\x12\x15\n\rsize_multiple\x18\x0b \x01(\x05\x12\x10\n\x08max_size\x18\x0c \x01(\x05\x12\x11\n\tmax_count\x18\r \x01(\x05\x12\x11\n\tmax_steps\x18\x0e \x01(\x05\x12\x12\n\nmax_tokens\x18\x0f \x01(\x05\x12\x16\n\x0e\x62\x61tch_capacity\x18\x10 \x01(\x05\x12(\n\x07methods\x18\x11 \x03(\x0b\x32\x17.hueshift.v1.MethodInfo\x12\x1a\n\x12\x64\x65\x66\x61ult_identifier\x18\x12 \x01(\t\x12\x19\n\x11max_adapter_bytes\x18\x13 \x01(\x03\x12\x19\n\x11max_picture_bytes\x18\x14 \x01(\x03\x12\x14\n\x0cmax_pictures\x18\x15 \x01(\x05\x12\x0b\n\x03lag\x18\x16 \x01(\x08\x12\x18\n\x10shared_attention\x18\x17 \x01(\x08\x12\x13\n\x0bmax_regions\x18\x18 \x01(\x05\x12\x17\n\x0fmax_start_bytes\x18\x19 \x01(\x03\x12\x18\n\x10\x64\x65\x66\x61ult_strength\x18\x1a \x01(\x02\x12\x1f\n\x17\x64\x65\x66\x61ult_inversion_steps\x18\x1b \x01(\x05\x12(\n default_inversion_guidance_scale\x18\x1c \x01(\x02\x12\x14\n\x0c\x61rchitecture\x18  \x01(\t\x12-\n\x08\x63\x61pacity\x18! \x01(\x0b\x32\x1b.hueshift.v1.EngineCapacity\"\x9f\x01\n\x0e\x45ngineCapacity\x12\x10\n\x08max_rows\x18\x01 \x01(\x05\x12\x15\n\radapter_slots\x18\x02 \x01(\x05\x12\x14\n\x0cmerged_slots\x18\x03 \x01(\x05\x12\x0f\n\x07\x62uckets\x18\x04 \x03(\x05\x12(\n\x05sizes\x18\x05 \x03(\x0b\x32\x19.hueshift.v1.SizeCapacity\x12\x13\n\x0b\x64\x65nse_slots\x18\x06 \x01(\x05\";\n\x0cSizeCapacity\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0c\n\x04rows\x18\x03 \x01(\x05\"\xdf\x01\n\nMethodInfo\x12+\n\x06method\x18\x01 \x01(\x0e\x32\x1b.hueshift.v1.FineTuneMethod\x12\x37\n\x10subject_defaults\x18\x02 \x01(\x0b\x32\x1d.hueshift.v1.FineTuneSettings\x12\x35\n\x0estyle_defaults\x18\x03 \x01(\x0b\x32\x1d.hueshift.v1.FineTuneSettings\x12\x34\n\redit_defaults\x18\x04 \x01(\x0b\x32\x1d.hueshift.v1.FineTuneSettings\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.hueshift.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.hueshift.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xa6\x01\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.hueshift.v1.GetModelRequest\x1a\x1d.hueshift.v1.GetModelResponse\x12M\n\nListModels\x12\x1e.hueshift.v1.ListModelsRequest\x1a\x1f.hueshift.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,19 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_start=99
   _globals['_MODEL']._serialized_end=867
   _globals['_ENGINECAPACITY']._serialized_start=870
-  _globals['_ENGINECAPACITY']._serialized_end=1008
-  _globals['_SIZECAPACITY']._serialized_start=1010
-  _globals['_SIZECAPACITY']._serialized_end=1069
-  _globals['_METHODINFO']._serialized_start=1072
-  _globals['_METHODINFO']._serialized_end=1295
-  _globals['_GETMODELREQUEST']._serialized_start=1297
-  _globals['_GETMODELREQUEST']._serialized_end=1328
-  _globals['_GETMODELRESPONSE']._serialized_start=1330
-  _globals['_GETMODELRESPONSE']._serialized_end=1383
-  _globals['_LISTMODELSREQUEST']._serialized_start=1385
-  _globals['_LISTMODELSREQUEST']._serialized_end=1443
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1445
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1526
-  _globals['_MODELSERVICE']._serialized_start=1529
-  _globals['_MODELSERVICE']._serialized_end=1695
+  _globals['_ENGINECAPACITY']._serialized_end=1029
+  _globals['_SIZECAPACITY']._serialized_start=1031
+  _globals['_SIZECAPACITY']._serialized_end=1090
+  _globals['_METHODINFO']._serialized_start=1093
+  _globals['_METHODINFO']._serialized_end=1316
+  _globals['_GETMODELREQUEST']._serialized_start=1318
+  _globals['_GETMODELREQUEST']._serialized_end=1349
+  _globals['_GETMODELRESPONSE']._serialized_start=1351
+  _globals['_GETMODELRESPONSE']._serialized_end=1404
+  _globals['_LISTMODELSREQUEST']._serialized_start=1406
+  _globals['_LISTMODELSREQUEST']._serialized_end=1464
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1466
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1547
+  _globals['_MODELSERVICE']._serialized_start=1550
+  _globals['_MODELSERVICE']._serialized_end=1716
 # @@protoc_insertion_point(module_scope)

@@ -177,12 +177,17 @@ class EngineCapacity(_message.Message):
     MERGED_SLOTS_FIELD_NUMBER: _builtins.int
     BUCKETS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
+    DENSE_SLOTS_FIELD_NUMBER: _builtins.int
     max_rows: _builtins.int
     """Most UNet rows of one call; a picture with guidance takes two."""
     adapter_slots: _builtins.int
     """Adapter mixes resident at a time, beside the base model."""
     merged_slots: _builtins.int
     """Adapter mixes whose merged weights are resident at a time (plan `merged`); 0 without that plan."""
+    dense_slots: _builtins.int
+    """Mixes with adapters of kind dense (whole weight deltas) that are drawn with at a time; 0 if the engine serves none.
+    They take merged weights, of which `merged_slots` counts those that are left.
+    """
     @_builtins.property
     def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rows that calls are filled up to; empty if calls take any number."""
@@ -199,10 +204,11 @@ class EngineCapacity(_message.Message):
         merged_slots: _builtins.int = ...,
         buckets: _abc.Iterable[_builtins.int] | None = ...,
         sizes: _abc.Iterable[Global___SizeCapacity] | None = ...,
+        dense_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "buckets", b"buckets", "max_rows", b"max_rows", "merged_slots", b"merged_slots", "sizes", b"sizes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "buckets", b"buckets", "dense_slots", b"dense_slots", "max_rows", b"max_rows", "merged_slots", b"merged_slots", "sizes", b"sizes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
