@@ -133,6 +133,7 @@ def import_call(
         word=how.word,
         served_only=how.served_only,
         complete=how.complete,
+        dense=how.dense,
     )
 
     def messages() -> Iterator[pb.ImportAdapterRequest]:

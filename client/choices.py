@@ -35,6 +35,7 @@ class AdapterKind(StrEnum):
     LOWRANK = "lowrank"
     TOKENS = "tokens"
     KV = "kv"
+    DENSE = "dense"
     UNKNOWN = "unknown"
 
 

@@ -11,18 +11,20 @@ class Conversion:
 
     `rank` is the largest rank of a layer; 0 keeps low-rank files as they are and brings all others to rank 16. `word`
     stands for a learned embedding whose file names none. With `served_only`, layers that the server's engine has no
-    low-rank branch on are left out; with `complete`, a file of which anything must be left out is refused.
+    low-rank branch on are left out; with `complete`, a file of which anything must be left out is refused. With
+    `dense`, for rank 0 only, what is not low-rank is kept as full deltas: 1.7 GB for Stable Diffusion 1.x.
     """
 
     rank: int = 0
     word: str = ""
     served_only: bool = False
     complete: bool = False
+    dense: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ImportedLayer:
-    """One converted layer: what the file held, the rank that is stored (0: shifts), the relative Frobenius error."""
+    """One converted layer: what the file held, the rank stored (0: shifts, full deltas), its relative error."""
 
     layer: str
     form: str

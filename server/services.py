@@ -18,7 +18,7 @@ from hueshift.engines.cuda_lane import lane_of
 from hueshift.engines.cuda_setup import planner_of
 from hueshift.engines.encoder_layers import encoder_parameters
 from hueshift.engines.half_decoder import serving_decoder
-from hueshift.engines.interface import UNetEngine
+from hueshift.engines.interface import UNetEngine, dense_slots
 from hueshift.engines.residency import SlotCache
 from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.rows import RowLayout
@@ -110,6 +110,7 @@ class ServiceSet:
         formats = AdapterFormats(
             ImportBase(base.layout, {**dict(base.unet.named_parameters()), **encoder_parameters(base)}),
             parts.rows.served_ranks,
+            lambda: dense_slots(parts.engine),
         )
         self._files = FileThreads()
         self._adapters = AdapterService(

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, HueshiftError, Internal, Reason, ResourceExhausted, Unavailable
-from hueshift.adapters.file import write_adapter
+from hueshift.adapters.file import pack_adapter
 from hueshift.engines.device_errors import Fault, classify
 from hueshift.server.clock import Clock
 from hueshift.server.crew import Crew
@@ -183,8 +183,11 @@ class Worker:
         try:
             trained = self._train(claimed, run)
             self._failpoint.at("before-publish")
-            data = write_adapter(trained.adapter)
-            self._jobs.publish(lease, self._adapters, data, trained.adapter, trained.scores, trained.step)
+            staged = self._adapters.stage(pack_adapter(trained.adapter))
+            try:
+                self._jobs.publish(lease, self._adapters, staged, trained.adapter, trained.scores, trained.step)
+            finally:
+                self._adapters.discard(staged)
             self._failpoint.at("after-publish")
         except Cancelled:
             self._stopped(claimed, keeper)

@@ -85,6 +85,9 @@ def import_adapter(
     complete: Annotated[
         bool, typer.Option("--complete", help="Refuse a file of which anything has to be left out.")
     ] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Keep what is not low-rank (whole UNets, differences) as full deltas.")
+    ] = False,
 ) -> None:
     """Store an adapter file, converting those of other programs."""
     from hueshift.adapters.formats.folder import bundle
@@ -97,7 +100,7 @@ def import_adapter(
         adapter_id=name,
         display_name=display_name,
         labels=parse_labels(label or ()),
-        conversion=Conversion(rank, word, served_only, complete),
+        conversion=Conversion(rank, word, served_only, complete, dense),
     )
     if adapter.report is None:
         session.output.result(adapter, adapter_table(adapter))

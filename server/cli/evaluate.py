@@ -122,7 +122,8 @@ def evaluate_file(
 
     output, settings = Output(as_json), _settings()
     base = load_base_model(model or settings.model.path)
-    loaded = import_adapter(adapter, ImportBase(base.layout), ImportOptions(), FileLimits())[0]
+    limits = FileLimits(max_bytes=max(1, adapter.stat().st_size))
+    loaded = import_adapter(adapter, ImportBase(base.layout), ImportOptions(), limits)[0]
     asked["identifier"] = asked["identifier"] or loaded.identifier or next(iter(loaded.words), "")
     asked["class_noun"] = asked["class_noun"] or loaded.class_noun
     questions = _read_questions(asked, pictures)

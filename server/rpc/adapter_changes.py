@@ -9,10 +9,10 @@ from sqlalchemy import Connection
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import InvalidArgument, NotFound, Reason
-from hueshift.adapters.file import read_adapter, write_adapter
+from hueshift.adapters.file import pack_adapter, read_adapter
 from hueshift.adapters.layout import BaseLayout
 from hueshift.adapters.validate import FileLimits
-from hueshift.server.rpc.adapter_combination import Operand, check_combination, run_combination
+from hueshift.server.rpc.adapter_combination import Combination, Operand, check_combination, run_combination
 from hueshift.server.rpc.adapter_import import AdapterFormats
 from hueshift.server.rpc.adapter_upload import Upload
 from hueshift.server.rpc.names import make_id, parse_adapter_name
@@ -59,7 +59,7 @@ class _New:
     """A revision to be stored: under which id and texts, its file, what it is, and what is told of it."""
 
     spec: pb.ImportAdapterSpec | pb.CombineAdaptersRequest
-    blob: StagedBlob | bytes
+    blob: StagedBlob
     adapter: Adapter
     report: pb.ImportReport | None = None
     notes: tuple[str, ...] = ()
@@ -110,9 +110,7 @@ class AdapterChanges:
             key = (tenant, _IMPORT, spec.idempotency_key, request_hash)
             kept = self._kept(key)
             if kept is None:
-                read = self._formats.read(staged.file, spec, self._file_limits)
-                blob = staged if read.data is None else read.data
-                return self._publish(key, _New(spec, blob, replace(read.adapter, method=_IMPORTED), read.report))
+                return self._publish_upload(key, spec, staged)
             return _replayed(kept)
         finally:
             upload.file.discard()
@@ -130,17 +128,13 @@ class AdapterChanges:
             return _replayed(kept)
         # Of how many bytes it will be, only that it is at least one is known yet.
         self._store.storage.check(tenant, 1)
-        adapter = run_combination(combination, lambda operand: self._load(tenant, operand))
-        data = write_adapter(adapter)
-        if len(data) > self._file_limits.max_bytes:
-            raise InvalidArgument(
-                Reason.UPLOAD_TOO_LARGE,
-                f"the combined adapter has {len(data)} bytes; allowed: at most {self._file_limits.max_bytes}. Combine "
-                "fewer adapters, or smaller ones",
-            )
-        # What is published is read once as an upload would be, so that nothing is stored that cannot be read again.
-        adapter = read_adapter(data, self._layout, self._file_limits)
-        return self._publish(key, _New(request, data, adapter, notes=tuple(self._formats.unserved(adapter))))
+        staged = self._stage(combination, tenant)
+        try:
+            # What is published is read once as an upload would be, so that nothing is stored that cannot be read again.
+            adapter = read_adapter(staged.file, self._layout, self._file_limits)
+            return self._publish(key, _New(request, staged, adapter, notes=tuple(self._formats.unserved(adapter))))
+        finally:
+            self._store.discard(staged)
 
     def update(self, tenant: str, request: pb.UpdateAdapterRequest) -> AdapterRecord:
         """Change the fields that the mask names. Raises InvalidArgument on a wrong mask or value, NotFound."""
@@ -191,6 +185,30 @@ class AdapterChanges:
         for job_id in deletion.deleted.jobs:
             self._end_job(job_id)
 
+    def _publish_upload(
+        self, key: tuple[str, str, str, str], spec: pb.ImportAdapterSpec, uploaded: StagedBlob
+    ) -> Imported:
+        read = self._formats.read(uploaded.file, spec, self._file_limits)
+        adapter = replace(read.adapter, method=_IMPORTED)
+        if read.packed is None:
+            return self._publish(key, _New(spec, uploaded, adapter, read.report))
+        staged = self._store.stage(read.packed)
+        try:
+            return self._publish(key, _New(spec, staged, adapter, read.report))
+        finally:
+            self._store.discard(staged)
+
+    def _stage(self, combination: Combination, tenant: str) -> StagedBlob:
+        """Write what a combination gives; none of its adapters is held afterwards."""
+        packed = pack_adapter(run_combination(combination, lambda operand: self._load(tenant, operand)))
+        if packed.size_bytes > self._file_limits.max_bytes:
+            raise InvalidArgument(
+                Reason.UPLOAD_TOO_LARGE,
+                f"the combined adapter has {packed.size_bytes} bytes; allowed: at most "
+                f"{self._file_limits.max_bytes_text}. Combine fewer adapters, or smaller ones",
+            )
+        return self._store.stage(packed)
+
     def _kept(self, key: tuple[str, str, str, str]) -> Mapping[str, Any] | None:
         if not key[2]:
             return None
@@ -208,8 +226,7 @@ class AdapterChanges:
             kept = recall(connection, *key)
             if kept is not None:
                 return _replayed(kept)
-            size = len(new.blob) if isinstance(new.blob, bytes) else new.blob.size_bytes
-            check_storage(connection, self._store.storage.quota, tenant, size)
+            check_storage(connection, self._store.storage.quota, tenant, new.blob.size_bytes)
             before = self._find(connection, tenant, adapter_id)
             self._store.publish(
                 tenant,

@@ -1,16 +1,17 @@
 """Uploaded files of any known format, brought to adapters of this server's base model. Run in a thread."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import InvalidArgument, Reason
-from hueshift.adapters.file import write_adapter
+from hueshift.adapters.file import pack_adapter
 from hueshift.adapters.formats.draft import ImportBase, ImportOptions
 from hueshift.adapters.formats.exporting import ExportForm, export_adapter
 from hueshift.adapters.formats.importing import import_adapter
 from hueshift.adapters.formats.report import ImportReport, name_some
+from hueshift.adapters.tensors import Packed
 from hueshift.adapters.validate import FileLimits
 from hueshift.v1 import adapters_pb2 as pb
 
@@ -27,10 +28,10 @@ _FORMS: Mapping[int, ExportForm] = {
 
 @dataclass(frozen=True, slots=True)
 class ReadFile:
-    """An adapter; for files of other programs also its file in our own form, and the report of the conversion."""
+    """An adapter; for files that were converted also its file in our own form, and the report of the conversion."""
 
     adapter: Adapter
-    data: bytes | None = None
+    packed: Packed | None = None
     report: pb.ImportReport | None = None
 
 
@@ -40,28 +41,29 @@ class AdapterFormats:
 
     `branches` are the layers that the engine has a low-rank branch on, with the largest rank it serves there; None
     where that is not known. A file that asks for more is stored all the same, because settings change; the report says
-    so.
+    so. `dense_slots` tells how many mixes with full deltas the engine holds at a time; None where that is not known.
     """
 
     base: ImportBase
     branches: Mapping[str, int] | None = None
+    dense_slots: Callable[[], int] | None = None
 
     def read(self, file: Path, spec: pb.ImportAdapterSpec, limits: FileLimits) -> ReadFile:
         """Read an uploaded file. Raises what `import_adapter` raises, and (UPLOAD_TOO_LARGE) for what it becomes."""
         served = self.branches if spec.served_only else None
-        options = ImportOptions(rank=spec.rank, word=spec.word, served=served, complete=spec.complete)
+        options = ImportOptions(rank=spec.rank, word=spec.word, served=served, complete=spec.complete, dense=spec.dense)
         adapter, report = import_adapter(file, self.base, options, limits)
         if report is None:
             return ReadFile(adapter)
-        data = write_adapter(adapter)
-        if len(data) > limits.max_bytes:
+        packed = pack_adapter(adapter)
+        if packed.size_bytes > limits.max_bytes:
             raise InvalidArgument(
                 Reason.UPLOAD_TOO_LARGE,
-                f"the converted adapter has {len(data)} bytes; allowed: at most {limits.max_bytes}. Import it with a "
-                "smaller rank",
+                f"the converted adapter has {packed.size_bytes} bytes; allowed: at most {limits.max_bytes_text}. "
+                + ("Import it without dense" if adapter.dense else "Import it with a smaller rank"),
             )
         notes = (*report.notes, *self.unserved(adapter))
-        return ReadFile(adapter, data, report_message(replace(report, notes=notes)))
+        return ReadFile(adapter, packed, report_message(replace(report, notes=notes)))
 
     def write(self, adapter: Adapter, form: int, *, partial: bool) -> bytes:
         """Write an adapter in a form of the contract. Raises InvalidArgument for an unknown one, or one too small."""
@@ -72,11 +74,17 @@ class AdapterFormats:
 
     def unserved(self, adapter: Adapter) -> list[str]:
         """Say what keeps the engine from drawing with an adapter; nothing if it can, or if that is not known."""
+        notes = []
+        if adapter.dense and self.dense_slots is not None and self.dense_slots() == 0:
+            notes.append(
+                f"{len(adapter.dense)} layers have full deltas, which this server's engine does not serve, so it "
+                "cannot draw with this adapter yet: set engine.kind to torch, on a GPU with engine.merged_slots of 1 "
+                f"or more, or import it with a rank ({name_some(list(adapter.dense))})"
+            )
         if self.branches is None:
-            return []
+            return notes
         without = [name for name in adapter.lowrank if name not in self.branches]
         higher = [name for name, part in adapter.lowrank.items() if part.rank > self.branches.get(name, part.rank)]
-        notes = []
         if without:
             notes.append(
                 f"{len(without)} layers have no low-rank branch in this server's engine, so it cannot draw with this "

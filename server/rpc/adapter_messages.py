@@ -12,6 +12,7 @@ _KINDS = {
     AdapterKind.LOWRANK.value: pb.ADAPTER_KIND_LOWRANK,
     AdapterKind.TOKENS.value: pb.ADAPTER_KIND_TOKENS,
     AdapterKind.KV.value: pb.ADAPTER_KIND_KV,
+    AdapterKind.DENSE.value: pb.ADAPTER_KIND_DENSE,
 }
 
 

@@ -72,10 +72,14 @@ def _check_spec(spec: pb.ImportAdapterSpec, max_bytes: int) -> None:
         raise InvalidArgument.for_field("spec.word", problem)
     if not 0 <= spec.rank <= FileLimits().max_rank:
         raise InvalidArgument.for_field("spec.rank", f"{spec.rank} given; allowed: 0 to {FileLimits().max_rank}")
+    if spec.dense and spec.rank:
+        raise InvalidArgument.for_field("spec.dense", f"given with rank {spec.rank}; allowed: one of them, or neither")
     if not 1 <= spec.size_bytes <= max_bytes:
         reason = Reason.UPLOAD_TOO_LARGE if spec.size_bytes > max_bytes else Reason.INVALID_FIELD
         raise InvalidArgument.for_field(
-            "spec.size_bytes", f"{spec.size_bytes} given; allowed: 1 to {max_bytes} bytes", reason
+            "spec.size_bytes",
+            f"{spec.size_bytes} given; allowed: 1 to {max_bytes} bytes (setting limits.max_adapter_bytes)",
+            reason,
         )
 
 

@@ -7,9 +7,10 @@ holds the file's lock, so a publication and a deletion of equal bytes cannot pas
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select
 from sqlalchemy import delete as delete_from
@@ -67,6 +68,14 @@ class AdapterStore:
     def upload(self) -> BlobWriter:
         """Begin a file that arrives piece by piece; what it becomes may be given to `publish`."""
         return self._blobs.writer()
+
+    def stage(self, pieces: Iterable[bytes | memoryview]) -> StagedBlob:
+        """Write a file before the transaction that publishes it, which others wait for. `discard` it at the end."""
+        return self._blobs.stage(pieces)
+
+    def discard(self, staged: StagedBlob) -> None:
+        """Remove a staged file that was not published; harmless after that."""
+        self._blobs.discard(staged)
 
     def get(self, tenant: str, adapter_id: str, connection: Connection | None = None) -> AdapterRecord:
         """Return an adapter with its newest revision."""
@@ -249,15 +258,14 @@ class AdapterStore:
         missing or damaged, FailedPrecondition (ADAPTER_BASE_MISMATCH) when it belongs to another base model.
         """
         with self.open_file(content_hash) as file:
-            data = file.read()
-        try:
-            return read_adapter(data, layout, FileLimits(max_bytes=len(data)))
-        except HueshiftError as error:
-            if error.reason is Reason.ADAPTER_BASE_MISMATCH:
-                raise
-            raise _damaged(content_hash, f"it no longer passes validation: {error.message}") from error
+            try:
+                return read_adapter(file, layout, FileLimits(max_bytes=file.seek(0, io.SEEK_END)))
+            except HueshiftError as error:
+                if error.reason is Reason.ADAPTER_BASE_MISMATCH:
+                    raise
+                raise _damaged(content_hash, f"it no longer passes validation: {error.message}") from error
 
-    def open_file(self, content_hash: str) -> BinaryIO:
+    def open_file(self, content_hash: str) -> io.BufferedReader:
         """Open a stored file, at its beginning and after checking its hash. It stays readable if it is deleted.
 
         Raises NotFound (ADAPTER_DELETED) and Internal (STORE_DAMAGED) as `load`.

@@ -7,15 +7,15 @@ Writing goes in two halves, so that the slow one needs no database lock: `stage`
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from hueshift.adapters.errors import InvalidArgument, Reason, ResourceExhausted
 
@@ -49,12 +49,12 @@ class BlobWriter:
         self._digest = hashlib.sha256()
         self.size_bytes = 0
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Append. Raises ResourceExhausted (STORE_FULL) when the disk is full."""
         with _disk_space():
             self._file.write(chunk)
         self._digest.update(chunk)
-        self.size_bytes += len(chunk)
+        self.size_bytes += len(chunk) if isinstance(chunk, bytes) else chunk.nbytes
 
     def finish(self) -> StagedBlob:
         """Sync and close the file, and return it with its hash. Raises ResourceExhausted as `write`."""
@@ -89,14 +89,15 @@ class BlobStore:
         """Begin a temporary file that is written piece by piece, for uploads that should not fill the memory."""
         return BlobWriter(self._temporary / secrets.token_hex(16))
 
-    def stage(self, data: bytes) -> StagedBlob:
-        """Write bytes under a temporary name and sync them.
+    def stage(self, data: bytes | Iterable[bytes | memoryview]) -> StagedBlob:
+        """Write bytes, in one piece or in several, under a temporary name and sync them.
 
         Raises ResourceExhausted (STORE_FULL) when the disk is full.
         """
         writer = self.writer()
         try:
-            writer.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                writer.write(piece)
             return writer.finish()
         except BaseException:
             writer.discard()
@@ -122,7 +123,7 @@ class BlobStore:
             raise InvalidArgument.for_field("content_hash", f"{content_hash[:80]!r} is not a SHA-256 in hexadecimal")
         return self._folder / content_hash[:2] / content_hash
 
-    def open(self, content_hash: str) -> BinaryIO:
+    def open(self, content_hash: str) -> io.BufferedReader:
         """Open a stored file. It stays readable if it is deleted. Raises FileNotFoundError."""
         return self.path(content_hash).open("rb")
 

@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, Reason
 from hueshift.server.clock import Clock
+from hueshift.server.store.blobs import StagedBlob
 from hueshift.server.store.database import Database, lock
 from hueshift.server.store.idempotency import hash_request, recall, remember
 from hueshift.server.store.job_events import append_event, read_events, read_sequences
@@ -243,7 +244,7 @@ class JobStore:
         self,
         lease: Lease,
         adapters: AdapterPublisher,
-        data: bytes,
+        data: bytes | StagedBlob,
         adapter: Adapter,
         scores: Mapping[str, float] | None,
         step: int | None = None,

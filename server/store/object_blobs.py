@@ -5,9 +5,9 @@ opened, so a damaged or missing one is fetched again. Copies of what was deleted
 """
 
 import hashlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from hueshift.server.store.blobs import BlobEntry, BlobStore, StagedBlob
 from hueshift.server.store.objects import Objects
@@ -27,7 +27,7 @@ class ObjectBlobs(BlobStore):
         self._objects.put(_key(staged.content_hash), staged.file)
         super().commit(staged)
 
-    def open(self, content_hash: str) -> BinaryIO:
+    def open(self, content_hash: str) -> io.BufferedReader:
         """Open the cached copy, fetched anew where it is missing or damaged. Raises FileNotFoundError."""
         path = self.path(content_hash)
         if not path.exists() or _digest(path) != content_hash:

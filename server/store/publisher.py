@@ -1,11 +1,12 @@
 """What the end of a job needs of the adapter store, so that neither store imports the other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from sqlalchemy import Connection
 
 from hueshift.adapters.adapter import Adapter
+from hueshift.server.store.blobs import StagedBlob
 
 
 class PublishedRevision(Protocol):
@@ -26,10 +27,18 @@ class AdapterPublisher(Protocol):
         adapter_id: str,
         display_name: str,
         labels: Mapping[str, str],
-        data: bytes,
+        data: bytes | StagedBlob,
         adapter: Adapter,
         job_id: str = "",
         connection: Connection | None = None,
     ) -> PublishedRevision:
         """Add a revision in the caller's transaction."""
+        ...
+
+    def stage(self, pieces: Iterable[bytes | memoryview]) -> StagedBlob:
+        """Write a file before that transaction."""
+        ...
+
+    def discard(self, staged: StagedBlob) -> None:
+        """Remove a staged file that was not published."""
         ...

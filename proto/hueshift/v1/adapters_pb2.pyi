@@ -38,6 +38,10 @@ class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKi
     """Learned words alone (Textual Inversion)."""
     ADAPTER_KIND_KV: _AdapterKind.ValueType  # 4
     """Deltas of cross-attention keys and values (Custom Diffusion, Perfusion)."""
+    ADAPTER_KIND_DENSE: _AdapterKind.ValueType  # 5
+    """Full deltas of weight matrices (DreamBooth without a rank), beside anything that the other kinds hold. A request
+    with one runs from weights of its own, in batches of its own.
+    """
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """What kind of change to the base model an adapter is."""
@@ -52,6 +56,10 @@ ADAPTER_KIND_TOKENS: AdapterKind.ValueType  # 3
 """Learned words alone (Textual Inversion)."""
 ADAPTER_KIND_KV: AdapterKind.ValueType  # 4
 """Deltas of cross-attention keys and values (Custom Diffusion, Perfusion)."""
+ADAPTER_KIND_DENSE: AdapterKind.ValueType  # 5
+"""Full deltas of weight matrices (DreamBooth without a rank), beside anything that the other kinds hold. A request
+with one runs from weights of its own, in batches of its own.
+"""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
 
 class _AdapterFormat:
@@ -233,6 +241,7 @@ class ImportAdapterSpec(_message.Message):
     WORD_FIELD_NUMBER: _builtins.int
     SERVED_ONLY_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    DENSE_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id of the adapter to make or to give a new revision: 1 to 63 of a-z, 0-9 and '-', beginning with a letter. Empty:
     the server makes one.
@@ -247,7 +256,8 @@ class ImportAdapterSpec(_message.Message):
     """Size of the file in bytes. The sum of the chunks must equal it."""
     rank: _builtins.int
     """The remaining fields are for files of other programs. Largest rank of a converted layer, 1 to 128. 0: low-rank
-    files keep their ranks, what is not low-rank by nature is brought to rank 16. The error is reported.
+    files keep their ranks, what is not low-rank by nature is brought to rank 16. The error is reported. With a rank,
+    also the service's own files have their full deltas brought to it.
     """
     word: _builtins.str
     """Word for a learned embedding whose file does not name one."""
@@ -255,6 +265,10 @@ class ImportAdapterSpec(_message.Message):
     """Leave out and report layers that this server's engine has no low-rank branch on, instead of storing them."""
     complete: _builtins.bool
     """Refuse a file of which any part has to be left out, instead of reporting it."""
+    dense: _builtins.bool
+    """Keep what is not low-rank by nature (UNet weights, full differences, LoHa, LoKr, DoRA) as full deltas of the UNet's
+    layers, in half precision: 1.7 GB for all of Stable Diffusion 1.x. Only with rank 0.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels."""
@@ -271,10 +285,11 @@ class ImportAdapterSpec(_message.Message):
         word: _builtins.str = ...,
         served_only: _builtins.bool = ...,
         complete: _builtins.bool = ...,
+        dense: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "complete", b"complete", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "labels", b"labels", "rank", b"rank", "served_only", b"served_only", "size_bytes", b"size_bytes", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "complete", b"complete", "dense", b"dense", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "labels", b"labels", "rank", b"rank", "served_only", b"served_only", "size_bytes", b"size_bytes", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -295,7 +310,7 @@ class ImportedLayer(_message.Message):
     form: _builtins.str
     """What the file held: lora, dora, loha, lokr, dense, norm, spectral."""
     rank: _builtins.int
-    """Rank that is stored; 0 for shifts."""
+    """Rank that is stored; 0 for shifts and full deltas."""
     error: _builtins.float
     """Relative error of the stored change in the Frobenius norm; 0 where it is exact."""
     def __init__(
@@ -443,7 +458,7 @@ class ImportAdapterResponse(_message.Message):
 
     @_builtins.property
     def report(self) -> Global___ImportReport:
-        """For a file of another program: how it was converted. Absent for the service's own files."""
+        """For a file of another program: how it was converted. Absent for the service's own files that are stored as they are."""
 
     def __init__(
         self,

@@ -155,5 +155,5 @@ def test_own_files_of_other_kinds_are_not_touched(tmp_path: Path) -> None:
     adapter = replace(spectral_adapter(), tokens={"sks": torch.ones(5, 6)})
     file.write_bytes(write_adapter(adapter))
     read = formats().read(file, pb.ImportAdapterSpec(), FileLimits())
-    assert (read.data, read.report) == (None, None)
+    assert (read.packed, read.report) == (None, None)
     assert read.adapter.tokens["sks"].shape == (5, 6)
