@@ -37,6 +37,7 @@ def make_spec(pictures: Sequence[bytes], masks: Mapping[int, bytes], options: "F
             for subject in options.get("more_subjects", ())
         ],
         validate_only=options.get("validate_only", False),
+        allow_unserved=options.get("allow_unserved", False),
     )
     if "method" in options:
         spec.method = to_enum(pb.FineTuneMethod, "FINE_TUNE_METHOD", options["method"])

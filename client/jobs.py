@@ -32,7 +32,7 @@ class FineTuneOptions(TypedDict, total=False):
     choices as `linear`, lists as sequences. `more_subjects` follow the first one, and `picture_subjects` tells which of
     them each picture shows, 0 being the first. `masks` are picture files by the index of the picture they mask.
     `priority` orders the tenant's own waiting jobs. With `validate_only` nothing is queued: the answer has no name, and
-    its `cost` where that is known.
+    its `cost` where that is known. `allow_unserved` takes an adapter that the server can make but not draw with.
     """
 
     captions: Sequence[str]
@@ -48,6 +48,7 @@ class FineTuneOptions(TypedDict, total=False):
     picture_repeats: Sequence[int]
     masks: Mapping[int, Source]
     validate_only: bool
+    allow_unserved: bool
     priority: Priority
     sample_prompts: Sequence[str]
     adapter_id: str

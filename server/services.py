@@ -168,7 +168,7 @@ def _fine_tunes(
         settings.limits,
         default_identifier=settings.model.default_identifier,
         check_words=make_word_check(base),
-        fit_targets=make_target_fit(parts.rows),
+        fit_targets=make_target_fit(parts.rows, lambda: dense_slots(parts.engine)),
         estimate=lambda spec: speeds.estimate(base.base_hash, spec),
         on_retry=metrics.job_retries.inc,
         removal=JobRemoval(stores.database, stores.adapters.storage.quota),

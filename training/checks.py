@@ -95,8 +95,8 @@ def check_together(method: Method, chosen: Mapping[str, Any], subjects: Sequence
         problems.append(FieldViolation(f"settings.{name}", problem))
 
     ranked = (Method.LORA, Method.DREAMBOOTH)
-    if method in ranked and chosen["rank"] < 1:
-        refuse("rank", f"{chosen['rank']} given; {method} needs 1 to 128")
+    if method is Method.LORA and chosen["rank"] < 1:
+        refuse("rank", f"{chosen['rank']} given; {method} needs 1 to 128; {Method.DREAMBOOTH} takes 0")
     if method is Method.LORA and chosen["alpha"] <= 0:
         refuse("alpha", f"{chosen['alpha']} given; allowed: above 0, at most 1024")
     if method is Method.LORA and not chosen["targets"]:

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 
 from hueshift.engines.cache_files import exclusive, write_atomically
-from hueshift.training.spec import TrainingSpec
+from hueshift.training.spec import Method, TrainingSpec
 
 # Older steps fade, so that a new machine is believed after a few jobs.
 _MAX_STEPS = 1000
@@ -80,7 +80,9 @@ def open_speeds(cache: Path) -> SpeedBook:
 def _kind(base_hash: str, spec: TrainingSpec) -> str:
     checkpointed = "/checkpointed" if spec.gradient_checkpointing else ""
     encoder = "/text-encoder" if spec.train_text_encoder else ""
-    return f"{base_hash[:16]}/{spec.method.value}/{spec.precision.value}{checkpointed}{encoder}"
+    # Its optimiser moves all weights then, not the few that a low-rank change is served of.
+    every = "/every-layer" if spec.method is Method.DREAMBOOTH and not spec.targets else ""
+    return f"{base_hash[:16]}/{spec.method.value}/{spec.precision.value}{checkpointed}{encoder}{every}"
 
 
 def _rows(spec: TrainingSpec) -> int:

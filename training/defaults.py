@@ -74,6 +74,7 @@ _METHODS: Mapping[Method, Mapping[str, Any]] = MappingProxyType(
         # The learning rate is the words': identifier_learning_rate; the other one has nothing to move.
         Method.TEXTUAL_INVERSION: {"learning_rate": 1e-2, "token_vectors": 4, "anchor_below": 0},
         Method.CUSTOM_DIFFUSION: {"learning_rate": 1e-3},
+        # Not 0, the whole change, even where it is served: docs/training.md, whole or of a rank.
         Method.DREAMBOOTH: {"learning_rate": 1e-4, "rank": 16},
     }
 )

@@ -72,7 +72,8 @@ class TrainingSpec:
     `identifier` (empty: an edit), `class_noun` and `identifier_init` are the first subject's; `more_subjects` follow,
     and `picture_subjects` tells which subject each picture shows (empty: the first). `picture_repeats` says how often
     each comes in a pass (empty: once); `masked_pictures` are the indices of pictures whose masks are given.
-    `rank`, `alpha`, `targets` and `lora_init` are LoRA's; DreamBooth and Custom Diffusion also compress to `rank`.
+    `rank`, `alpha`, `targets` and `lora_init` are LoRA's; DreamBooth and Custom Diffusion also compress to `rank`, or
+    publish their whole change if it is 0.
     `token_vectors` and `per_layer` shape the learned words. `random_crops` 0 takes the centre of each picture, else
     that many random squares. `early_stop` 0 is off, else how many checks in a row must bring nothing.
     `train_text_encoder` is SVDiff's: shifts of the text encoder too, at `text_encoder_learning_rate`.

@@ -60,6 +60,9 @@ def finetune(
         str, typer.Option(metavar="PROMPT", help="Learn one picture, which this describes, in order to edit it.")
     ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job and tell its cost; queue nothing.")] = False,
+    allow_unserved: Annotated[
+        bool, typer.Option("--allow-unserved", help="Make it even if this server cannot draw with it, for its file.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the sample pictures; with --watch.")
@@ -76,7 +79,7 @@ def finetune(
     options = _options(pictures, lesson)
     options["settings"] = chosen_settings(settings)
     options |= _subject(subject, edit, options["captions"])
-    options["validate_only"] = dry_run
+    options |= {"validate_only": dry_run, "allow_unserved": allow_unserved}
     job = session.client.fine_tune(pictures, **options)
     if dry_run:
         session.output.result(job, plan_table(job))

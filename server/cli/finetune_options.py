@@ -45,7 +45,7 @@ def settings_options(
     cut_mix_probability: Annotated[float | None, _option(_LOSS, "Rows that join two subjects.")] = None,
     unmix_weight: Annotated[float | None, _option(_LOSS, "Weight of keeping their words apart.")] = None,
     unmix_layers: Annotated[list[str] | None, _option(_LOSS, "Part of a cross-attention's name; repeat.")] = None,
-    rank: Annotated[int | None, _option(_METHOD, "Of LoRA, or that changes are compressed to.")] = None,
+    rank: Annotated[int | None, _option(_METHOD, "Of LoRA, or that changes are compressed to; 0: whole.")] = None,
     alpha: Annotated[float | None, _option(_METHOD, "LoRA's scale times its rank.")] = None,
     targets: Annotated[list[str] | None, _option(_METHOD, "Ending of layer names; repeat.")] = None,
     lora_init: Annotated[str | None, _option(_METHOD, "gaussian or pissa.")] = None,

@@ -87,7 +87,8 @@ class FineTuneService(finetune_pb2_grpc.FineTuneServiceServicer):
         message = await receive_spec(messages, self._limits)
         spec, priority = read_spec(message, self._default_identifier), read_priority(message)
         self._check_words(spec)
-        spec = self._fit_targets(spec, {field.name for field, _ in message.settings.ListFields()})
+        asked = {field.name for field, _ in message.settings.ListFields()}
+        spec = self._fit_targets(spec, asked, message.allow_unserved)
         cost = await asyncio.to_thread(self._estimate, spec)
         if message.validate_only:
             adapter = adapter_name(tenant, message.adapter_id) if message.adapter_id else ""

@@ -40,6 +40,16 @@ def test_other_sizes_of_step_are_taken_in_proportion_to_the_nearest(tmp_path: Pa
     assert per_step(batch_size=8, prior_weight=1.0) == 2.0
 
 
+def test_all_weights_cost_other_steps_than_a_few(tmp_path: Path) -> None:
+    book = SpeedBook(tmp_path / "speeds.json")
+    every, few = make_spec(Method.DREAMBOOTH, rank=0), make_spec(Method.DREAMBOOTH, targets=("proj_out",))
+    book.record("base", every, 10, 30.0)
+    assert book.estimate("base", few) is None
+    book.record("base", few, 10, 10.0)
+    found = [book.estimate("base", spec) for spec in (every, few)]
+    assert [cost and cost.seconds_per_step for cost in found] == [3.0, 1.0]
+
+
 def test_old_steps_fade(tmp_path: Path) -> None:
     book = SpeedBook(tmp_path / "speeds.json")
     spec = make_spec(steps=1)

@@ -81,6 +81,10 @@ def test_settings_that_belong_together_are_filled_in_together() -> None:
     lora = complete(method=Method.LORA, rank=16)
     assert (lora.rank, lora.alpha, lora.targets) == (16, 16.0, LORA_TARGETS)
     assert complete(method=Method.LORA, alpha=4.0).alpha == 4.0
+    # Whole changes of every layer are learned at the rate of every layer, and never by default.
+    dense = complete(method=Method.DREAMBOOTH, rank=0)
+    assert (dense.rank, dense.targets, dense.learning_rate) == (0, (), 1e-4)
+    assert complete(method=Method.DREAMBOOTH).rank == 16
     pissa = complete(method=Method.LORA, lora_init="pissa", precision=Precision.FP32)
     assert (pissa.lora_init, pissa.precision) == (LoraInit.PISSA, Precision.FP32)
     pair = complete(**PAIR)
@@ -147,7 +151,8 @@ def test_what_is_left_open_is_filled_in() -> None:
         ({"method": Method.LORA, "targets": ()}, "settings.targets"),
         ({"method": Method.LORA, "rank": 0, "alpha": 1.0}, "settings.rank"),
         ({"method": Method.LORA, "alpha": 0.0}, "settings.alpha"),
-        ({"method": Method.DREAMBOOTH, "rank": 0}, "settings.rank"),
+        ({"method": Method.DREAMBOOTH, "rank": -1}, "settings.rank"),
+        ({"method": Method.DREAMBOOTH, "rank": 129}, "settings.rank"),
         ({"method": Method.TEXTUAL_INVERSION, "learn_identifier": False}, "learn_identifier"),
         (
             {"method": Method.TEXTUAL_INVERSION, "identifier_learning_rate": 0.0},

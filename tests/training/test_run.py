@@ -45,6 +45,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     named |= {f"a/{name}": factors.a for name, factors in adapter.lowrank.items()}
     named |= {f"b/{name}": factors.b for name, factors in adapter.lowrank.items()}
     named |= {f"kv/{name}": delta for name, delta in adapter.kv.items()}
+    named |= {f"dense/{name}": delta for name, delta in adapter.dense.items()}
     named |= {f"grid/{word}": grid for word, grid in adapter.token_grids.items()}
     return named | {f"token/{word}": embedding for word, embedding in adapter.tokens.items()}
 
@@ -87,11 +88,11 @@ def test_a_run_reports_its_steps_and_leaves_the_base_as_it_was(tiny: Tiny, metho
     assert len(changed) == len(learned)
 
 
-@pytest.mark.parametrize("method", Method)
-def test_a_stopped_run_goes_on_bit_for_bit(tiny: Tiny, method: Method, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "rank"), [*((method, None) for method in Method), (Method.DREAMBOOTH, 0)])
+def test_a_stopped_run_goes_on_bit_for_bit(tiny: Tiny, method: Method, rank: int | None, tmp_path: Path) -> None:
     given: dict[str, Any] = {"prior_weight": 0.5, "prior_images": 3} if method is Method.SVDIFF else {}
     if method is Method.DREAMBOOTH:
-        given = {"targets": ("attn1.to_q", "conv_in")}
+        given = {"targets": ("attn1.to_q", "attn2.to_k", "conv_in"), "rank": rank}
     spec = make_spec(method, ema_decay=0.9, gradient_accumulation=2, random_crops=2, offset_noise=0.1, **given)
     whole = run(tiny, spec, tmp_path / "whole")
     parts = tmp_path / "parts"

@@ -20,7 +20,7 @@ from hueshift.adapters.validate import FileLimits
 from hueshift.engines.added_embedding import AddedStage, make_time_ids
 from hueshift.engines.base_model import BaseModel, load_base_model
 from hueshift.engines.conditioning import make_conditioner
-from hueshift.engines.interface import Plan
+from hueshift.engines.interface import EngineRow, Plan
 from hueshift.engines.picture_start import inversion_error
 from hueshift.engines.rows import RowLayout, read_norms
 from hueshift.engines.svd_cache import EncoderFactors, SpectralFactors, decompose
@@ -56,6 +56,7 @@ JOBS: dict[str, tuple[Method, dict[str, Any]]] = {
     "custom-diffusion": (Method.CUSTOM_DIFFUSION, {}),
     # Of full rank on these layers, so that nothing is lost on the way to what is served.
     "dreambooth": (Method.DREAMBOOTH, {"targets": FEW_LAYERS, "rank": 32}),
+    "whole-dreambooth": (Method.DREAMBOOTH, {"rank": 0}),
 }
 # Two ways through the same layers, in fp32.
 CLOSE = 5e-5
@@ -246,6 +247,11 @@ def make_engine(tiny: Tiny) -> tuple[TorchEngine, TinyParts]:
     return engine, TinyParts(base, factors, rows, norms)
 
 
+def as_written(values: Mapping[str, Tensor], row: EngineRow) -> dict[str, Tensor]:
+    """Values as they are published: whole changes are rounded to fp16, 2e-4 of the output here."""
+    return {name: value.half().float() if row.needs_weights else value for name, value in values.items()}
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_learns_and_its_adapter_serves_what_it_trained(tiny: Tiny, name: str) -> None:
     base, factors = tiny
@@ -263,16 +269,23 @@ def test_a_job_learns_and_its_adapter_serves_what_it_trained(tiny: Tiny, name: s
     timesteps = torch.tensor([500, 500])
     plan = Plan.FACTORED if row.needs_factored else Plan.DENSE
     served, untaught = (
-        engine.denoise(plan, noisy, timesteps.float(), made.at(0), torch.tensor([slot] * count), made.added_at(0))
+        engine.denoise(
+            Plan.MERGED if slot and row.needs_weights else plan,
+            noisy,
+            timesteps.float(),
+            made.at(0),
+            torch.tensor([slot] * count),
+            made.added_at(0),
+        )
         for slot in (1, 0)
     )
     with torch.no_grad():
         contexts = task.captions.contexts(prompts, state.result)
-        trained = task.unet(noisy, timesteps, contexts, task.learnable.rows(state.result))
+        trained = task.unet(noisy, timesteps, contexts, task.learnable.rows(as_written(state.result, row)))
         plain = task.unet(noisy, timesteps, task.captions.contexts(prompts, None), task.learnable.base_rows())
     assert torch.allclose(served, trained, atol=CLOSE)
     assert float((trained - plain).abs().max()) > 20 * CLOSE
-    in_the_unet = row.lowrank is not None or row.spectral is not None
+    in_the_unet = row.lowrank is not None or row.spectral is not None or row.needs_weights
     assert torch.equal(served, untaught) != in_the_unet, "what is not in the row is in keys and values"
 
 

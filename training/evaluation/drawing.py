@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.blocks import Weight, layer_weight
@@ -16,12 +17,13 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.build import AdapterEngine, EngineOptions, build_engine
 from hueshift.engines.conditioning import Conditioner, make_conditioner
 from hueshift.engines.denoise import Sample, advance, start_sample
-from hueshift.engines.interface import BASE_SLOT
+from hueshift.engines.interface import BASE_SLOT, dense_slots
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.engines.text_side import TextSide, compose_text_side
 from hueshift.engines.torch_engine import TorchEngine
 from hueshift.engines.vae import VaeStage
+from hueshift.engines.whole_rows import divide
 from hueshift.training.samples import SAMPLE_GUIDANCE, SAMPLE_STEPS
 
 # What the methods of training/methods put branches on, at twice LoRA's default rank: PiSSA's changes need that.
@@ -75,8 +77,9 @@ class Painter:
     def draw(self, drawings: Sequence[Drawing], mix: Mix = (), report: Report | None = None) -> list[Image.Image]:
         """Draw with a mix of adapters, none of them being the base model itself.
 
-        Raises what RowLayout.compose raises, unless the mix is one low-rank adapter on layers without a branch: such a
-        one, for example DreamBooth's convolutions, is merged into a copy of the weights, which torch runs.
+        Raises what RowLayout.compose and the engine raise, unless the mix is one adapter that the engine does not
+        serve: low-rank changes of layers without a branch, whole changes where it has no weights for them. Such a one,
+        for example DreamBooth's convolutions, is merged into a copy of the weights, which torch runs.
         """
         if len(mix) == 1 and not self.serves(mix[0][0]):
             return _Merged(self, *mix[0]).draw(drawings, report)
@@ -85,9 +88,12 @@ class Painter:
         return self.finish([self.start(drawing, loaded) for drawing in drawings], report)
 
     def serves(self, adapter: Adapter) -> bool:
-        """True if the engine has branches of enough rank for every low-rank layer of the adapter."""
+        """True if the engine has branches of enough rank for every low-rank layer of the adapter, and weights for whole
+        changes if it has any.
+        """
         served = self.engine.rows.served_ranks
-        return all(parts.rank <= served.get(name, 0) for name, parts in adapter.lowrank.items())
+        fits = all(parts.rank <= served.get(name, 0) for name, parts in adapter.lowrank.items())
+        return fits and (not adapter.dense or dense_slots(self.engine) > 0)
 
     def load(self, mix: Mix, slot: int = 1) -> LoadedMix:
         """Put a mix into a slot; the empty one is the base model's and needs none."""
@@ -121,7 +127,8 @@ class Painter:
         done = 0
         for batch in _batches(samples, self.engine.max_batch):
             while running := [sample for sample in batch if not sample.done]:
-                advance(self.engine, running)
+                for call in divide(self.engine, [sample.slot for sample in running]):
+                    advance(self.engine, [running[number] for number in call])
             done += len(batch)
             if report is not None:
                 report(done, len(samples))
@@ -136,11 +143,13 @@ class Painter:
 
 
 class _Merged:
-    """Draws with a low-rank adapter that is merged into a copy of the UNet; its other parts go the usual way."""
+    """Draws with an adapter whose low-rank and whole changes are merged into a copy of the UNet; its other parts go the
+    usual way.
+    """
 
     def __init__(self, painter: Painter, adapter: Adapter, weight: Weight) -> None:
         base, engine = painter.base, painter.engine
-        merged = replace(base, unet=merge_lowrank(base, adapter, weight))
+        merged = replace(base, unet=merge_matrices(base, adapter, weight))
         rows = RowLayout(base.layout, (), 1, text_side=False)
         device = next(merged.unet.parameters()).device
         torch_engine = TorchEngine(
@@ -149,7 +158,7 @@ class _Merged:
         self._painter = Painter(
             merged, torch_engine, steps=painter.steps, guidance=painter.guidance, sampler=painter.table.kind
         )
-        self._rest: Mix = [(replace(adapter, lowrank={}), weight)]
+        self._rest: Mix = [(replace(adapter, lowrank={}, dense={}), weight)]
 
     def draw(self, drawings: Sequence[Drawing], report: Report | None = None) -> list[Image.Image]:
         """Draw as Painter does. Raises InvalidArgument if what is left needs the factored plan, whose factors are the
@@ -159,19 +168,26 @@ class _Merged:
             # The factors are those of the unmerged weights, so the plan would undo the merge.
             raise InvalidArgument(
                 Reason.ADAPTER_TARGET_UNSUPPORTED,
-                "the adapter has low-rank parts on layers without a branch and shifts of norms beside them; leave the "
-                "shifts out, or compress it to layers of the engine (setting engine.lowrank_targets)",
+                "the adapter has parts that this engine does not serve and shifts of norms or singular values beside "
+                "them; leave the shifts out, or compress it to layers of the engine (setting engine.lowrank_targets)",
             )
         return self._painter.finish([self._painter.start(drawing, loaded) for drawing in drawings], report)
 
 
-def merge_lowrank(base: BaseModel, adapter: Adapter, weight: Weight = 1.0) -> torch.nn.Module:
-    """A copy of the base's UNet with W + weight scale B A in every low-rank layer of the adapter."""
+def merge_matrices(base: BaseModel, adapter: Adapter, weight: Weight = 1.0) -> torch.nn.Module:
+    """A copy of the base's UNet with W + weight scale B A, or W + weight delta, in the layers that the adapter changes
+    so.
+    """
     unet = copy.deepcopy(base.unet)
-    for name, parts in adapter.lowrank.items():
+
+    def add(name: str, change: Tensor) -> None:
         parameter = unet.get_parameter(f"{name}.weight")
-        change = layer_weight(weight, name) * parts.scale * (parts.b.double() @ parts.a.double())
         parameter.data += change.to(parameter).view(parameter.shape)
+
+    for name, parts in adapter.lowrank.items():
+        add(name, layer_weight(weight, name) * parts.scale * (parts.b.double() @ parts.a.double()))
+    for name, delta in adapter.dense.items():
+        add(name, layer_weight(weight, name) * delta.double())
     return unet
 
 

@@ -20,8 +20,8 @@ from hueshift.training.checkpoint import fingerprint_job
 from hueshift.training.run import TrainingResult, run_training
 from hueshift.training.spec import TrainingSpec
 
-# A whole UNet's worth of K/V deltas or low-rank factors of a large base.
-_LIMITS = FileLimits(max_bytes=2**31)
+# A whole UNet's worth of deltas: those of SDXL are 5.1 GB in fp16.
+_LIMITS = FileLimits(max_bytes=2**33)
 _NAME_LENGTH = 24
 
 OnStep = Callable[[int, int], None]

@@ -1,16 +1,19 @@
-"""DreamBooth (Ruiz et al. 2023): whole weights are trained. What serves is their change, brought to a low rank.
+"""DreamBooth (Ruiz et al. 2023): whole weights are trained, and their change is what serves: whole, or of a low rank.
 
-Biases and norms stay the base's: no engine serves changed biases, and changed norms alone would make the whole UNet run
+Biases and norms stay the base's. They are 0.1 % of a UNet's numbers (docs/training.md); no part of an adapter holds a
+bias, and norms are read from the rows of the factored plan, so that any change of them alone would make all layers run
 factored.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.adapters.layout import BaseLayout, MatrixLayer
+from hueshift.engines.text_side import is_text_side
 from hueshift.training.methods.compression import compress_deltas
 from hueshift.training.methods.full_weights import WeightDeltas
 from hueshift.training.methods.learnable import Learned, Values
@@ -18,7 +21,10 @@ from hueshift.training.spec import Method, TrainingSpec
 
 
 class DreamBooth(WeightDeltas):
-    """The matrices of all layers that `spec.targets` names by their endings; of all layers, if it names none."""
+    """The matrices of all layers that `spec.targets` names by their endings; of all layers, if it names none.
+
+    `spec.rank` 0 publishes the whole change.
+    """
 
     def __init__(self, layout: BaseLayout, unet: nn.Module, spec: TrainingSpec) -> None:
         """Raises InvalidArgument naming `settings.targets` if an ending fits no layer."""
@@ -26,7 +32,9 @@ class DreamBooth(WeightDeltas):
         self._rank = spec.rank
 
     def adapter(self, values: Values) -> Learned:
-        """Compress every delta to the job's rank."""
+        """Compress every delta to the job's rank, or round it to fp16: SD1.5's are 1.7 GB so, twice that in fp32."""
+        if self._rank == 0:
+            return Learned(self._whole(self.deltas(values)))
         factors, kept = compress_deltas(self.deltas(values), self._rank)
         adapter = Adapter(
             kind=AdapterKind.LOWRANK,
@@ -35,6 +43,25 @@ class DreamBooth(WeightDeltas):
             lowrank=factors,
         )
         return Learned(adapter, kept)
+
+    def _whole(self, deltas: Mapping[str, Tensor]) -> Adapter:
+        written = {name: _rounded(delta) for name, delta in deltas.items() if bool(delta.any())}
+        kv = {name: delta for name, delta in written.items() if is_text_side(name)}
+        # What only the prompt reads is served by every engine, beside other mixes.
+        prompts_alone = all(is_text_side(layer.name) for layer in self.layers)
+        return Adapter(
+            kind=AdapterKind.KV if prompts_alone else AdapterKind.DENSE,
+            base_hash=self.layout.layout.base_hash,
+            method=Method.DREAMBOOTH,
+            kv=kv,
+            dense={name: delta for name, delta in written.items() if name not in kv},
+        )
+
+
+def _rounded(delta: Tensor) -> Tensor:
+    """The nearest fp16 on the CPU; fp32 where that would overflow, because no file may hold infinities."""
+    half = delta.to(torch.float16)
+    return (half if bool(torch.isfinite(half).all()) else delta.clone()).cpu()
 
 
 def _chosen(layout: BaseLayout, endings: Iterable[str]) -> list[MatrixLayer]:

@@ -40,7 +40,7 @@ class _FineTuneMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FineTu
     FINE_TUNE_METHOD_CUSTOM_DIFFUSION: _FineTuneMethod.ValueType  # 5
     """Keys and values of cross-attention, and the word (Kumari et al. 2023)."""
     FINE_TUNE_METHOD_DREAMBOOTH: _FineTuneMethod.ValueType  # 6
-    """Whole weights, published as their change brought to `rank` (Ruiz et al. 2023)."""
+    """Whole weights, published as their change: brought to `rank`, or whole with a rank of 0 (Ruiz et al. 2023)."""
 
 class FineTuneMethod(_FineTuneMethod, metaclass=_FineTuneMethodEnumTypeWrapper):
     """What is learned."""
@@ -58,7 +58,7 @@ FINE_TUNE_METHOD_TEXTUAL_INVERSION: FineTuneMethod.ValueType  # 4
 FINE_TUNE_METHOD_CUSTOM_DIFFUSION: FineTuneMethod.ValueType  # 5
 """Keys and values of cross-attention, and the word (Kumari et al. 2023)."""
 FINE_TUNE_METHOD_DREAMBOOTH: FineTuneMethod.ValueType  # 6
-"""Whole weights, published as their change brought to `rank` (Ruiz et al. 2023)."""
+"""Whole weights, published as their change: brought to `rank`, or whole with a rank of 0 (Ruiz et al. 2023)."""
 Global___FineTuneMethod: _TypeAlias = FineTuneMethod  # noqa: Y015
 
 class _FineTuneSchedule:
@@ -300,7 +300,11 @@ class FineTuneSettings(_message.Message):
     unmix_weight: _builtins.float
     """Weight of the unmix loss on the attention of the subjects' words, 0 (off) to 1,000."""
     rank: _builtins.int
-    """Rank of LoRA's branches, or that whole changes are compressed to: dreambooth, and custom_diffusion unless it is 0."""
+    """Rank of LoRA's branches, 1 to 128, or that the changes of dreambooth and custom_diffusion are compressed to; 0 keeps
+    those whole. A whole change by dreambooth is as large as the weights it changes, and is drawn with in calls of its
+    own; where the server cannot draw with it (EngineCapacity.dense_slots is 0) the job is refused, unless `targets`
+    names keys and values of cross-attention alone, or the job has `allow_unserved`. Absent: 16 for dreambooth.
+    """
     alpha: _builtins.float
     """LoRA's scale times its rank. Absent: the rank."""
     lora_init: Global___FineTuneLoraInit.ValueType
@@ -328,7 +332,7 @@ class FineTuneSettings(_message.Message):
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Endings of the names of the layers that lora and dreambooth train. Empty: those of the method that this server
-        can serve.
+        can serve; every layer for dreambooth with a rank of 0.
         """
 
     def __init__(
@@ -616,6 +620,7 @@ class FineTuneSpec(_message.Message):
     MORE_SUBJECTS_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ALLOW_UNSERVED_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Id of the adapter to make or to give a new revision, as in ImportAdapterSpec. Empty: the server makes one."""
     display_name: _builtins.str
@@ -642,6 +647,8 @@ class FineTuneSpec(_message.Message):
     """Place among the tenant's own waiting jobs, as of GenerateRequest: tenants never overtake one another by it, and a job
     that runs is not stopped for another. A job that is queued again, by a lost worker or RetryFineTune, keeps it.
     """
+    allow_unserved: _builtins.bool
+    """Queue it even if this server cannot draw with the adapter that it makes, to download it and use it elsewhere."""
     @_builtins.property
     def identifier_init(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Known words whose mean embedding the identifier starts from, for example the names of known styles. Empty: the
@@ -687,10 +694,11 @@ class FineTuneSpec(_message.Message):
         more_subjects: _abc.Iterable[Global___FineTuneSubjectSpec] | None = ...,
         validate_only: _builtins.bool = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
+        allow_unserved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "learn_identifier", b"learn_identifier", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "adapter_id", b"adapter_id", "class_noun", b"class_noun", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "identifier", b"identifier", "identifier_init", b"identifier_init", "labels", b"labels", "learn_identifier", b"learn_identifier", "method", b"method", "more_subjects", b"more_subjects", "pictures", b"pictures", "priority", b"priority", "sample_prompts", b"sample_prompts", "settings", b"settings", "subject", b"subject", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier", "adapter_id", b"adapter_id", "allow_unserved", b"allow_unserved", "class_noun", b"class_noun", "display_name", b"display_name", "idempotency_key", b"idempotency_key", "identifier", b"identifier", "identifier_init", b"identifier_init", "labels", b"labels", "learn_identifier", b"learn_identifier", "method", b"method", "more_subjects", b"more_subjects", "pictures", b"pictures", "priority", b"priority", "sample_prompts", b"sample_prompts", "settings", b"settings", "subject", b"subject", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__learn_identifier: _TypeAlias = _typing.Literal["learn_identifier"]  # noqa: Y015
     _WhichOneofArgType__learn_identifier: _TypeAlias = _typing.Literal["_learn_identifier", b"_learn_identifier"]  # noqa: Y015

@@ -9,7 +9,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from PIL import Image
-from whole_server import LiveServer, Refusal, RpcStubs, fake_parts, live_server, refusal
+from whole_server import BoundedFakeEngine, LiveServer, Refusal, RpcStubs, fake_parts, live_server, refusal
 
 from hueshift.engines.base_model import BaseModel
 from hueshift.server.rpc.finetune_messages import METHOD_NUMBERS, read_spec
@@ -21,6 +21,7 @@ from hueshift.v1 import finetune_pb2 as pb
 from hueshift.v1 import model_pb2
 
 Message = pb.CreateFineTuneRequest
+WHOLE = pb.FineTuneSettings(rank=0)
 UNKNOWN_SCHEDULE = pb.FineTuneSettings(rate_schedule=9)  # type: ignore[arg-type]  # of a newer client
 
 
@@ -212,6 +213,49 @@ async def test_few_layers_of_dreambooth_learn_faster_unless_a_rate_is_asked_for(
     [told] = [info for info in model.methods if info.method == pb.FINE_TUNE_METHOD_DREAMBOOTH]
     # What a job that asks for nothing gets on this server.
     assert told.subject_defaults.learning_rate == pytest.approx(DREAMBOOTH_FEW_RATE)
+
+
+async def test_whole_changes_are_asked_for_where_they_are_served(base_model: BaseModel, tmp_path: Path) -> None:
+    engine = BoundedFakeEngine()
+    engine.dense_slots = 2
+    async with live_server(tmp_path, fake_parts(base_model, engine)) as live:
+        caller = Caller(live, await live.caller("alice"))
+        spec = one(method=pb.FINE_TUNE_METHOD_DREAMBOOTH, settings=WHOLE, validate_only=False)
+        stored = caller.stored(await caller.create(spec, pb.PictureChunk(index=0, data=png())))
+        # Every layer, at the rate that suits every layer.
+        assert (stored.rank, stored.targets, stored.learning_rate) == (0, (), 1e-4)
+        spec = one(method=pb.FINE_TUNE_METHOD_DREAMBOOTH, validate_only=False)
+        by_default = caller.stored(await caller.create(spec, pb.PictureChunk(index=0, data=png())))
+        assert (by_default.rank, by_default.targets) == (16, ("attn2.to_k", "attn2.to_v", "proj_out"))
+
+
+async def test_whole_changes_that_nothing_here_draws_with_are_made_for_their_file_alone(alice: Caller) -> None:
+    told = await alice.refused(one(method=pb.FINE_TUNE_METHOD_DREAMBOOTH, settings=WHOLE))
+    assert told.fields == ["settings.rank"]
+    assert "allow_unserved" in told.message
+    some = pb.FineTuneSettings(rank=0, targets=["attn2.to_v", "conv_in"])
+    assert (await alice.refused(one(method=pb.FINE_TUNE_METHOD_DREAMBOOTH, settings=some))).fields == ["settings.rank"]
+    spec = one(method=pb.FINE_TUNE_METHOD_DREAMBOOTH, settings=WHOLE, allow_unserved=True, validate_only=False)
+    stored = alice.stored(await alice.create(spec, pb.PictureChunk(index=0, data=png())))
+    assert (stored.rank, stored.targets) == (0, ())
+    # Keys and values are read from the prompt, whole too.
+    some = pb.FineTuneSettings(rank=0, targets=["attn2.to_v"])
+    assert (await alice.create(one(method=pb.FINE_TUNE_METHOD_DREAMBOOTH, settings=some))).steps == 120
+
+
+async def test_what_is_not_served_can_be_made_by_any_method_but_not_of_layers_there_are_not(alice: Caller) -> None:
+    lora = pb.FINE_TUNE_METHOD_LORA
+    asked = pb.FineTuneSettings(targets=["attn1.to_q"], rank=17)
+    assert (await alice.refused(one(method=lora, settings=asked))).fields == ["settings.targets"]
+    spec = one(method=lora, settings=asked, allow_unserved=True, validate_only=False)
+    stored = alice.stored(await alice.create(spec, pb.PictureChunk(index=0, data=png())))
+    assert (stored.targets, stored.rank) == (("attn1.to_q",), 17)
+    nowhere = pb.FineTuneSettings(targets=["nowhere"])
+    for method in (lora, pb.FINE_TUNE_METHOD_DREAMBOOTH):
+        told = await alice.refused(one(method=method, settings=nowhere, allow_unserved=True))
+        assert (told.fields, "fits no layer" in told.message) == (["settings.targets"], True)
+    told = await alice.refused(one(method=lora, settings=pb.FineTuneSettings(rank=0)))
+    assert told.fields[0] == "settings.rank"
 
 
 @pytest.mark.parametrize("method", [number for method, number in METHOD_NUMBERS.items()])

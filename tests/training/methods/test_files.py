@@ -30,6 +30,7 @@ CASES: list[tuple[Method, dict[str, Any]]] = [
     (Method.CUSTOM_DIFFUSION, {}),
     (Method.CUSTOM_DIFFUSION, {"rank": 4}),
     (Method.DREAMBOOTH, {"targets": TARGETS}),
+    (Method.DREAMBOOTH, {"rank": 0}),
 ]
 
 
@@ -59,6 +60,8 @@ def test_an_adapter_survives_its_file_and_is_served(tiny: Tiny, method: Method, 
     side = compose_text_side([(read, 1.0)], factors)
     assert "sks" in side.words
     assert (row.spectral is not None) == (method is Method.SVDIFF)
-    assert (row.lowrank is not None) == (method in (Method.RESIDUALS, Method.LORA, Method.DREAMBOOTH))
+    whole = method is Method.DREAMBOOTH and spec.rank == 0
+    assert row.needs_weights == whole
+    assert (row.lowrank is not None) == (method in (Method.RESIDUALS, Method.LORA, Method.DREAMBOOTH) and not whole)
     # What changes keys and values is on the text side; words are there in any case.
     assert bool(side.edits.nbytes) == (method not in (Method.RESIDUALS, Method.TEXTUAL_INVERSION))
