@@ -83,7 +83,9 @@ class WeightWriter:
             self._one = torch.ones(1, device=device)
         else:
             self._row, self._lowrank, self._one = like._row, like._lowrank, like._one
-        places = self._places = {matrix.name: matrix for matrix in matrices}
+        places = {matrix.name: matrix for matrix in matrices}
+        # Not the matrices: they hold the singular vectors that were packed.
+        self._outs = {name: (matrix.layer.out, matrix.is_transposed) for name, matrix in places.items()}
         self._branches = [
             _make_branch(target, places[target.name].is_transposed, device, dtype)
             for target in rows.targets
@@ -115,10 +117,9 @@ class WeightWriter:
         Raises KeyError on a layer that is not written.
         """
         for name, delta in deltas.items():
-            matrix = self._places[name]
-            out = matrix.layer.out
+            out, is_transposed = self._outs[name]
             change = delta.to(out.device, non_blocking=True).float()
-            change = change.t() if matrix.is_transposed else change
+            change = change.t() if is_transposed else change
             out.copy_(out.float() + change.reshape(out.shape))
 
     def launch(self) -> None:
