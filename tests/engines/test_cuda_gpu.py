@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_unet import SD1_LIKE, SD2_LIKE, TinyParts, tiny_parts
+from tiny_unet import SD1_LIKE, SD2_LIKE, TinyParts, tiny_parts, whole_adapter
 from torch import Tensor
 
 from hueshift.adapters.adapter import AdapterKind
@@ -197,6 +197,31 @@ def test_a_thousand_swaps_under_load_leave_nothing_behind(
     assert engine.buffers.addresses == addresses
     # The other thread's two products may or may not be held when it is looked at.
     assert max(memory) - min(memory) <= 8 * 2**20
+
+
+def test_whole_deltas_are_drawn_from_weights_of_their_own_without_a_capture(
+    parts: TinyParts, device: torch.device, tmp_path: Path
+) -> None:
+    engine, expected = make_engine(parts, device, tmp_path), reference(parts)
+    inputs, index = parts.inputs(2), torch.tensor([2, 2])
+    captures, memory = engine.graphs.captures, []
+    for turn in range(20):
+        row = parts.row((whole_adapter(parts, turn, share=0.5 + 0.5 * (turn % 2)), 1.0)).each(Tensor.pin_memory)
+        for other in (engine, expected):
+            other.load_row(2, row)
+        # At once: the call waits for the weights, which are written beside the steps.
+        found = engine.denoise(Plan.MERGED, *inputs, index)
+        assert relative(found, expected.denoise(Plan.MERGED, *inputs, index)) < TOLERANCE
+        torch.cuda.synchronize()
+        memory.append(torch.cuda.memory_allocated(device))
+    engine.load_row(2, EngineRow())
+    engine.merge(2)
+    engine.finish_merges()
+    torch.cuda.synchronize()
+    found = engine.denoise(Plan.MERGED, *inputs, index)
+    assert relative(found, reference(parts).denoise(Plan.FACTORED, *inputs, index)) < TOLERANCE
+    assert engine.graphs.captures == captures
+    assert max(memory[1:]) - min(memory[1:]) <= 8 * 2**20
 
 
 def test_a_refused_capture_leaves_the_callers_stream_alone(device: torch.device) -> None:

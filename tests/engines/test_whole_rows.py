@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_unet import TinyParts, merge_row, run, tiny_unet
+from fake_gpu import GPU, FakeLane, fake_gpu
+from tiny_unet import TinyParts, merge_row, run, tiny_unet, whole_adapter
 from torch import Tensor
 
 from hueshift.adapters.adapter import Adapter, AdapterKind
@@ -41,18 +42,6 @@ def plain(parts: TinyParts) -> TorchEngine:
 
 
 ENGINES = [pytest.param(cuda, id="cuda"), pytest.param(plain, id="torch")]
-
-
-def whole_adapter(parts: TinyParts, seed: int, share: float = 1.0) -> Adapter:
-    """Random deltas of a share of the layers."""
-    generator = torch.Generator().manual_seed(seed)
-    layout = parts.rows.layout
-    layers = [layer for layer in layout.matrices if not is_text_side(layer.name)]
-    deltas = {
-        layer.name: 0.05 * torch.randn(layer.rows, layer.cols, generator=generator)
-        for layer in layers[: int(len(layers) * share)]
-    }
-    return Adapter(AdapterKind.DENSE, layout.base_hash, "dreambooth", dense=deltas)
 
 
 def truth(parts: TinyParts, row: EngineRow, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -180,3 +169,17 @@ def test_the_planner_gives_them_calls_of_their_own(tiny: TinyParts) -> None:
     assert [(run.plan, run.members) for run in decision.runs] == [(Plan.DENSE, (0, 2)), (Plan.MERGED, (1, 3))]
     assert decision.together_ms == 2.0
     assert choose_plan(engine, samples[1::2]) is Plan.MERGED
+
+
+def test_on_a_gpu_they_arrive_beside_the_steps(tiny: TinyParts) -> None:
+    row = tiny.row((whole_adapter(tiny, 1), 1.0))
+    with fake_gpu() as gpu:
+        options = CudaOptions(warm_sizes=((8, 8),), max_area=256, weight_slots=1)
+        given = (tiny.base, tiny.factors, tiny.rows, tiny.norms)
+        engine = CudaEngine(*given, slots=5, max_batch=4, lane=FakeLane(gpu), options=options)
+        pinned = row.each(Tensor.pin_memory)
+        gpu.waits.clear()
+        engine.load_row(2, pinned)
+        assert gpu.waits == []
+        held = engine.networks.merged(engine._merged.use(2))  # type: ignore[union-attr]  # there is one weight slot
+        assert {part.device for part in held.unet.parameters()} == {GPU}

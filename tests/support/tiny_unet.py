@@ -19,6 +19,7 @@ from hueshift.engines.interface import EngineRow
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.rows import RowLayout, read_norms
 from hueshift.engines.svd_cache import SpectralFactors, decompose
+from hueshift.engines.text_side import is_text_side
 
 TOKENS, WIDTH = 5, 24
 SD1_LIKE = {"attention_head_dim": 2}
@@ -191,3 +192,15 @@ def tiny_parts(
     )
     norms = read_norms(base.layout, lambda layer: unet.get_parameter(f"{layer}.weight"))
     return TinyParts(base, decompose(base), RowLayout(base.layout, targets, rank, text_side), norms)
+
+
+def whole_adapter(parts: TinyParts, seed: int, share: float = 1.0) -> Adapter:
+    """Random deltas of a share of the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = parts.rows.layout
+    layers = [layer for layer in layout.matrices if not is_text_side(layer.name)]
+    deltas = {
+        layer.name: 0.05 * torch.randn(layer.rows, layer.cols, generator=generator)
+        for layer in layers[: int(len(layers) * share)]
+    }
+    return Adapter(AdapterKind.DENSE, layout.base_hash, "dreambooth", dense=deltas)
