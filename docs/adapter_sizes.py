@@ -89,6 +89,7 @@ BYTES: Mapping[str, Callable[[BaseLayout], int]] = {
     "kv": lambda layout: FP32 * sum(layer.rows * layer.cols for layer in keys_and_values(layout)),
     "kv-16": lambda layout: FP32 * lowrank_values(keys_and_values(layout), 16),
     "gated": lambda layout: FP32 * (2 * WIDTH + sum(layer.rows for layer in keys_and_values(layout)) + WIDTH),
+    "whole": lambda layout: FP16 * sum(layer.rows * layer.cols for layer in layout.matrices),
     "every-16": lambda layout: FP32 * lowrank_values(layout.matrices, 16),
     "vector": lambda layout: FP16 * WIDTH,
     "layers": lambda layout: FP32 * WIDTH * len(layout.cross_attentions),
@@ -98,8 +99,10 @@ BYTES: Mapping[str, Callable[[BaseLayout], int]] = {
 
 
 def show(count: int) -> str:
-    """Bytes to two digits, in kB below 100 kB, else in MB; whole from 10 of them."""
+    """Bytes to two digits, in kB below 100 kB, in GB from 1 GB, else in MB; whole from 10 of them."""
     unit, amount = ("MB", count / 1e6) if count >= 100_000 else ("kB", count / 1e3)
+    if count >= 1e9:
+        unit, amount = "GB", count / 1e9
     digits = 0 if amount >= 10 else 1 if amount >= 1 else 2
     return f"{amount:.{digits}f} {unit}"
 

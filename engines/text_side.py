@@ -9,6 +9,7 @@ from torch import Tensor
 from hueshift.adapters import word_algebra
 from hueshift.adapters.adapter import Adapter, GatedEdit, TokenMapper
 from hueshift.adapters.blocks import Weight, layer_weight
+from hueshift.adapters.layout import is_text_side as is_text_side
 from hueshift.engines.cross_attention import CrossEdits
 from hueshift.engines.encoder_weights import EncoderEdits, compose_encoder
 from hueshift.engines.svd_cache import SpectralFactors
@@ -48,14 +49,6 @@ def merge_words(adapters: Sequence[Adapter]) -> dict[str, Word]:
     words = word_algebra.merge_words(adapters)
     plain: dict[str, Word] = {word: vectors[None, None] for word, vectors in words.tokens.items()}
     return {**plain, **words.token_grids, **words.mappers}
-
-
-def is_text_side(layer: str) -> bool:
-    """True for layers that the UNet's graph does not run, because their results are its input.
-
-    Keys and values of cross-attention, and what SDXL adds to the time embedding for pooled text and sizes.
-    """
-    return layer.endswith((".attn2.to_k", ".attn2.to_v")) or layer.startswith("add_embedding.")
 
 
 def _compose_edits(mix: Sequence[tuple[Adapter, Weight]], factors: SpectralFactors) -> CrossEdits:

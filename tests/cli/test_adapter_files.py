@@ -46,6 +46,8 @@ def test_an_import_shows_its_report(fake: FakeServer, run: Run, file: Path) -> N
         assert told in shown.out
     spec = fake.service.seen["ImportAdapter"][0][0].spec
     assert (spec.rank, spec.word, spec.served_only, spec.complete) == (16, "sks", True, True)
+    run("adapters", "import", file, "--dense")
+    assert fake.service.seen["ImportAdapter"][-1][0].spec.dense
     report = run(*words, "--json").json["report"]
     assert (report["error"], report["layers"][1]["error"], report["left_out"][0]["count"]) == (0.1, 0.25, 2)
     fake.service.report = pb.ImportReport(format="peft", layers=[pb.ImportedLayer(layer="a", form="lora", rank=1)])

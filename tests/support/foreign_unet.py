@@ -73,9 +73,9 @@ def adapted(unet: nn.Module, adapter: Adapter) -> nn.Module:
         weight = unet.get_parameter(f"{layer}.weight")
         u, sigma, vh = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
         weight.data.copy_(((u * torch.relu(sigma + shift.double())) @ vh).reshape(weight.shape))
-    for layer, delta in adapter.kv.items():
+    for layer, delta in (*adapter.kv.items(), *adapter.dense.items()):
         weight = unet.get_parameter(f"{layer}.weight")
-        weight.data.copy_(weight.double() + delta.double())
+        weight.data.copy_(weight.double() + delta.double().reshape(weight.shape))
     for layer, shift in adapter.norm.items():
         weight = unet.get_parameter(f"{layer}.weight")
         weight.data.copy_(weight.double() + shift.double())

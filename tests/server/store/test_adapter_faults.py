@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class FaultyBlobs(BlobStore):
         self._plan()
         return super().writer()
 
-    def stage(self, data: bytes) -> StagedBlob:
+    def stage(self, data: bytes | Iterable[bytes | memoryview]) -> StagedBlob:
         staged = super().stage(data)
         self._plan()
         return staged
