@@ -21,6 +21,9 @@ SETTINGS: dict[str, Any] = {
 def test_settings_come_back_as_they_went() -> None:
     spec = make_spec([b"picture"], {}, {"settings": SETTINGS})
     assert read_settings(spec.settings) == SETTINGS
+    # Zero is a rank like others, and no sign of what was left out.
+    whole = make_spec([], {}, {"settings": {"rank": 0}, "allow_unserved": True})
+    assert (read_settings(whole.settings), whole.allow_unserved) == ({"rank": 0}, True)
     # One word is a list of one.
     assert list(make_spec([], {}, {"settings": {"targets": "proj_out"}}).settings.targets) == ["proj_out"]
 

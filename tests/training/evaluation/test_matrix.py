@@ -167,3 +167,11 @@ def test_shipped_plans_are_valid_and_their_pictures_are_there(
     plan = read_plan(PROJECT / "benchmarks" / f"{name}.toml")
     matrix = Matrix(plan, shared_dir / "data", tmp_path, painter=painter, judges=judges)
     assert len(matrix.missing()) == cells
+
+
+def test_the_plan_of_whole_changes_needs_no_pictures_but_the_examples(
+    painter: Painter, judges: Judges, tmp_path: Path
+) -> None:
+    plan = read_plan(PROJECT / "benchmarks" / "whole_cpu.toml")
+    matrix = Matrix(plan, PROJECT / "examples" / "pictures", tmp_path, painter=painter, judges=judges)
+    assert len(matrix.missing()) == 2 + 3
