@@ -5,7 +5,7 @@ deadline or without its adapter; all of that is looked at before every step. Pic
 leave together. Everything here belongs to one thread.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -102,6 +102,16 @@ class StepLoop:
         for ticket in list(self._live):
             ticket.end(error)
             self._retire(ticket)
+
+    def abandon(self, error: HueshiftError, calls: Iterable[Callable[[], None]]) -> None:
+        """Tell every request that it has ended, those too that come with `calls`, as nothing steps any more."""
+        for call in calls:
+            try:
+                call()
+            except Exception as broken:  # What it was to change may be broken already.
+                self._log.error("call not made", exc_info=broken)
+        for ticket in tuple(self._live):
+            ticket.end(error)
 
     def tell_when_idle(self, idle: Future[None]) -> None:
         """Resolve `idle` once no request is left."""
