@@ -25,6 +25,7 @@ class Metrics:
             "hueshift_request_seconds", "Time of a call.", ["method"], buckets=_REQUEST_BUCKETS, registry=r
         )
         self.queue_depth = Gauge("hueshift_queue_depth", "Pictures waiting for a place in the batch.", registry=r)
+        self.queue_tenants = Gauge("hueshift_queue_tenants", "Tenants with pictures waiting.", registry=r)
         self.queue_oldest_seconds = Gauge(
             "hueshift_queue_oldest_seconds", "Age of the oldest waiting picture.", registry=r
         )

@@ -342,6 +342,7 @@ class StepLoop:
         now = self._clock.monotonic()
         oldest = min((ticket.accepted for ticket in self._live if ticket.waiting), default=now)
         self._metrics.queue_depth.set(self._admission.waiting)
+        self._metrics.queue_tenants.set(self._queue.tenants)
         self._metrics.queue_oldest_seconds.set(now - oldest)
         self._metrics.active_samples.set(len(self._batch))
 
