@@ -87,9 +87,9 @@ def encode_start(vae: VaeStage, picture: bytes, width: int, height: int) -> Tens
     return vae.moments(pixels[None])[0][0]
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference of two [...], over that of `wanted`."""
-    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Root mean square of the difference of two [...], over that of `wanted`: one number where they lie, unread."""
+    return (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
 
 
 def start_inversion(
@@ -136,4 +136,4 @@ def inversion_error(
             sample.table, sample.step, sample.prev = table, 0, torch.zeros_like(sample.prev)
         for _ in range(table.steps):
             advance(engine, samples)
-    return relative_error(torch.stack([sample.latents for sample in samples]), torch.stack(list(clean)))
+    return float(relative_error(torch.stack([sample.latents for sample in samples]), torch.stack(list(clean))))
