@@ -2,21 +2,32 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
+from fake_engine import FakeEngine
 from fake_gpu import GPU, FakeGpu, fake_gpu
 from generation_bench import Bench, FakeConditioner, FakeVae, tiny_base
 from PIL import Image
+from prometheus_client import CollectorRegistry
+from tiny_layout import spectral_adapter, tiny_rows
+from torch import nn
 
 from hueshift.engines.conditioning import Conditioner, Conditioning, CrossInputs
+from hueshift.engines.mixes import make_mix
+from hueshift.engines.residency_host import HostCache
 from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import SystemClock
 from hueshift.server.event_stream import EventStream
 from hueshift.server.generation import GenerationRequest, InversionRequest, LagRequest, StartRequest
+from hueshift.server.metrics import Metrics
 from hueshift.server.phases import begin_picture, end_phase
 from hueshift.server.preparation import Preparation, Prepared
+from hueshift.server.residency_metrics import ResidencyMetrics
+from hueshift.server.services import ServingParts, _row_cache
+from hueshift.server.settings import load_settings
 from hueshift.server.ticket import Phase, Ticket
 
 
@@ -65,6 +76,18 @@ def test_what_a_request_brings_goes_over_without_a_stop(gpu: FakeGpu) -> None:
     assert prepared.start is not None
     assert {prepared.lag.device, prepared.regions[0].mask.device, prepared.start.clean.device} == {GPU}
     assert gpu.waits == []
+
+
+def test_rows_are_page_locked_whatever_engine_serves_on_the_gpu(gpu: FakeGpu) -> None:
+    rows, factors, norms = tiny_rows()
+    log = ResidencyMetrics(Metrics(CollectorRegistry()))
+    host = HostCache(lambda key: spectral_adapter(float(key)), 1 << 20, log)
+    for device, pinned in (("cpu", False), ("cuda:0", True)):
+        base = replace(tiny_base(), unet=nn.Linear(1, 1, device=device))
+        cache = _row_cache(load_settings(), ServingParts(base, FakeEngine(), rows, factors, norms), host, log)
+        row = cache.get(make_mix([("2", 1.0)])).row
+        assert row.spectral is not None
+        assert gpu._is_pinned(row.spectral) == pinned
 
 
 async def test_the_error_of_an_inversion_is_read_with_the_last_picture(gpu: FakeGpu) -> None:
