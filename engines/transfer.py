@@ -32,5 +32,5 @@ def pin_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not tensors:
         return {}
     block = torch.cat([tensor.flatten() for tensor in tensors.values()]).pin_memory()
-    parts = block.split([tensor.numel() for tensor in tensors.values()])
+    parts = torch.split(block, [tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
