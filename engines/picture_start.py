@@ -12,6 +12,7 @@ from torch import Tensor
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.denoise import Sample, advance, start_sample
+from hueshift.engines.fused_update import UpdateForm
 from hueshift.engines.interface import BASE_SLOT, UNetEngine
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.samplers import SamplerKind, SamplerTable, make_inverse_table, make_table, noise_levels
@@ -131,9 +132,10 @@ def inversion_error(
         start_inversion(latents, schedule, cross=cross, steps=steps, slot=slot, needs_factored=needs_factored)
         for latents in clean
     ]
+    form = UpdateForm()
     for table in (samples[0].table, make_table(schedule, SamplerKind.DDIM, steps)):
         for sample in samples:
             sample.table, sample.step, sample.prev = table, 0, torch.zeros_like(sample.prev)
         for _ in range(table.steps):
-            advance(engine, samples)
+            advance(engine, samples, form=form)
     return float(relative_error(torch.stack([sample.latents for sample in samples]), torch.stack(list(clean))))
