@@ -126,7 +126,7 @@ class EditedLayers:
             out = out + functional.linear(functional.linear(x, a), b)
         delta = edits.deltas.get(name)
         if delta is not None:
-            out = out + functional.linear(x, delta.to(x))
+            out = out + functional.linear(x, _beside(delta, x))
         for edit, strength in edits.gated.get(name, ()):
             out = out + strength * gated_change(edit, name, weight, x)
         return out
@@ -141,8 +141,8 @@ class EditedLayers:
 
 
 def _beside(part: Tensor, x: Tensor) -> Tensor:
-    """An adapter's small part where x lies. One that was waited for would be waited for layer by layer, each time
-    behind what the steps have on the device.
+    """An adapter's part where x lies. One that was waited for would be waited for layer by layer, each time behind what
+    the steps have on the device. Large ones lie in page-locked memory already (engines/residency_host.py).
     """
     return to_device(part, x.device).to(x.dtype)
 

@@ -45,7 +45,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class GuidedNetwork:
-    """The network of Plan.FULL. It is never compiled: its masks are our kernels."""
+    """The network of Plan.FULL. It is never compiled: its masks are our kernels, mostly."""
 
     unet: CudaUNet
     role: str = Plan.FULL.value

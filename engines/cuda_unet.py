@@ -20,8 +20,8 @@ from hueshift.engines.weightless import is_weightless
 class CudaUNet(AdaptedUNet):
     """An AdaptedUNet of one plan on the engine's slabs. `slab_rows` are views of them, which the engine owns.
 
-    With `kernels` linear layers, convolutions and branches run on the Triton kernels, else in torch's form; with `fuse`
-    so do residual blocks, norms and gates. `attention` is of no use to Plan.FULL, which has its own.
+    With `kernels` linear layers, convolutions, branches and masks run on the Triton kernels, else in torch's form; with
+    `fuse` so do residual blocks, norms and gates. `attention` is of no use to Plan.FULL, which has its own.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class CudaUNet(AdaptedUNet):
         self.lowrank = lowrank
         if plan is not Plan.FULL:
             set_attention(self.unet, attention)
+        # Kernels that fail, or are off, must not be what the masks need.
+        self.guides.in_torch = not kernels
         self.on_kernels = kernels
         self.kernel_layers = use_kernels(self, self.slab_rows) if kernels else 0
         if self.kernel_layers:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.conditioning import CrossInputs
-from hueshift.engines.fused_update import fits, fused_update
+from hueshift.engines.fused_update import UpdateForm, fits
 from hueshift.engines.interface import BASE_SLOT, Guides, Plan, UNetEngine, dense_in
 from hueshift.engines.samplers import SamplerTable
 from hueshift.engines.transfer import to_device
@@ -121,13 +121,16 @@ def choose_plan(engine: UNetEngine, samples: Sequence[Sample]) -> Plan:
 
 
 @torch.inference_mode()
-def advance(engine: UNetEngine, samples: Sequence[Sample], plan: Plan | None = None) -> Plan:
+def advance(
+    engine: UNetEngine, samples: Sequence[Sample], plan: Plan | None = None, form: UpdateForm | None = None
+) -> Plan:
     """Take one step of every sample, in place; return the plan that ran.
 
     Samples may differ in everything but the shape of their latents: step, sampler, prompt, guidance, adapters. Guided
     samples are two UNet rows, eps = negative + guidance (prompt - negative) (Ho and Salimans 2022). What the engine
-    raises passes through, and then no sample has changed.
+    raises passes through, and then no sample has changed. `form` remembers between steps which form of the update runs.
     """
+    form = form or UpdateForm()
     plan = plan or choose_plan(engine, samples)
     # Guided samples first, so that slices do: gathers over a batch cost more than all the rest of this function.
     samples = sorted(samples, key=_unguided)
@@ -140,9 +143,12 @@ def advance(engine: UNetEngine, samples: Sequence[Sample], plan: Plan | None = N
         noise = None
         if any(sample.table.noisy[sample.step] for sample in samples):
             noise = to_device(torch.stack([_noise(sample) for sample in samples]), device)
+        fused = None
         if fits(device) and len(parts) == count:
             scales = [sample.guidance for sample in samples if sample.guided]
-            after, estimate = fused_update(x, prev, out, scales, table, noise)
+            fused = form.update(x, prev, out, scales, table, noise)
+        if fused is not None:
+            after, estimate = fused
         else:
             out = _guide(samples, parts, out)
             a, b, c, d, e, f = to_device(table, device).t().reshape(6, count, 1, 1, 1).unbind()

@@ -6,12 +6,48 @@ and writes them once (kernels/sampler_step.py).
 
 from collections.abc import Sequence
 
+import structlog
 import torch
 from torch import Tensor
 
+from hueshift.engines.device_errors import Fault, classify
 from hueshift.engines.transfer import to_device
 from hueshift.kernels.launch import triton
 from hueshift.kernels.sampler_step import NO_ROW, sampler_step
+
+_log = structlog.get_logger()
+
+
+class UpdateForm:
+    """Whether steps are updated by the kernel: until it fails once, then by torch. For one thread, step after step."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def update(
+        self,
+        x: Tensor,
+        prev: Tensor,
+        out: Tensor,
+        guidance: Sequence[float],
+        coefficients: Tensor,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Do what fused_update does, or nothing, and return None, where the kernel does not compile or launch here.
+
+        Raises what says that memory is short or the device is lost.
+        """
+        if self._failed:
+            return None
+        try:
+            return fused_update(x, prev, out, guidance, coefficients, noise)
+        except Exception as error:
+            # Triton has errors of its own. Nothing was written: what fails so has not been launched.
+            if classify(error) is not Fault.OTHER:
+                raise
+            self._failed = True
+            _log.error("sampler_step_failed", serves="torch", exc_info=error)
+            return None
 
 
 def fits(device: torch.device) -> bool:

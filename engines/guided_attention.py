@@ -9,15 +9,19 @@ from torch.nn import functional
 
 from hueshift.engines.adapted_layers import CallRows, transformer_of
 from hueshift.engines.interface import Guides
-from hueshift.kernels.lag_mask import attention_share, binarise
+from hueshift.kernels.lag_mask import attention_share, binarise, binarise_reference, share_reference
 
 _EPS = 1e-5
 
 
 @dataclass
 class CallGuides:
-    """The guides of the call in progress, if it has any, and the masks it has made so far."""
+    """The guides of the call in progress, if it has any, and the masks it has made so far.
 
+    With `in_torch` masks are torch's on a GPU too, where all probabilities of a block are in memory at a time.
+    """
+
+    in_torch: bool = False
     guides: Guides | None = None
     height: int = 0
     width: int = 0
@@ -98,9 +102,10 @@ class ConfiningCrossAttention:
 
     def _confine(self, query: Tensor, key: Tensor, guides: Guides) -> None:
         call, at = self._guides, self._transformer
-        share = attention_share(query, key, guides.lag.contiguous(), query.shape[-1] ** -0.5)
+        look, halve = (share_reference, binarise_reference) if call.in_torch else (attention_share, binarise)
+        share = look(query, key, guides.lag.contiguous(), query.shape[-1] ** -0.5)
         call.shares[at] = share + call.shares[at] if at in call.shares else share
-        call.masks[at] = self._rows.masks[at] = binarise(call.shares[at])[guides.lag_source]
+        call.masks[at] = self._rows.masks[at] = halve(call.shares[at])[guides.lag_source]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hueshift.adapters.errors import InvalidArgument
 from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.denoise import Sample, advance, start_sample
+from hueshift.engines.fused_update import UpdateForm
 from hueshift.engines.interface import BASE_SLOT, UNetEngine
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.samplers import SamplerKind, SamplerTable, make_inverse_table, make_table, noise_levels
@@ -87,9 +88,9 @@ def encode_start(vae: VaeStage, picture: bytes, width: int, height: int) -> Tens
     return vae.moments(pixels[None])[0][0]
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference of two [...], over that of `wanted`."""
-    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Root mean square of the difference of two [...], over that of `wanted`: one number where they lie, unread."""
+    return (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
 
 
 def start_inversion(
@@ -131,9 +132,10 @@ def inversion_error(
         start_inversion(latents, schedule, cross=cross, steps=steps, slot=slot, needs_factored=needs_factored)
         for latents in clean
     ]
+    form = UpdateForm()
     for table in (samples[0].table, make_table(schedule, SamplerKind.DDIM, steps)):
         for sample in samples:
             sample.table, sample.step, sample.prev = table, 0, torch.zeros_like(sample.prev)
         for _ in range(table.steps):
-            advance(engine, samples)
-    return relative_error(torch.stack([sample.latents for sample in samples]), torch.stack(list(clean)))
+            advance(engine, samples, form=form)
+    return float(relative_error(torch.stack([sample.latents for sample in samples]), torch.stack(list(clean))))

@@ -1,7 +1,7 @@
 """The host tier: whole adapters in memory by content hash, and the row tier: rows composed of them, by mix."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from hueshift.engines.residency_tiers import FlightCache, ResidencyObserver, Tie
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text_side import TextSide, compose_text_side
+from hueshift.engines.transfer import pin_together, pinned_bytes
 
 
 class HostCache(FlightCache[str, Adapter]):
@@ -28,21 +29,21 @@ class HostCache(FlightCache[str, Adapter]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ComposedMix:
-    """A mix as the engine's row and what its adapters teach the text side. Many may share it, so nobody changes it."""
+    """A mix as the engine's row and what its adapters teach the text side, and the bytes of memory that both take.
+
+    Many may share it, so nobody changes it.
+    """
 
     row: EngineRow
-    text: TextSide = field(default_factory=TextSide)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return self.row.nbytes + self.text.nbytes
+    text: TextSide
+    nbytes: int
 
 
 class RowCache(FlightCache[Mix, ComposedMix]):
     """Composed rows by mix: a mix that lost its slot comes back with one copy, whatever its adapters took to compose.
 
-    With `pinned` rows lie in page-locked memory, from which a GPU copies without holding up the host.
+    With `pinned` rows lie in page-locked memory, from which a GPU copies without holding up the host, and so do whole
+    changes of keys and values (77 MB in SD1.5). `max_bytes` are what that takes, not what is in it.
     """
 
     def __init__(
@@ -75,6 +76,17 @@ class RowCache(FlightCache[Mix, ComposedMix]):
     def _compose(self, mix: Mix) -> ComposedMix:
         weighted = [(self._host.get(content_hash), weight) for content_hash, weight in mix]
         row = self._rows.compose(weighted, self._factors, self._norms)
-        if self._pinned:
-            row = row.each(Tensor.pin_memory)
-        return ComposedMix(row, compose_text_side(weighted, self._factors))
+        text = compose_text_side(weighted, self._factors)
+        return _pin(row, text) if self._pinned else ComposedMix(row, text, row.nbytes + text.nbytes)
+
+
+def _pin(row: EngineRow, text: TextSide) -> ComposedMix:
+    """Copy what is large to page-locked memory."""
+    vectors = EngineRow(row.spectral, row.lowrank).each(Tensor.pin_memory)
+    dense = None if row.dense is None else pin_together(row.dense)
+    deltas = pin_together(text.edits.deltas)
+    blocks = [part.nbytes for part in vectors.tensors()]
+    blocks += [sum(delta.nbytes for delta in group.values()) for group in (deltas, dense or {})]
+    rounded = sum(pinned_bytes(block) - block for block in blocks)
+    text = replace(text, edits=replace(text.edits, deltas=deltas))
+    return ComposedMix(replace(vectors, dense=dense), text, row.nbytes + text.nbytes + rounded)

@@ -52,6 +52,9 @@ def add_to_words(words: tl.tensor, tile: tl.tensor, element: tl.constexpr, ROWS:
 
 @jit
 def _add_pair(word: tl.tensor, first: tl.tensor, second: tl.tensor, element: tl.constexpr) -> tl.tensor:
+    """Add two fp32 changes to a word's two numbers. Bits are kept by pairs: where both changes are 0 the word stays as
+    it is, and beside a neighbour that changes -0.0 + 0.0 is +0.0 and a NaN may come back with other bits.
+    """
     if ASSEMBLY:
         unpack: tl.constexpr = UNPACK_HALF if element == tl.float16 else UNPACK_BFLOAT
         pack: tl.constexpr = "cvt.rn.f16x2.f32" if element == tl.float16 else "cvt.rn.bf16x2.f32"
@@ -80,7 +83,11 @@ def _add_pair(word: tl.tensor, first: tl.tensor, second: tl.tensor, element: tl.
 
 @jit
 def read_words(base: tl.tensor, at: tl.tensor) -> tl.tensor:
-    """Read 16 bytes, number `at` [rows, cols] int32 from address `base`, as four int32 tensors; 0 where `at` is -1."""
+    """Read 16 bytes, number `at` [rows, cols] int32 from address `base`, as four int32 tensors.
+
+    Nothing is read where `at` is -1. What is found there is 0 in the interpreter and undefined on a GPU, where no
+    register is written: nobody may store it, and write_words does not, for the same `at`.
+    """
     if ASSEMBLY:
         # Called pure, which it is as long as nobody writes there meanwhile: the compiler copies it for each result, and
         # makes one of them again if it may.

@@ -17,6 +17,7 @@ from hueshift.kernels.checks import (
     MAX_ELEMENTS,
     REFERENCE_TYPES,
     check_aligned,
+    check_all_apart,
     check_apart,
     check_device,
     check_dtype,
@@ -107,6 +108,7 @@ def plan_spectral(layers: Sequence[SpectralLayer], *, config: LaunchConfig | Non
     device = layers[0].base.device
     for number, layer in enumerate(layers):
         check_layer(f"layers[{number}]", layer, device, layers[0].base.dtype)
+    check_outs(layers)
     row_size = max(layer.offset + layer.rank for layer in layers)
     tables = None
     if device.type == "cuda":
@@ -125,6 +127,7 @@ def share_plan(plan: SpectralPlan, outs: Sequence[Tensor]) -> SpectralPlan:
     layers = tuple(replace(layer, out=out) for layer, out in zip(plan.layers, outs, strict=True))
     for number, layer in enumerate(layers):
         check_layer(f"layers[{number}]", layer, plan.device, layers[0].base.dtype)
+    check_outs(layers)
     tables = plan.tables
     if tables is not None:
         # The addresses are all that differs.
@@ -158,6 +161,11 @@ def check_layer(name: str, layer: SpectralLayer, device: torch.device, dtype: to
     for part, tensor in (("base", layer.base), ("out", layer.out)):
         check_aligned(f"{name}.{part}", tensor)
     check_apart(f"{name}.out", layer.out, f"{name}.base", layer.base)
+
+
+def check_outs(layers: Sequence[SpectralLayer]) -> None:
+    """Raise KernelArgumentError if two layers write the same memory: which of them stays is a matter of chance."""
+    check_all_apart([(f"layers[{number}].out", layer.out) for number, layer in enumerate(layers)])
 
 
 def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchConfig) -> GpuTables:

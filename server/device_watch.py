@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 import structlog
 
-from hueshift.adapters.errors import Reason, Unavailable
+from hueshift.adapters.errors import HueshiftError, Reason, Unavailable
 from hueshift.engines.device_errors import Fault, classify
 
 _RETRY_SECONDS = 10.0
@@ -30,15 +30,23 @@ class DeviceWatch:
         """Look at an error; True if it, or one before it, means that the device is lost."""
         if classify(error) is not Fault.LOST:
             return self.lost.done()
+        self._tell("device lost", device_lost(), error)
+        return True
+
+    def gave_up(self, error: BaseException) -> HueshiftError:
+        """Take note that the step loop has ended by a defect; return the error for whoever waits for it."""
+        self._tell("step loop ended", loop_ended(), error)
+        return loop_ended()
+
+    def _tell(self, event: str, why: Unavailable, error: BaseException) -> None:
         with self._lock:
             if self.lost.done():
-                return True
-            self.lost.set_result(device_lost())
+                return
+            self.lost.set_result(why)
             calls = list(self._calls)
-        structlog.get_logger().critical("device lost", exc_info=error)
+        structlog.get_logger().critical(event, exc_info=error)
         for call in calls:
             call()
-        return True
 
 
 def device_lost() -> Unavailable:
@@ -46,5 +54,14 @@ def device_lost() -> Unavailable:
     return Unavailable(
         Reason.DEVICE_LOST,
         "the device that draws the pictures has failed; this server ends, so that it can be started again",
+        retry_after=_RETRY_SECONDS,
+    )
+
+
+def loop_ended() -> Unavailable:
+    """The same where not the device failed, but what drives it."""
+    return Unavailable(
+        Reason.DEVICE_LOST,
+        "the loop that draws the pictures has ended by a defect; this server ends, so that it can be started again",
         retry_after=_RETRY_SECONDS,
     )

@@ -117,6 +117,8 @@ class _Sweep:
     ) -> None:
         self._stores, self._clock, self._keeping = stores, clock, keeping
         self._stop, self._swept = stop, swept
+        # The one that the rows' times are of.
+        self._time = stores.database.clock.time
         self._owner = secrets.token_hex(16)
         self.removed: Counter[str] = Counter()
 
@@ -133,7 +135,7 @@ class _Sweep:
             structlog.get_logger().info("store cleaning left to the next round")
 
     def _clean_rows(self) -> None:
-        now, keeping = self._clock.time(), self._keeping
+        now, keeping = self._time(), self._keeping
         self._count("answers", self._transact(lambda connection: forget(connection, now - IDEMPOTENCY_SECONDS)))
         self._count("days", self._transact(lambda connection: forget_usage(connection, now - USAGE_SECONDS)))
         # What goes with its job, or as an event, loses its picture first: that is the most of it.
@@ -144,14 +146,14 @@ class _Sweep:
         self._transact(lambda connection: end_turn(connection, _TURN, self._owner))
 
     def _in_batches(self, kind: str, forget_some: Callable[[Connection, float, int], int], seconds: float) -> None:
-        most, before = AT_ONCE[kind], self._clock.time() - seconds
+        most, before = AT_ONCE[kind], self._time() - seconds
         removed = most
         while seconds and removed == most:
             removed = self._transact(lambda connection: forget_some(connection, before, most))
             self._count(kind, removed)
 
     def _forget_jobs(self, seconds: float) -> None:
-        most, before = AT_ONCE["jobs"], self._clock.time() - seconds
+        most, before = AT_ONCE["jobs"], self._time() - seconds
         removed = most
         while seconds and removed == most:
             gone = self._transact(lambda connection: forget_jobs(connection, before, self._keeping.failed, most))

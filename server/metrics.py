@@ -25,6 +25,7 @@ class Metrics:
             "hueshift_request_seconds", "Time of a call.", ["method"], buckets=_REQUEST_BUCKETS, registry=r
         )
         self.queue_depth = Gauge("hueshift_queue_depth", "Pictures waiting for a place in the batch.", registry=r)
+        self.queue_tenants = Gauge("hueshift_queue_tenants", "Tenants with pictures waiting.", registry=r)
         self.queue_oldest_seconds = Gauge(
             "hueshift_queue_oldest_seconds", "Age of the oldest waiting picture.", registry=r
         )
@@ -100,6 +101,9 @@ class Metrics:
             registry=r,
         )
         self.jobs = Gauge("hueshift_jobs", "Fine-tuning jobs by state.", ["state"], registry=r)
+        self.job_steps_left = Gauge(
+            "hueshift_job_steps_left", "Training steps still to do, of jobs that wait or run.", registry=r
+        )
         self.job_leases_lost = Counter("hueshift_job_leases_lost", "Leases that expired.", registry=r)
         self.job_retries = Counter("hueshift_job_retries", "Failed jobs that were queued again.", registry=r)
         self.workers = Gauge("hueshift_workers", "Worker processes alive.", registry=r)

@@ -15,6 +15,7 @@ from hueshift.engines.picture_start import encode_start, first_step
 from hueshift.engines.region_masks import make_masks
 from hueshift.engines.residency import PreparedMix, SlotCache
 from hueshift.engines.samplers import SamplerTable, make_path_tables, make_table, noise_levels
+from hueshift.engines.transfer import to_device
 from hueshift.engines.vae import VaeStage
 from hueshift.server.clock import Clock
 from hueshift.server.generation import GenerationRequest, InversionRequest
@@ -119,9 +120,11 @@ class Preparation:
             begun = self._clock.monotonic()
             size = (request.width, request.height)
             own = self._conditioner.condition(_prompts(request, request.prompt), rows[0].text, timesteps, words, size)
-            lag = mark_tokens(request, words, own.prompts[-1]).to(own.cross.device) if request.lag is not None else None
+            # On the stream that the steps are on: a copy that is waited for would wait for those that are queued.
+            device = own.cross.device
+            lag = None if request.lag is None else to_device(mark_tokens(request, words, own.prompts[-1]), device)
             regions = self._regions(request, rows[1:], timesteps)
-            start, picture_seconds = self._start(request, rows[0], table, own.cross.device)
+            start, picture_seconds = self._start(request, rows[0], table, device)
             seconds = self._clock.monotonic() - begun - picture_seconds
         return Prepared(
             mixes=rows,
@@ -143,7 +146,7 @@ class Preparation:
         if request.start is None:
             return None, 0.0
         begin = self._clock.monotonic()
-        clean = encode_start(self._vae, request.start.picture, request.width, request.height).to(device)
+        clean = to_device(encode_start(self._vae, request.start.picture, request.width, request.height), device)
         seconds = self._clock.monotonic() - begin
         inversion = request.start.inversion
         made = None if inversion is None else self._inversion(request, inversion, row, table)
@@ -181,7 +184,9 @@ class Preparation:
             self._conditioner.condition(_prompts(request, region.prompt), row.text, timesteps, size=size).cross
             for region, row in zip(request.regions, rows, strict=True)
         ]
-        return tuple(PreparedRegion(mask.to(cross.device), cross) for mask, cross in zip(masks, crosses, strict=True))
+        return tuple(
+            PreparedRegion(to_device(mask, cross.device), cross) for mask, cross in zip(masks, crosses, strict=True)
+        )
 
 
 def _prompts(request: GenerationRequest, prompt: str) -> tuple[str, ...]:

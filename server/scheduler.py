@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import structlog
 
-from hueshift.adapters.errors import Cancelled, Reason, Unavailable
+from hueshift.adapters.errors import Cancelled, HueshiftError, Reason, Unavailable
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import Conditioner
 from hueshift.engines.interface import UNetEngine
@@ -124,6 +124,7 @@ class Scheduler:
         self._inbox: deque[Callable[[], None]] = deque()
         self._closing = False
         self._closed = False
+        self._ended: HueshiftError | None = None
         self._thread = threading.Thread(target=self._run, name="hueshift-steps", daemon=True)
 
     def start(self) -> None:
@@ -226,6 +227,16 @@ class Scheduler:
         self._loop.tick()
 
     def _run(self) -> None:
+        try:
+            self._step_on()
+        except BaseException as error:  # Nothing steps any more: whoever waits must hear of it, and the process end.
+            why = self.watch.gave_up(error)
+            with self._wake:
+                self._closed, self._ended = True, why
+                calls = tuple(self._inbox)
+            self._loop.abandon(why, calls)
+
+    def _step_on(self) -> None:
         while not self._closed:
             nap = self._loop.nap()
             with self._wake:
@@ -265,8 +276,12 @@ class Scheduler:
 
     def _post(self, call: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(call)
-            self._wake.notify()
+            if self._ended is None:
+                self._inbox.append(call)
+                self._wake.notify()
+                return
+        # No thread makes it any more: a request that came at the last moment must not wait for one.
+        self._loop.abandon(self._ended, (call,))
 
     def _call(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()

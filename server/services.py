@@ -12,6 +12,7 @@ from torch import Tensor
 from hueshift.adapters.errors import HueshiftError
 from hueshift.adapters.formats.draft import ImportBase
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.build import choose_device
 from hueshift.engines.conditioning import make_conditioner
 from hueshift.engines.cuda_engine import CudaEngine
 from hueshift.engines.cuda_lane import lane_of
@@ -71,15 +72,7 @@ class ServiceSet:
         host = HostCache(lambda key: stores.adapters.load(key, base.layout), limits.host_cache_bytes, observer)
         slots = SlotCache(
             engine,
-            RowCache(
-                host,
-                parts.rows,
-                parts.factors,
-                parts.norms,
-                limits.row_cache_bytes,
-                observer,
-                pinned=isinstance(engine, CudaEngine),
-            ),
+            _row_cache(settings, parts, host, observer),
             observer,
         )
         dtype = engine.dtype if isinstance(engine, CudaEngine) else None
@@ -156,6 +149,13 @@ class ServiceSet:
             await asyncio.gather(self._following, return_exceptions=True)
         await asyncio.to_thread(self.scheduler.close)
         self._files.close()
+
+
+def _row_cache(settings: Settings, parts: ServingParts, host: HostCache, observer: ResidencyMetrics) -> RowCache:
+    # Whatever engine is on the GPU: before ordinary memory is copied the host waits for every step that is queued.
+    pinned = choose_device(settings.engine.device, parts.base).type == "cuda"
+    most = settings.limits.row_cache_bytes
+    return RowCache(host, parts.rows, parts.factors, parts.norms, most, observer, pinned=pinned)
 
 
 def _fine_tunes(

@@ -5,7 +5,7 @@ deadline or without its adapter; all of that is looked at before every step. Pic
 leave together. Everything here belongs to one thread.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -102,6 +102,16 @@ class StepLoop:
         for ticket in list(self._live):
             ticket.end(error)
             self._retire(ticket)
+
+    def abandon(self, error: HueshiftError, calls: Iterable[Callable[[], None]]) -> None:
+        """Tell every request that it has ended, those too that come with `calls`, as nothing steps any more."""
+        for call in calls:
+            try:
+                call()
+            except Exception as broken:  # What it was to change may be broken already.
+                self._log.error("call not made", exc_info=broken)
+        for ticket in tuple(self._live):
+            ticket.end(error)
 
     def tell_when_idle(self, idle: Future[None]) -> None:
         """Resolve `idle` once no request is left."""
@@ -335,6 +345,7 @@ class StepLoop:
         now = self._clock.monotonic()
         oldest = min((ticket.accepted for ticket in self._live if ticket.waiting), default=now)
         self._metrics.queue_depth.set(self._admission.waiting)
+        self._metrics.queue_tenants.set(self._queue.tenants)
         self._metrics.queue_oldest_seconds.set(now - oldest)
         self._metrics.active_samples.set(len(self._batch))
 

@@ -10,6 +10,7 @@ import structlog
 
 from hueshift.engines.denoise import advance, choose_plan
 from hueshift.engines.device_errors import Fault, classify, release_memory
+from hueshift.engines.fused_update import UpdateForm
 from hueshift.engines.interface import MeasuredEngine, Plan, UNetEngine
 from hueshift.engines.planner import Planner
 from hueshift.engines.whole_rows import divide
@@ -80,6 +81,7 @@ class StepRunner:
         self._engine, self._metrics, self._clock = engine, metrics, clock
         self._planner, self._find_planner, self._name = planner, find_planner, engine.name
         self.limits = self._known_limits()
+        self._form = UpdateForm()
 
     @property
     def divides(self) -> bool:
@@ -137,7 +139,7 @@ class StepRunner:
         found = plan or Plan.DENSE
         try:
             found = plan or choose_plan(self._engine, samples)
-            advance(self._engine, samples, found)
+            advance(self._engine, samples, found, self._form)
         except Exception as error:
             self._follow()
             if classify(error) is not Fault.MEMORY:

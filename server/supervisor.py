@@ -159,12 +159,13 @@ class Supervisor:
         expired = await asyncio.to_thread(self._jobs.expire_leases)
         for job in expired:
             _LOG.warning("job.lease_expired", job=job.job_id, attempt=job.attempt, state=job.state)
-        for state, count in (await asyncio.to_thread(self._jobs.counts)).items():
+        numbers = await asyncio.to_thread(self._jobs.numbers)
+        for state, count in numbers.states.items():
             self._metrics.jobs.labels(state.value).set(count)
-        lost = await asyncio.to_thread(self._jobs.leases_lost)
-        if self._leases_lost is not None and lost > self._leases_lost:
-            self._metrics.job_leases_lost.inc(lost - self._leases_lost)
-        self._leases_lost = lost
+        self._metrics.job_steps_left.set(numbers.steps_left)
+        if self._leases_lost is not None and numbers.leases_lost > self._leases_lost:
+            self._metrics.job_leases_lost.inc(numbers.leases_lost - self._leases_lost)
+        self._leases_lost = numbers.leases_lost
 
     async def _sweep(self) -> None:
         kept = await asyncio.to_thread(self._jobs.kept_jobs)

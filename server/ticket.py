@@ -22,7 +22,8 @@ class Ticket:
 
     `mixes` are what every picture of it needs a slot for: its own mix first, then one for each region. `steps` are
     those of all its pictures. `inverted` are the latents of the picture it starts from, once its first picture has
-    inverted it; until then, and while it is `inverting`, no other one joins.
+    inverted it; until then, and while it is `inverting`, no other one joins. `inversion_error` is one number on the
+    device, which is read with the last picture: the step loop would wait for every queued step.
 
     The step loop owns it; only `ended`, `end` and `send_image` may be used by other threads.
     """
@@ -49,7 +50,7 @@ class Ticket:
         self.steps = request.inversion_steps + request.sampling_steps * len(request.seeds)
         self.inverting = False
         self.inverted: Tensor | None = None
-        self.inversion_error: float | None = None
+        self.inversion_error: Tensor | None = None
         self._steps_done = 0
         self._images = 0
         self._lock = threading.Lock()
@@ -81,7 +82,8 @@ class Ticket:
         self.stream.send(event)
         if last:
             count, seconds = len(self.request.seeds), now - self.accepted
-            self.stream.close(last=FinishedEvent(count, seconds, self.truncated, self.inversion_error))
+            error = None if self.inversion_error is None else float(self.inversion_error)
+            self.stream.close(last=FinishedEvent(count, seconds, self.truncated, error))
 
 
 class Phase(StrEnum):

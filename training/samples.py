@@ -11,6 +11,7 @@ from hueshift.adapters.errors import FailedPrecondition, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import CrossInputs
 from hueshift.engines.denoise import Sample, advance, start_sample
+from hueshift.engines.fused_update import UpdateForm
 from hueshift.engines.interface import BASE_SLOT, EngineRow, Guides, Plan
 from hueshift.engines.samplers import SamplerKind, make_table
 from hueshift.engines.vae import VaeStage
@@ -99,11 +100,11 @@ class Sampler:
             )
             for context, seed in zip(contexts, seeds, strict=True)
         ]
-        width = engine.max_batch // 2
+        width, form = engine.max_batch // 2, UpdateForm()
         for begin in range(0, len(samples), width):
             for _ in range(self.steps):
                 self.check()
-                advance(engine, samples[begin : begin + width], self.unet.plan)
+                advance(engine, samples[begin : begin + width], self.unet.plan, form)
         return torch.stack([sample.latents for sample in samples])
 
     def pictures(self, contexts: Tensor, seeds: Sequence[int], rows: Rows) -> list[Image.Image]:

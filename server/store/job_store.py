@@ -19,6 +19,7 @@ from hueshift.server.store.database import Database, lock
 from hueshift.server.store.idempotency import hash_request, recall, remember
 from hueshift.server.store.job_events import append_event, read_events, read_sequences
 from hueshift.server.store.job_moves import change_job, held_job, move_job, own_job
+from hueshift.server.store.job_numbers import JobNumbers, read_numbers
 from hueshift.server.store.job_order import next_job
 from hueshift.server.store.job_quotas import OPEN_STATES, JobQuotas, charge, check_queue, check_seconds
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
@@ -344,18 +345,10 @@ class JobStore:
         with self._database.read() as connection:
             return [JobRecord.from_row(row) for row in connection.execute(query)]
 
-    def counts(self) -> dict[JobState, int]:
-        """Return how many jobs stand in each state."""
+    def numbers(self) -> JobNumbers:
+        """Return how many jobs stand in each state, and what else is told of all together."""
         with self._database.read() as connection:
-            found = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
-            known = {str(state): int(count) for state, count in found}
-        return {state: known.get(state.value, 0) for state in JobState}
-
-    def leases_lost(self) -> int:
-        """Return how many leases have been lost since the table was made."""
-        with self._database.read() as connection:
-            lost = select(func.sum(jobs.c.leases_lost)).where(jobs.c.leases_lost > 0)
-            return int(connection.scalar(lost) or 0)
+            return read_numbers(connection)
 
     def open_jobs(self) -> set[str]:
         """Return the ids of all jobs that have not ended."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from hueshift.server.clock import Clock
+from hueshift.server.clock import Clock, SystemClock
 from hueshift.server.job_folders import JobFolders
 from hueshift.server.job_mirror import JobMirror
 from hueshift.server.settings import Settings
@@ -41,7 +41,8 @@ def open_stores(settings: Settings, clock: Clock) -> Stores:
         objects = Objects(settings.store.objects_url, settings.store.objects_endpoint)
         blobs, mirror = ObjectBlobs(root / "adapters", objects), JobMirror(objects)
     location = settings.store.database
-    if isinstance(location, str):
+    # A clock that is moved by hand stays as it is.
+    if isinstance(location, str) and isinstance(clock, SystemClock):
         clock = SharedClock(clock)
     database = Database(location, clock)
     limits = settings.limits

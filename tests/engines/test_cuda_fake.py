@@ -19,6 +19,7 @@ from hueshift.engines.cuda_options import CompileKind, CudaOptions, KernelUse
 from hueshift.engines.denoise import Region, Sample, advance, start_sample
 from hueshift.engines.interface import SLAB_PLANS, EngineRow, Guides, Plan
 from hueshift.engines.samplers import SamplerKind, make_table
+from hueshift.kernels.launch import Launch
 from hueshift.kernels.spectral_plan import SpectralLayer, SpectralPlan, plan_spectral
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,7 +211,9 @@ def test_guided_calls_can_be_captured(parts: TinyParts, gpu: FakeGpu, kernels: K
     assert (mask.device, mask.dtype, tuple(mask.shape)) == (GPU, torch.float32, (3, 8, 8))
     assert engine.graphs.captures == 1
     assert gpu.waits == []
-    assert set(gpu.products) == {torch.float16}
+    # Without kernels the masks' probabilities are torch's, in fp32.
+    masks = {torch.float32} if kernels is KernelUse.OFF else set()
+    assert set(gpu.products) == {torch.float16} | masks
     if kernels is KernelUse.ON:
         assert set(gpu.launched) == set(LAUNCHERS) - {"lowrank_linear", "slot_linear"}
         # to_q of a first block comes before its transformer's mask, proj_out after it.
@@ -234,6 +237,29 @@ def test_guided_calls_stay_on_the_device(parts: TinyParts, gpu: FakeGpu) -> None
     assert (out.device, out.dtype, out.shape) == (GPU, torch.float32, latents.shape)
     assert (mask.device, mask.dtype, tuple(mask.shape)) == (GPU, torch.float32, (4, 8, 8))
     assert gpu.waits == []
+
+
+@pytest.mark.parametrize("parts", ["sd1"], indirect=True)
+def test_no_plan_needs_a_kernel_where_kernels_are_off(
+    parts: TinyParts, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(launch: Launch) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(Launch, "run", refuse)
+    engine = make_engine(parts, gpu, kernels=KernelUse.OFF, weight_slots=0)
+    latents, timesteps, cross = (part.to(GPU) for part in parts.inputs(2))
+    lag = torch.zeros(2, cross.shape[1])
+    lag[:, 1] = 1
+    guides = Guides(lag, torch.tensor([0, 1]), torch.tensor([0, 0]))
+    gpu.waits.clear()
+    # The first call is eager, the second is captured, the third a replay.
+    for _ in range(3):
+        out, mask = engine.denoise_guided(latents, timesteps, cross, torch.tensor([0, 1]), guides)
+        engine.denoise(Plan.FACTORED, latents, timesteps, cross, torch.tensor([0, 1]))
+    assert (out.shape, tuple(mask.shape)) == (latents.shape, (2, 8, 8))
+    assert gpu.waits == []
+    assert engine.graphs.captures == 2
 
 
 def test_the_fake_gpu_refuses_what_a_capture_would(gpu: FakeGpu) -> None:

@@ -17,6 +17,7 @@ from hueshift.engines.residency import SlotCache
 from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.residency_tiers import Tier
 from hueshift.engines.text_side import merge_words
+from hueshift.engines.transfer import pinned_bytes
 
 SIZE = spectral_adapter(1).nbytes
 
@@ -55,6 +56,13 @@ def test_host_cache_keeps_the_recently_used_within_its_bytes() -> None:
     assert host.nbytes == 2 * SIZE
     assert log.contents[Tier.HOST] == (2, 2 * SIZE)
     assert log.counts == {"host hits": 1, "host misses": 3, "host loads": 3, "host evictions": 1}
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "taken"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (77 << 20, 128 << 20), (3 << 30, 4 << 30)]
+)
+def test_page_locked_blocks_are_powers_of_two(nbytes: int, taken: int) -> None:
+    assert pinned_bytes(nbytes) == taken
 
 
 def test_host_cache_hands_out_what_it_cannot_keep() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from fake_gpu import GPU, FakeGpu, FakeLane, fake_gpu
 from recording_lane import RecordingLane
+from residency_log import ResidencyLog
+from text_side_adapters import kv_deltas
 from tiny_unet import TinyParts
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import Conditioner
 from hueshift.engines.cross_attention import CrossEdits, CrossStage
 from hueshift.engines.cuda_lane import HostLane, lane_of
+from hueshift.engines.mixes import make_mix
+from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage, TokenizedPrompt, Vectors
 from hueshift.engines.text_side import TextSide, compose_text_side
@@ -160,6 +164,32 @@ def test_singular_vectors_are_copied_to_the_device_once(any_architecture: TinyPa
     layers = len(stage.layout.spans)
     # U and V^T of each layer; what is the adapter's own nobody waits for.
     assert waits == [2 * layers, 0, 0]
+
+
+def test_whole_changes_of_keys_and_values_are_copied_beside_the_steps(
+    any_architecture: TinyParts, gpu: FakeGpu
+) -> None:
+    parts, log = any_architecture, ResidencyLog()
+    base = replace(parts.base, unet=copy.deepcopy(parts.base.unet).to(GPU))
+    host = HostCache(lambda key: kv_deltas(base.layout, seed=int(key)), 1 << 30, log)
+    found = {}
+    for pinned in (False, True):
+        cache = RowCache(host, parts.rows, parts.factors, parts.norms, 1 << 30, log, pinned=pinned)
+        found[pinned] = cache.get(make_mix([("1", 0.5)]))
+        assert cache.nbytes == found[pinned].nbytes
+    plain, made = found[False].text.edits, found[True].text.edits
+    assert {name: delta.tolist() for name, delta in made.deltas.items()} == {
+        name: delta.tolist() for name, delta in plain.deltas.items()
+    }
+    # One block, which is counted with what rounding it up to a power of two takes.
+    assert len({delta.untyped_storage().data_ptr() for delta in made.deltas.values()}) == 1
+    assert all(gpu._is_pinned(delta) for delta in made.deltas.values())
+    taken = 1 << (plain.nbytes - 1).bit_length()
+    assert plain.nbytes < taken == found[True].nbytes
+    gpu.waits.clear()
+    context = torch.zeros(2, 5, base.layout.token_width, device=GPU)
+    assert CrossStage(base, parts.factors).project(context, context, made).device == GPU
+    assert gpu.waits == []
 
 
 @pytest.mark.parametrize("tile_above", [0, 64])

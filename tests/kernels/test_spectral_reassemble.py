@@ -1,6 +1,7 @@
 """spectral_reassemble: reference against float64, kernels interpreted and cross-compiled, wrong arguments, GPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from hueshift.kernels.compare import TOLERANCES, relative_error
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.launch_table import SHARED_MEMORY_LIMITS, LaunchConfig, candidates
-from hueshift.kernels.spectral_plan import SpectralLayer, SpectralPlan, build_tables, plan_spectral
+from hueshift.kernels.spectral_plan import SpectralLayer, SpectralPlan, build_tables, plan_spectral, share_plan
 from hueshift.kernels.spectral_reassemble import launches, reference, spectral_reassemble
 
 # Primes, 1, sizes around powers of two, conv_in's 36 columns and conv_out's 4 rows; True = channels_last.
@@ -254,6 +255,12 @@ def test_formats_that_differ_and_memory_that_overlaps_are_refused() -> None:
         plan_spectral([SpectralLayer(matrix.u, matrix.sigma, matrix.vh, matrix.base, matrix.base, 0)])
     with pytest.raises(KernelArgumentError, match="empty"):
         plan_spectral([])
+    # Of two layers that are written to one place, chance would choose which stays.
+    with pytest.raises(KernelArgumentError, match=r"layers\[0\].out and layers\[1\].out overlap"):
+        plan_spectral([matrix, replace(matrix, base=matrix.base.clone())])
+    twice = plan_spectral([matrix, replace(matrix, out=torch.empty_like(matrix.out))])
+    with pytest.raises(KernelArgumentError, match="overlap"):
+        share_plan(twice, [matrix.out, matrix.out])
 
 
 @pytest.mark.parametrize(

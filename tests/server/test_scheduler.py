@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from generation_bench import Bench, Limits, collect, images
+from generation_bench import Bench, Limits, collect, error_of, images
 from structlog.testing import capture_logs
 from torch import Tensor
 
@@ -79,8 +79,32 @@ async def test_a_store_that_does_not_answer_holds_up_nobody_whose_adapters_are_a
         answers.set()
     for handle in cold:
         assert len(await images(handle)) == 1
-    await asyncio.gather(*warming)
+    # Four slots are few: some may find all of them in use.
+    warmed = await asyncio.gather(*warming, return_exceptions=True)
+    assert {type(one) for one in warmed} <= {bool, ResourceExhausted}
     await idle(bench)
+
+
+async def test_the_end_of_the_step_loop_ends_requests_and_the_server(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ValueError("a defect")
+
+    first = bench.submit(steps=900)
+    for name in ("tick", "end_all"):
+        monkeypatch.setattr(bench.scheduler._loop, name, broken)
+    with capture_logs() as logs:
+        second = bench.submit()
+        for handle in (first, second):
+            error = await asyncio.wait_for(error_of(handle), 10)
+            assert (type(error), error.reason) == (Unavailable, Reason.DEVICE_LOST)
+    assert bench.scheduler.watch.lost.done()
+    assert "step loop ended" in [line["event"] for line in logs]
+    with pytest.raises(Unavailable):
+        bench.submit()
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(bench.scheduler.warm((("low-0.1", 1.0),)), 10)
 
 
 async def test_warm_loads_once_and_pins(bench: Bench) -> None:

@@ -265,15 +265,18 @@ async def test_a_mix_waits_for_a_slot_and_gets_it() -> None:
 async def test_metrics_tell_what_happened() -> None:
     bench = Bench(max_batch=8)
     bench.submit(steps=3, guidance_scale=4.0, adapters={"low-0.1": 1.0})
-    bench.submit(steps=3, adapters={"spec-0.1": 1.0})
+    bench.submit("b", steps=3, adapters={"spec-0.1": 1.0})
     bench.submit(steps=3)
-    bench.scheduler._inbox.popleft()()
+    for _ in range(3):
+        bench.scheduler._inbox.popleft()()
     bench.scheduler._loop._report()
     bench.clock.advance(3)  # type: ignore[attr-defined]
     bench.scheduler._loop._report()
     assert bench.value("hueshift_queue_depth") == 3
+    assert bench.value("hueshift_queue_tenants") == 2
     assert bench.value("hueshift_queue_oldest_seconds") == 3
     bench.run()
+    assert bench.value("hueshift_queue_tenants") == 0
     assert bench.value("hueshift_queue_depth") == bench.value("hueshift_active_samples") == 0
     assert bench.value("hueshift_images_total") == 3
     assert bench.value("hueshift_samples_ended_total", outcome="done") == 3

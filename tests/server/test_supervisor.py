@@ -113,6 +113,7 @@ async def test_a_killed_worker_is_replaced_and_its_job_put_back(bench: Callable[
     await until(lambda: house.sample("hueshift_job_leases_lost_total") == 1)
     assert house.sample("hueshift_jobs", state="queued") == 1
     assert house.sample("hueshift_jobs", state="running") == 0
+    assert house.sample("hueshift_job_steps_left") == small_spec().steps
 
 
 async def test_a_worker_that_cannot_start_is_tried_ever_more_slowly(bench: Callable[..., Bench]) -> None:

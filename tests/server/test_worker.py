@@ -334,7 +334,7 @@ def test_the_loop_takes_jobs_until_told_to_stop(bench: Bench) -> None:
     for number in range(3):
         bench.queue(f"ft-{number}")
     bench.worker(nothing, nothing, last).run()
-    assert bench.stores.jobs.counts()[JobState.SUCCEEDED] == 3
+    assert bench.stores.jobs.numbers().states[JobState.SUCCEEDED] == 3
     assert bench.stores.adapters.get("alice", "fox").revision == 3
 
 

@@ -17,6 +17,7 @@ from hueshift.engines.base_model import BaseModel
 from hueshift.engines.build import AdapterEngine, EngineOptions, build_engine
 from hueshift.engines.conditioning import Conditioner, make_conditioner
 from hueshift.engines.denoise import Sample, advance, start_sample
+from hueshift.engines.fused_update import UpdateForm
 from hueshift.engines.interface import BASE_SLOT, dense_slots
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.samplers import SamplerKind, make_table
@@ -73,6 +74,7 @@ class Painter:
         self.table = make_table(base.schedule, sampler, steps)
         self.conditioner: Conditioner = make_conditioner(base, engine.factors)
         self.vae = VaeStage(base)
+        self._form = UpdateForm()
 
     def draw(self, drawings: Sequence[Drawing], mix: Mix = (), report: Report | None = None) -> list[Image.Image]:
         """Draw with a mix of adapters, none of them being the base model itself.
@@ -128,7 +130,7 @@ class Painter:
         for batch in _batches(samples, self.engine.max_batch):
             while running := [sample for sample in batch if not sample.done]:
                 for call in divide(self.engine, [sample.slot for sample in running]):
-                    advance(self.engine, [running[number] for number in call])
+                    advance(self.engine, [running[number] for number in call], form=self._form)
             done += len(batch)
             if report is not None:
                 report(done, len(samples))

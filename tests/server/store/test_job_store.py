@@ -153,7 +153,7 @@ def test_a_lost_lease_returns_the_job_and_disarms_the_old_holder(house: House) -
     assert lost(house.publish, second.lease)
     assert house.revisions_of("ft-1") == 1
     assert house.states("ft-1") == ["queued", "running", "queued", "running", "succeeded"]
-    assert house.jobs.leases_lost() == 1
+    assert house.jobs.numbers().leases_lost == 1
 
 
 def test_a_dead_owner_is_put_back_at_once_and_only_his_jobs(house: House) -> None:
@@ -281,7 +281,7 @@ def test_pages_neither_repeat_nor_skip(house: House) -> None:
     )
     house.claim()
     assert len(house.jobs.list_jobs("alice", 10, states=[JobState.QUEUED])) == 6
-    assert house.jobs.counts()[JobState.QUEUED] == 6
+    assert house.jobs.numbers().states[JobState.QUEUED] == 6
     assert len(house.jobs.open_jobs()) == 7
 
 

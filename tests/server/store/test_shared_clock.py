@@ -81,7 +81,7 @@ def test_nobody_takes_a_job_before_its_lease_has_ended(hosts: list[Stores]) -> N
         assert claimed is not None
         assert host.jobs.heartbeat(claimed.lease, 30.0).device_seconds < 10
     assert [host.jobs.expire_leases() for host in hosts] == [[], [], []]
-    assert right.jobs.counts()[JobState.RUNNING] == 3
+    assert right.jobs.numbers().states[JobState.RUNNING] == 3
     # And everybody sees that one has ended.
     right.jobs.create(NewJob("ft-late", "late", small_spec(), "fox", "Fox", {}), tenant_limit=9)
     assert behind.jobs.claim("silent", -1.0) is not None
