@@ -14,7 +14,6 @@ from sqlalchemy import ColumnElement, Connection, func, insert, select, tuple_
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import Cancelled, Reason
 from hueshift.server.clock import Clock
-from hueshift.server.store.blobs import StagedBlob
 from hueshift.server.store.database import Database, lock
 from hueshift.server.store.idempotency import hash_request, recall, remember
 from hueshift.server.store.job_events import append_event, read_events, read_sequences
@@ -24,7 +23,7 @@ from hueshift.server.store.job_order import next_job
 from hueshift.server.store.job_quotas import OPEN_STATES, JobQuotas, charge, check_queue, check_seconds
 from hueshift.server.store.job_records import ClaimedJob, EventKind, JobEvent, JobRecord, JobState, Lease, NewJob
 from hueshift.server.store.job_retry import can_retry, check_retry, kept, requeue
-from hueshift.server.store.publisher import AdapterPublisher
+from hueshift.server.store.publisher import AdapterFile, AdapterPublisher
 from hueshift.server.store.stored_bytes import check_storage
 from hueshift.server.store.tables import idempotency, jobs
 from hueshift.training.spec import TrainingSpec
@@ -245,7 +244,7 @@ class JobStore:
         self,
         lease: Lease,
         adapters: AdapterPublisher,
-        data: bytes | StagedBlob,
+        data: AdapterFile,
         adapter: Adapter,
         scores: Mapping[str, float] | None,
         step: int | None = None,

@@ -1,12 +1,15 @@
 """What the end of a job needs of the adapter store, so that neither store imports the other."""
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from sqlalchemy import Connection
 
 from hueshift.adapters.adapter import Adapter
 from hueshift.server.store.blobs import StagedBlob
+
+AdapterFile: TypeAlias = bytes | StagedBlob
+"""The bytes of an adapter's file, or the file itself, written before the transaction that others wait for."""
 
 
 class PublishedRevision(Protocol):
@@ -27,7 +30,7 @@ class AdapterPublisher(Protocol):
         adapter_id: str,
         display_name: str,
         labels: Mapping[str, str],
-        data: bytes | StagedBlob,
+        data: AdapterFile,
         adapter: Adapter,
         job_id: str = "",
         connection: Connection | None = None,

@@ -1,7 +1,7 @@
 """DreamBooth (Ruiz et al. 2023): whole weights are trained, and their change is what serves: whole, or of a low rank.
 
-Biases and norms stay the base's, 0.05 % of SD1.5's UNet: no part of an adapter holds a bias, and changed norms would make
-a low-rank adapter run factored. So training is the same whatever the rank (docs/training.md).
+Biases and norms stay the base's, 0.05 % of SD1.5's UNet: no part of an adapter holds a bias, and changed norms would
+make a low-rank adapter run factored. So training is the same whatever the rank (docs/training.md).
 """
 
 from collections.abc import Iterable, Mapping
