@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_cuda import built_engine, cuda_engine
+from host_cuda import built_engine, cuda_engine, cuda_options
 from recording_lane import RecordingLane
 from structlog.testing import capture_logs
 from tiny_unet import TinyParts
 from torch import Tensor
 
 from hueshift.adapters.errors import FailedPrecondition, Reason
-from hueshift.engines import calibration, cuda_networks
+from hueshift.engines import calibration, cuda_networks, cuda_setup
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_compile import Compute
 from hueshift.engines.cuda_engine import CudaEngine
@@ -21,6 +21,7 @@ from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, Plan
 from hueshift.engines.merged_weights import WeightWriter
 from hueshift.engines.torch_engine import TorchEngine
+from hueshift.kernels.errors import KernelUnavailableError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,6 +184,27 @@ def test_kernels_that_fail_are_not_chosen_and_do_not_end_the_start(
     assert list(tmp_path.rglob("*.json")) == []
     with pytest.raises(OutOfResourcesError):
         built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.ON)
+
+
+def test_kernels_that_cannot_be_launched_at_all_are_told_before_they_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(device: torch.device) -> None:
+        raise KernelUnavailableError("no Triton kernel can be launched: there is no C compiler")
+
+    monkeypatch.setattr(cuda_setup, "check_launches", refuse)
+    usable, gpu = cuda_setup._with_usable_kernels, torch.device("cuda")
+    with capture_logs() as logs:
+        found = usable(cuda_options(kernels=KernelUse.AUTO), gpu)
+    assert (found.kernels, found.weight_slots) == (KernelUse.OFF, 0)
+    assert [(log["event"], log["log_level"]) for log in logs] == [("kernels_unavailable", "error")]
+    assert "no C compiler" in logs[0]["error"]
+    with pytest.raises(FailedPrecondition, match="no C compiler") as caught:
+        usable(cuda_options(kernels=KernelUse.ON), gpu)
+    assert caught.value.reason is Reason.ENGINE_UNAVAILABLE
+    # Where they are not wanted, or on a lane of the host, nobody asks.
+    assert usable(cuda_options(kernels=KernelUse.OFF), gpu).weight_slots == 2
+    assert usable(cuda_options(kernels=KernelUse.ON), torch.device("cpu")).kernels is KernelUse.ON
 
 
 def test_a_device_that_is_lost_while_kernels_are_tried_ends_the_start(
