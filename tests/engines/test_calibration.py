@@ -1,6 +1,7 @@
 """Which form of the layers an engine serves with: measured, compared with torch, and refused where it is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_calls_are_timed_as_they_are_when_they_serve(tiny: TinyParts, monkeypatc
     monkeypatch.setattr(calibration, "_median_ms", median)
     calibration.choose_forms(engine, None)
     # Both forms of each plan: half of the rows have an adapter, with a branch.
-    assert seen == [([0, 1, 0, 1], [-1, 1, -1, 1])] * 6
+    assert seen == [([1, 0, 1, 0], [1, -1, 1, -1])] * 6
     seen.clear()
     calls = calibration.warm_all(engine, lambda stage, done, total: None)
     calibration.measure_costs(engine, calls, lambda stage, done, total: None)
@@ -264,6 +265,33 @@ def test_weights_that_cannot_be_written_do_not_end_the_start(
         assert [log["log_level"] for log in logs if log["event"] == event] == ["error"]
         assert engine.weight_slots == 0
         assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+
+
+@pytest.mark.usefixtures("faster")
+def test_forms_are_compared_at_fewer_rows_where_a_batch_does_not_fit(
+    tiny: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, tried = CudaEngine._run, list[int]()
+
+    def run(engine: CudaEngine, network: Any, shape: CallShape, *given: Any) -> tuple[Tensor, ...]:
+        tried.append(shape.rows)
+        if shape.rows > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return right(engine, network, shape, *given)
+
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(CudaEngine, "_run", run)
+        engine = built_engine(tiny, HostLane(), tmp_path)
+    # Down to the one row that fits, in which an adapter is at work.
+    assert [log["rows"] for log in logs if log["event"] == "layer_form"] == [1, 1, 1]
+    assert [log["rows"] for log in logs if log["event"] == "form_without_memory"] == [4, 3, 2] * 4
+    assert all(log["error"] > 0 for log in logs if log["event"] == "layer_form" and log["plan"] != "full")
+    assert engine.weight_slots == 2
+    # No graph of the form that was tried first is left: warmed calls are those of the one that serves.
+    assert engine.networks.of(Plan.FACTORED).unet.kernel_layers > 0
+    assert len(engine.graphs) == len(engine.captures_to_warm())
+    for rows in (1, 4):
+        assert_draws_as_torch(tiny, engine, Plan.FACTORED, rows)
 
 
 @pytest.mark.usefixtures("faster")
