@@ -5,6 +5,7 @@ The figures go to disk (engines/cost_store.py), so only the first start on a GPU
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 import structlog
@@ -22,12 +23,11 @@ from hueshift.engines.device_errors import Fault, classify
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, EngineRow, Plan, no_guides
 from hueshift.engines.merged_slots import BASE_ROLE
 from hueshift.engines.torch_engine import example_added, example_inputs
+from hueshift.engines.trial_size import as_fits, form_shapes
 
 Progress = Callable[[str, int, int], None]
 
 _REPEATS = 7
-# Rows at which the two forms of a plan are compared: a batch as it is under load.
-_FORM_ROWS = 8
 # Largest difference of the two forms, over the largest output: fp16 alone makes 3e-3.
 _FORM_BOUND = 2e-2
 _log = structlog.get_logger()
@@ -187,7 +187,10 @@ def _kernels_win(engine: CudaEngine, plan: Plan) -> bool | None:
 
 def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
     """Run both forms of a plan; it is left on the kernels, without graphs."""
-    shape = _form_shape(engine)
+    return as_fits(engine, [plan.value], partial(_try_forms_at, engine, plan, timed=timed))
+
+
+def _try_forms_at(engine: CudaEngine, plan: Plan, shape: CallShape, *, timed: bool) -> _Trial:
     times: dict[bool, float] = {}
     outputs: dict[bool, Tensor] = {}
     for kernels in (False, True):
@@ -205,7 +208,10 @@ def _try_forms(engine: CudaEngine, plan: Plan, *, timed: bool) -> _Trial:
 
 
 def _compiles_right(engine: CudaEngine, plan: Plan) -> bool:
-    shape = _form_shape(engine)
+    return as_fits(engine, [plan.value], partial(_compiles_right_at, engine, plan))
+
+
+def _compiles_right_at(engine: CudaEngine, plan: Plan, shape: CallShape) -> bool:
     engine.graphs.forget(plan.value)
     plain = _example_output(engine, plan, shape.rows)
     engine.graphs.forget(plan.value)
@@ -227,7 +233,12 @@ def _compiles_right(engine: CudaEngine, plan: Plan) -> bool:
 
 def _merged_error(engine: CudaEngine) -> float:
     """The largest difference of the merged plan from the factored one, of as many rows as can be merged at a time."""
-    rows = _form_shape(engine).rows
+    roles = [Plan.FACTORED.value, *(network.role for network in engine.networks.with_own_weights)]
+    return as_fits(engine, roles, partial(_merged_error_at, engine))
+
+
+def _merged_error_at(engine: CudaEngine, shape: CallShape) -> float:
+    rows = shape.rows
     slots = range(BASE_SLOT + 1, min(engine.slots, BASE_SLOT + 1 + engine.weight_slots))
     for slot in slots:
         engine.load_row(slot, _example_row(engine, Plan.FACTORED, seed=slot))
@@ -277,12 +288,6 @@ def _refuse_wrong(trial: _Trial) -> None:
     )
 
 
-def _form_shape(engine: CudaEngine) -> CallShape:
-    """The call that two forms of a plan are compared at."""
-    rows = max(bucket for bucket in engine.buckets if bucket <= _FORM_ROWS)
-    return CallShape(rows, *engine.options.warm_sizes[0])
-
-
 def _difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest output."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
@@ -292,7 +297,8 @@ def _example_output(engine: CudaEngine, plan: Plan, rows: int) -> Tensor:
     """What the network of a plan makes of example inputs, half of it with an adapter of random numbers."""
     slot = BASE_SLOT + 1
     engine.load_row(slot, _example_row(engine, plan))
-    index = torch.tensor([slot if number % 2 else BASE_SLOT for number in range(rows)])
+    # The first row has it: where only one fits, it is the adapter's layers that must be right.
+    index = torch.tensor([BASE_SLOT if number % 2 else slot for number in range(rows)])
     latents, timesteps, cross, _ = example_inputs(engine.base, rows)
     added = example_added(engine.base, rows)
     if plan is Plan.FULL:
@@ -327,7 +333,7 @@ def _fill_as_served(engine: CudaEngine) -> None:
     for slot in range(BASE_SLOT + 1, min(engine.slots, engine.max_batch + 1)):
         engine.load_row(slot, EngineRow())
     engine.finish_rows()
-    shape = _form_shape(engine)
+    shape = form_shapes(engine)[0]
     latents, timesteps, cross, index = example_inputs(engine.base, shape.rows)
     views = engine.buffers.at(CallShape(engine.max_batch, latents.shape[2], latents.shape[3]))
     slots = torch.arange(engine.max_batch) % (engine.slots - 1) + BASE_SLOT + 1

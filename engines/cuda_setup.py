@@ -10,7 +10,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from hueshift.adapters.errors import HueshiftError
+from hueshift.adapters.errors import FailedPrecondition, HueshiftError, Reason
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.calibration import (
     check_compiled,
@@ -32,7 +32,9 @@ from hueshift.engines.interface import SLAB_PLANS, UNetEngine
 from hueshift.engines.planner import Planner
 from hueshift.engines.rows import RowLayout
 from hueshift.engines.svd_cache import SpectralFactors
+from hueshift.kernels.errors import KernelUnavailableError
 from hueshift.kernels.launch import triton
+from hueshift.kernels.probe import check_launches
 
 Progress = Callable[[str, int, int], None]
 # Of the device's memory, for whole weights of every slot where the settings say nothing: 14 GB of an H200, of which
@@ -75,9 +77,10 @@ def build_cuda(
     tells no capacity; and it merges nothing, because packing the factors takes as long as all the rest.
 
     Where memory is too short for merged weights it goes on without. Raises FailedPrecondition: ENGINE_UNAVAILABLE if
-    an attention backend is missing, ENGINE_PARITY if the kernels are forced and draw something else than torch.
+    an attention backend is missing or the kernels are forced and cannot be launched, ENGINE_PARITY if they are forced
+    and draw something else than torch.
     """
-
+    options = _with_usable_kernels(options, lane.device)
     if options.slot_weight_bytes is None:
         # Of what there is and not of what is free: the same at every start, for measured costs to be found again.
         options = replace(options, slot_weight_bytes=(lane.total_bytes() or 0) // _SLOT_WEIGHTS_SHARE)
@@ -124,6 +127,28 @@ def _live(make: Callable[[CudaOptions], CudaEngine], options: CudaOptions, cache
     else:
         engine.networks.settle()
     return engine
+
+
+def _with_usable_kernels(options: CudaOptions, device: torch.device) -> CudaOptions:
+    """The same, or without kernels and what is written by them where Triton can launch nothing.
+
+    Found out at the first real kernel, the log would be full of tracebacks that do not say what to install.
+    """
+    if device.type != "cuda" or options.kernels is KernelUse.OFF:
+        return options
+    try:
+        check_launches(device)
+        return options
+    except KernelUnavailableError as error:
+        if classify(error) is not Fault.OTHER:
+            raise
+        if options.kernels is KernelUse.ON:
+            raise FailedPrecondition(
+                Reason.ENGINE_UNAVAILABLE,
+                f"engine.kernels is on, but {error}; or set engine.kernels to auto, which serves without them, slower",
+            ) from error
+        _log.error("kernels_unavailable", serves="torch", error=str(error))
+    return replace(options, kernels=KernelUse.OFF, weight_slots=0)
 
 
 def _make_with_room(

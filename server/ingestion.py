@@ -4,6 +4,7 @@ Hostile files aim at the decoder, so servers call this through `ingestion_proces
 """
 
 import io
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +13,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from hueshift.adapters.errors import FieldViolation, InvalidArgument, Reason
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
+# Format -> what its files hold, from which byte on.
+_SIGNATURES: Final = {"PNG": (b"\x89PNG\r\n\x1a\n", 0), "JPEG": (b"\xff\xd8\xff", 0), "WEBP": (b"WEBP", 8)}
 _ORIENTATION_TAG: Final = 0x0112
 # EXIF orientation -> what undoes it (Exif 2.32, table 6, tag 274).
 _UPRIGHT: Final = {
@@ -78,20 +81,26 @@ def _convert(data: bytes, limits: PictureLimits) -> bytes:
         # Reads the header only. The format list keeps Pillow's forty other decoders away from the file.
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _Refused(
-            Reason.PICTURE_TOO_LARGE, f"{error}; allowed: {limits.max_pixels} pixels. Send a smaller picture."
-        ) from error
+        # Pillow tells its own limit beside the number, which is not ours.
+        given = re.search(r"\d+", str(error))
+        text = f"{given[0] if given else 'too many'} pixels given; allowed: {limits.max_pixels} pixels in all. Send a "
+        raise _Refused(Reason.PICTURE_TOO_LARGE, f"{text}smaller picture.") from error
     except UnidentifiedImageError as error:
-        text = f"not a {', '.join(FORMATS)} file (it begins with {data[:8]!r}). Export it as one of these."
+        known = next((name for name, (mark, at) in _SIGNATURES.items() if data.startswith(mark, at)), None)
+        if known is not None:
+            text = f"it begins as a {known} file, but its header is damaged or unfinished. Export the picture again."
+        else:
+            text = f"not a {', '.join(FORMATS)} file (it begins with {data[:8]!r}). Export it as one of these."
         raise _Refused(Reason.PICTURE_INVALID, text) from error
     with image:
         _check_size(image.size, limits)
-        orientation = _read_orientation(image)
         factor = min(1.0, limits.kept_side / min(image.size))
         kept = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
         # JPEG can decode at 1/2, 1/4 or 1/8 of its size: 4 to 64 times less memory for a large photo.
         image.draft(None, kept)
         image.load()
+        # Only now: for PNG it loads too, and a second load after one that failed gives black instead of the error.
+        orientation = _read_orientation(image)
         profile = image.info.get("icc_profile")
         # Pillow clips 16-bit grey at 255 when it converts; the high byte is the picture.
         plain = image.point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image

@@ -37,7 +37,8 @@ def _of_masks(error: InvalidArgument, masked: Sequence[int]) -> InvalidArgument:
     """Name masks where `ingest_files` counted them as pictures."""
     fields = {f"pictures[{place}]": f"pictures[{index}].mask" for place, index in enumerate(masked)}
     named = [FieldViolation(fields.get(v.field, "pictures"), v.description) for v in error.violations]
-    return InvalidArgument(error.reason, f"of the masks: {error.message}", violations=named)
+    text = "; ".join(f"{violation.field}: {violation.description}" for violation in named)
+    return InvalidArgument(error.reason, text, violations=named)
 
 
 def _size(file: PictureFile) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from hueshift.adapters.errors import Reason, Unimplemented
+from hueshift.server.rpc.crowding import Shape, counted, shape_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Proceed = Callable[[Any], Awaitable[Any]]
@@ -70,12 +71,13 @@ class ServiceTable(grpc.GenericRpcHandler):
 
     def __init__(self, files: Iterable[Any]) -> None:
         self._handlers: list[grpc.GenericRpcHandler] = []
-        self._methods = frozenset(
-            f"{service.full_name}/{method.name}"
+        known: dict[str, Shape] = {}
+        self._shapes = {
+            f"{service.full_name}/{method.name}": shape_of(method.input_type, known)
             for file in files
             for service in file.services_by_name.values()
             for method in service.methods
-        )
+        }
         self._unknown: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(_refuse_unknown)
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -87,19 +89,23 @@ class ServiceTable(grpc.GenericRpcHandler):
 
     def label(self, method: str) -> str:
         """Return the metric label of a method: itself if the contract has it, else `unknown`."""
-        return method if method in self._methods else "unknown"
+        return method if method in self._shapes else "unknown"
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
         """Find the handler of a call; an unknown method gets one that refuses, so that interceptors see it too."""
         for handler in self._handlers:
             found = handler.service(handler_call_details)
             if found is not None:
-                return found
+                shape = self._shapes.get(handler_call_details.method.removeprefix("/"))
+                return found if shape is None else _count(found, shape)
         return self._unknown
 
 
+@dataclass(frozen=True, slots=True)
 class _Malformed:
     """Stands for a request that could not be parsed."""
+
+    error: DecodeError
 
 
 async def _refuse_unknown(_request: Any, context: Context) -> None:
@@ -121,26 +127,42 @@ def _wrap(
         async def proceed(passed: Any) -> Any:
             # grpc parses a unary request before the handler runs, where no interceptor could map the failure.
             if isinstance(passed, _Malformed):
-                raise DecodeError
+                raise passed.error
             return await inner(passed, context)
 
         return await run(call, request, proceed)
 
+    deserializer = handler.request_deserializer
+    if deserializer is not None and not handler.request_streaming:
+        deserializer = _tolerant(deserializer)
+    return _rebuild(handler, behavior, deserializer)
+
+
+def _count(handler: "grpc.RpcMethodHandler[Any, Any]", shape: Shape) -> "grpc.RpcMethodHandler[Any, Any]":
+    return _rebuild(handler, _behavior(handler), counted(handler.request_deserializer, shape))
+
+
+def _rebuild(
+    handler: "grpc.RpcMethodHandler[Any, Any]",
+    behavior: Callable[..., Any],
+    deserializer: Callable[[bytes], Any] | None,
+) -> "grpc.RpcMethodHandler[Any, Any]":
     make: Callable[..., Any] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    deserializer = handler.request_deserializer
-    if deserializer is not None and not handler.request_streaming:
-        deserializer = _tolerant(deserializer)
-    wrapped: grpc.RpcMethodHandler[Any, Any] = make(behavior, deserializer, handler.response_serializer)
-    return wrapped
+    rebuilt: grpc.RpcMethodHandler[Any, Any] = make(behavior, deserializer, handler.response_serializer)
+    return rebuilt
+
+
+def _behavior(handler: "grpc.RpcMethodHandler[Any, Any]") -> Any:
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
 
 def _as_coroutine(handler: "grpc.RpcMethodHandler[Any, Any]") -> Callable[[Any, Context], Awaitable[Any]]:
-    inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    inner = _behavior(handler)
     if inspect.iscoroutinefunction(inner):
         coroutine: Callable[[Any, Context], Awaitable[Any]] = inner
         return coroutine
@@ -160,7 +182,7 @@ def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def parse(data: bytes) -> Any:
         try:
             return deserializer(data)
-        except DecodeError:
-            return _Malformed()
+        except DecodeError as error:
+            return _Malformed(error)
 
     return parse

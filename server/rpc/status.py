@@ -25,6 +25,7 @@ from google.rpc.status_pb2 import Status
 
 from hueshift.adapters import errors
 from hueshift.adapters.errors import HueshiftError, Reason
+from hueshift.server.rpc.crowding import MAX_VALUES, CrowdedMessage
 
 DOMAIN = "hueshift"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -97,6 +98,10 @@ def as_hueshift_error(error: Exception) -> HueshiftError:
     """
     if isinstance(error, HueshiftError) and not isinstance(error, errors.Internal):
         return error
+    if isinstance(error, CrowdedMessage):
+        return errors.InvalidArgument.for_field(
+            error.field, f"the message has more than {MAX_VALUES} values up to here; allowed: {MAX_VALUES}. Send fewer."
+        )
     if isinstance(error, DecodeError):
         return errors.InvalidArgument(
             Reason.MESSAGE_MALFORMED, "a message is not valid protobuf of the method's request type"

@@ -1,17 +1,18 @@
 """Which form of the layers an engine serves with: measured, compared with torch, and refused where it is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from host_cuda import built_engine, cuda_engine
+from host_cuda import built_engine, cuda_engine, cuda_options
 from recording_lane import RecordingLane
 from structlog.testing import capture_logs
 from tiny_unet import TinyParts
 from torch import Tensor
 
 from hueshift.adapters.errors import FailedPrecondition, Reason
-from hueshift.engines import calibration, cuda_networks
+from hueshift.engines import calibration, cuda_networks, cuda_setup
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_compile import Compute
 from hueshift.engines.cuda_engine import CudaEngine
@@ -21,6 +22,7 @@ from hueshift.engines.cuda_options import CompileKind, KernelUse
 from hueshift.engines.interface import BASE_SLOT, SLAB_PLANS, Plan
 from hueshift.engines.merged_weights import WeightWriter
 from hueshift.engines.torch_engine import TorchEngine
+from hueshift.kernels.errors import KernelUnavailableError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +104,7 @@ def test_calls_are_timed_as_they_are_when_they_serve(tiny: TinyParts, monkeypatc
     monkeypatch.setattr(calibration, "_median_ms", median)
     calibration.choose_forms(engine, None)
     # Both forms of each plan: half of the rows have an adapter, with a branch.
-    assert seen == [([0, 1, 0, 1], [-1, 1, -1, 1])] * 6
+    assert seen == [([1, 0, 1, 0], [1, -1, 1, -1])] * 6
     seen.clear()
     calls = calibration.warm_all(engine, lambda stage, done, total: None)
     calibration.measure_costs(engine, calls, lambda stage, done, total: None)
@@ -185,6 +187,27 @@ def test_kernels_that_fail_are_not_chosen_and_do_not_end_the_start(
         built_engine(tiny, HostLane(), tmp_path, kernels=KernelUse.ON)
 
 
+def test_kernels_that_cannot_be_launched_at_all_are_told_before_they_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(device: torch.device) -> None:
+        raise KernelUnavailableError("no Triton kernel can be launched: there is no C compiler")
+
+    monkeypatch.setattr(cuda_setup, "check_launches", refuse)
+    usable, gpu = cuda_setup._with_usable_kernels, torch.device("cuda")
+    with capture_logs() as logs:
+        found = usable(cuda_options(kernels=KernelUse.AUTO), gpu)
+    assert (found.kernels, found.weight_slots) == (KernelUse.OFF, 0)
+    assert [(log["event"], log["log_level"]) for log in logs] == [("kernels_unavailable", "error")]
+    assert "no C compiler" in logs[0]["error"]
+    with pytest.raises(FailedPrecondition, match="no C compiler") as caught:
+        usable(cuda_options(kernels=KernelUse.ON), gpu)
+    assert caught.value.reason is Reason.ENGINE_UNAVAILABLE
+    # Where they are not wanted, or on a lane of the host, nobody asks.
+    assert usable(cuda_options(kernels=KernelUse.OFF), gpu).weight_slots == 2
+    assert usable(cuda_options(kernels=KernelUse.ON), torch.device("cpu")).kernels is KernelUse.ON
+
+
 def test_a_device_that_is_lost_while_kernels_are_tried_ends_the_start(
     tiny: TinyParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +265,33 @@ def test_weights_that_cannot_be_written_do_not_end_the_start(
         assert [log["log_level"] for log in logs if log["event"] == event] == ["error"]
         assert engine.weight_slots == 0
         assert_draws_as_torch(tiny, engine, Plan.FACTORED, 4)
+
+
+@pytest.mark.usefixtures("faster")
+def test_forms_are_compared_at_fewer_rows_where_a_batch_does_not_fit(
+    tiny: TinyParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, tried = CudaEngine._run, list[int]()
+
+    def run(engine: CudaEngine, network: Any, shape: CallShape, *given: Any) -> tuple[Tensor, ...]:
+        tried.append(shape.rows)
+        if shape.rows > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return right(engine, network, shape, *given)
+
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(CudaEngine, "_run", run)
+        engine = built_engine(tiny, HostLane(), tmp_path)
+    # Down to the one row that fits, in which an adapter is at work.
+    assert [log["rows"] for log in logs if log["event"] == "layer_form"] == [1, 1, 1]
+    assert [log["rows"] for log in logs if log["event"] == "form_without_memory"] == [4, 3, 2] * 4
+    assert all(log["error"] > 0 for log in logs if log["event"] == "layer_form" and log["plan"] != "full")
+    assert engine.weight_slots == 2
+    # No graph of the form that was tried first is left: warmed calls are those of the one that serves.
+    assert engine.networks.of(Plan.FACTORED).unet.kernel_layers > 0
+    assert len(engine.graphs) == len(engine.captures_to_warm())
+    for rows in (1, 4):
+        assert_draws_as_torch(tiny, engine, Plan.FACTORED, rows)
 
 
 @pytest.mark.usefixtures("faster")

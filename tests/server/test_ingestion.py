@@ -127,6 +127,26 @@ def test_truncated_files_are_refused(form: str, share: float) -> None:
     assert refusal(data[: int(len(data) * share)]).reason is Reason.PICTURE_INVALID
 
 
+def test_a_png_whose_pixels_are_damaged_is_refused_and_not_taken_for_black() -> None:
+    good = encode(Image.effect_noise((64, 64), 90).convert("RGB"))
+    for place in (len(good) // 2, len(good) - 100):
+        damaged = bytearray(good)
+        damaged[place] ^= 0x10
+        assert "broken data stream" in refusal(bytes(damaged)).message
+
+
+@pytest.mark.parametrize(("form", "length"), [("PNG", 8), ("PNG", 33), ("JPEG", 20)])
+def test_a_file_without_its_header_is_told_what_it_looks_like(form: str, length: int) -> None:
+    message = refusal(encode(Image.new("RGB", (64, 64)), form)[:length]).message
+    assert f"begins as a {form} file" in message
+    assert "Export the picture again" in message
+
+
+def test_a_bomb_is_told_our_limit_alone() -> None:
+    message = refusal(png_header(20_000, 20_000)).message
+    assert "400000000 pixels given; allowed: 4000000 pixels in all" in message
+
+
 def test_flipped_bytes_give_a_picture_or_a_refusal() -> None:
     chance = random.Random(7)
     noise = Image.frombytes("RGB", (64, 64), chance.randbytes(12_288))

@@ -311,6 +311,20 @@ async def test_masks_that_do_not_fit_are_named(
     assert alice.live.stores.jobs.open_jobs() == set()
 
 
+async def test_the_text_names_the_picture_whose_mask_is_wrong(alice: Caller) -> None:
+    picture, mask = png(), b"GIF89a" + b"\0" * 50
+    specs = [
+        pb.PictureSpec(size_bytes=len(picture)),
+        pb.PictureSpec(size_bytes=len(picture), mask_size_bytes=len(mask)),
+    ]
+    parts = [pb.PictureChunk(index=index, data=picture) for index in range(2)]
+    told = await alice.refused(
+        pb.FineTuneSpec(class_noun="animal", pictures=specs), *parts, pb.PictureChunk(index=1, data=mask, mask=True)
+    )
+    assert told.fields == ["pictures[1].mask"]
+    assert told.message.startswith("pictures[1].mask: ")
+
+
 async def test_the_text_encoder_learns_where_svdiff_is_asked_to(alice: Caller) -> None:
     settings = pb.FineTuneSettings(train_text_encoder=True, text_encoder_learning_rate=0.25)
     job = await alice.create(one(settings=settings, validate_only=False), pb.PictureChunk(index=0, data=png()))
