@@ -7,6 +7,7 @@ torch is not imported here, so that a file can be looked at quickly.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,8 @@ PREFIX = 8
 _MAX_NAME = 256
 _MAX_DIMENSIONS = 8
 _MAX_SIZE = 2**40
+# One half of a surrogate pair, or a whole pair, as JSON escapes them.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 # How files of other formats begin. A pickle can run any code when it is loaded, and so can what these may contain.
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes (a pickle inside)"),
@@ -120,11 +123,21 @@ def parse_header(header: bytes, file_size: int, max_tensors: int, *, foreign: bo
 
 
 def parse_json(text: bytes | str, what: str) -> Any:
-    """Parse strict JSON: no repeated keys, no NaN or Infinity. Raises InvalidArgument (ADAPTER_FILE_INVALID)."""
+    """Parse strict JSON: no repeated keys, no NaN or Infinity, no half of a surrogate pair, which no answer could tell.
+
+    Raises InvalidArgument (ADAPTER_FILE_INVALID).
+    """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _HALF.search(text) is not None:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise invalid(
+            f"{what} holds {error.object[error.start]!r}, half of a surrogate pair, which is no text"
+        ) from error
     except (ValueError, RecursionError) as error:
         cause = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
         raise invalid(f"{what} is not valid JSON: {cause}") from error

@@ -28,7 +28,7 @@ from hueshift.adapters.text_side import (
     read_gated_numbers,
     read_mapper_numbers,
 )
-from hueshift.adapters.words import MAX_WORD, checked_word
+from hueshift.adapters.words import MAX_WORD, check_class_noun, checked_word
 from hueshift.adapters.words import check_word as check_word
 
 FORMAT = "hueshift.adapter/1"
@@ -241,7 +241,7 @@ def _identifier(value: Any) -> str:
 
 
 def _class_noun(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_WORD or not value.isprintable() or value != value.strip():
+    if not isinstance(value, str) or not check_class_noun(value):
         raise invalid(f"class_noun {show(value)} given; allowed: at most {MAX_WORD} printable characters")
     return value
 

@@ -14,6 +14,11 @@ def check_word(word: str) -> str | None:
     return None
 
 
+def check_class_noun(noun: str) -> bool:
+    """Return whether that may be the class noun of an adapter: empty, or up to 64 printable characters, trimmed."""
+    return len(noun) <= MAX_WORD and noun.isprintable() and noun == noun.strip()
+
+
 def checked_word(entry: TensorEntry, word: str) -> str:
     """Return the word of a tensor. Raises InvalidArgument (ADAPTER_FILE_INVALID) if it cannot be one."""
     problem = check_word(word)

@@ -37,7 +37,7 @@ MEANINGS: dict[Reason, str] = {
     Reason.ADAPTER_TENSOR_UNKNOWN: "A tensor names a layer that the base model does not have, or is not understood.",
     Reason.ADAPTER_SHAPE_MISMATCH: "A tensor's shape does not fit its layer.",
     Reason.ADAPTER_DTYPE_UNSUPPORTED: "A tensor is not of floating-point values that can be used.",
-    Reason.ADAPTER_NOT_FINITE: "A tensor holds NaN or infinity.",
+    Reason.ADAPTER_NOT_FINITE: "A tensor holds NaN or infinity, or the picture did, drawn with these adapters.",
     Reason.ADAPTER_RANK_TOO_LARGE: "A file, or the adapters of a request together, have too high a rank.",
     Reason.ADAPTER_TARGET_UNSUPPORTED: "The engine has no low-rank branch there, or a file form cannot hold a part.",
     Reason.ADAPTER_BASE_MISMATCH: "The adapter belongs to another base model.",

@@ -60,6 +60,7 @@ class EngineOptions:
     max_size: int = 1024
     compile: str = "graph"
     autotune: bool = False
+    search_convolutions: bool = True
     attention: str = "sdpa"
     kernels: str = "auto"
     merged_slots: int = 2
@@ -184,6 +185,7 @@ def cuda_options(base: BaseModel, options: EngineOptions) -> CudaOptions:
         max_area=largest * largest,
         compile=_word("engine.compile", CompileKind, options.compile),
         autotune=options.autotune,
+        search_convolutions=options.search_convolutions,
         attention=parse_attention(options.attention),
         kernels=_word("engine.kernels", KernelUse, options.kernels),
         weight_slots=options.merged_slots,

@@ -94,7 +94,9 @@ class Conditioner:
         self._train_steps = base.schedule.train_steps
         self._layers = len(cross.layout.attentions)
         self._dtype = dtype or torch.float32
-        self._lane = lane or lane_of(text.empty.device)
+        # Urgent: its hundreds of small kernels would each wait for one of a step to hand out its last block, and a
+        # request cannot join before they are done.
+        self._lane = lane or lane_of(text.empty.device, urgent=True)
         self._empty = text.tokenize("", {})
         # The weights were brought to the device on the caller's stream.
         with torch.no_grad(), self._lane.running():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from hueshift.engines.convolution_search import convolution_search
 from hueshift.engines.cuda_buffers import CallShape
 from hueshift.engines.cuda_lane import GraphLane, Work
 from hueshift.engines.device_errors import Fault, classify
@@ -111,7 +112,9 @@ class GraphStore:
     def _capture(self, key: GraphKey, call: Work) -> Work | None:
         """Return the replay, None where the call cannot be captured. Raises RuntimeError: no memory, device lost."""
         try:
-            replay = self._lane.capture(call)
+            # Trying algorithms would wait for the device, which a capture cannot; those of this call are known by now.
+            with convolution_search(False):
+                replay = self._lane.capture(call)
         except RuntimeError as error:
             if classify(error) is not Fault.OTHER:
                 raise

@@ -93,13 +93,17 @@ class GraphLane(Protocol):
 
 
 class CudaLane:
-    """A CUDA stream with a memory pool for its graphs."""
+    """A CUDA stream with a memory pool for its graphs.
 
-    def __init__(self, device: torch.device) -> None:
+    The kernels of an `urgent` one begin as soon as a multiprocessor has room, before what others have waiting there.
+    """
+
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
         # With its number, as tensors have it: `cuda` and `cuda:0` are not equal.
         number = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", number)
-        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        # Lower is sooner. Kernels of a graph have the priority of the stream that they were captured on.
+        self._stream = torch.cuda.Stream(self.device, priority=-1 if urgent else 0)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
@@ -296,9 +300,11 @@ class HostLane:
         yield
 
 
-def lane_of(device: torch.device) -> GraphLane:
-    """A new lane of a device: a stream of a GPU, or the host at once."""
-    return CudaLane(device) if device.type == "cuda" else HostLane()
+def lane_of(device: torch.device, *, urgent: bool = False) -> GraphLane:
+    """A new lane of a device: a stream of a GPU, or the host at once. `urgent` is for little work that others wait for:
+    what is large would stand in the way of the steps.
+    """
+    return CudaLane(device, urgent=urgent) if device.type == "cuda" else HostLane()
 
 
 def make_beside(lane: GraphLane, make: Callable[[], Made], tensors: Callable[[Made], tuple[Tensor, ...]]) -> Made:

@@ -38,6 +38,7 @@ class CudaOptions:
     a picture; `graphs` the most captures of other shapes; `weight_slots` the mixes that can be merged at a time.
     `slot_weight_bytes` is the most memory for whole weights of every slot (slot_weights.py); None: a tenth of the
     device's. `autotune` lets torch.compile try many kernels for each product, which takes minutes at the first start.
+    With `search_convolutions` cuDNN tries its algorithms for every shape that is captured at start.
     Without a `dtype` networks run in fp16 on a GPU and in fp32 on a CPU. Pictures with a side above `tile_above` pixels
     (0: none) are decoded in tiles (engines/vae.py).
     """
@@ -46,6 +47,7 @@ class CudaOptions:
     max_area: int
     compile: CompileKind = CompileKind.GRAPH
     autotune: bool = False
+    search_convolutions: bool = True
     attention: AttentionTable = field(default_factory=AttentionTable)
     kernels: KernelUse = KernelUse.AUTO
     weight_slots: int = 0
@@ -53,6 +55,11 @@ class CudaOptions:
     graphs: int = 64
     dtype: torch.dtype | None = None
     tile_above: int = 0
+
+    @property
+    def searches(self) -> bool:
+        """True if a start searches: calls that are never captured are not worth it."""
+        return self.search_convolutions and self.compile is not CompileKind.NONE
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """The dtype of the networks on a device."""

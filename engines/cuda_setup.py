@@ -21,6 +21,7 @@ from hueshift.engines.calibration import (
     tell_capacity,
     warm_all,
 )
+from hueshift.engines.convolution_search import convolution_search
 from hueshift.engines.cost_code import measured_code
 from hueshift.engines.cost_store import Calibration, read_costs, write_costs
 from hueshift.engines.cuda_engine import CudaEngine
@@ -95,11 +96,14 @@ def build_cuda(
     engine = _make_with_room(make, options, lane, reserve)
     identity = describe(engine)
     known = read_costs(cache_dir, identity)
-    kernels = choose_forms(engine, known.kernels if known is not None else None)
-    check_merged(engine)
-    check_compiled(engine)
-    with kept_free(lane, reserve):
-        calls = warm_all(engine, progress)
+    # Before warm_all too: a shape that is called without a search keeps what it was given then.
+    with convolution_search(options.searches):
+        kernels = choose_forms(engine, known.kernels if known is not None else None)
+        check_merged(engine)
+        check_compiled(engine)
+        with kept_free(lane, reserve):
+            calls = warm_all(engine, progress)
+    release_memory()
     measured = measure_costs(engine, calls, progress) if known is None else known.table
     engine.costs, engine.capacity = measured, measure_capacity(engine, calls)
     tell_capacity(engine)
@@ -198,6 +202,7 @@ def describe(engine: CudaEngine) -> dict[str, str]:
         "triton": "absent" if triton is None else str(triton.__version__),
         "cuda": str(torch.version.cuda),
         "compile": f"{options.compile} autotune {options.autotune}",
+        "convolutions": "searched" if options.searches else "by rule",
         "kernels": options.kernels.value,
         "attention": str(options.attention),
         "dtype": str(engine.dtype),

@@ -90,6 +90,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         weights_validation=chosen.weights_validation,
         compile=chosen.compile,
         autotune=chosen.autotune,
+        search_convolutions=chosen.search_convolutions,
         attention=chosen.attention,
         kernels=chosen.kernels,
         merged_slots=chosen.merged_slots,

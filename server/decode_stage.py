@@ -10,13 +10,13 @@ import structlog
 import torch
 from torch import Tensor
 
-from hueshift.adapters.errors import Internal, Reason
+from hueshift.adapters.errors import HueshiftError, Internal, InvalidArgument, Reason
 from hueshift.engines.interface import UNetEngine
 from hueshift.engines.pictures import encode_mask, encode_picture
 from hueshift.engines.side_stream import SideStream
 from hueshift.engines.vae import Pixels, VaeStage
 from hueshift.server.clock import Clock
-from hueshift.server.generation import ImageEvent, PreviewEvent, Timings
+from hueshift.server.generation import GenerationRequest, ImageEvent, PreviewEvent, Timings
 from hueshift.server.metrics import Metrics
 from hueshift.server.provenance import provenance
 from hueshift.server.ticket import Running, as_ours
@@ -144,13 +144,7 @@ class DecodeStage:
             if bool(torch.isfinite(work.latents).all()):
                 sound.append(work)
             elif not work.preview_step:
-                work.running.ticket.end(
-                    Internal(
-                        Reason.INTERNAL,
-                        "the model's output was not finite with these adapters and settings; a smaller adapter weight "
-                        "or guidance scale may help",
-                    )
-                )
+                work.running.ticket.end(_not_finite(work.running.ticket.request))
         if sound:
             pixels = self._vae.decode(torch.stack([work.latents for work in sound]))
             for work, (data, media_type, mask) in zip(
@@ -212,3 +206,16 @@ def _mean_mask(running: Running) -> Tensor | None:
     if lag is None or not lag.return_masks or sample.lag_mask is None:
         return None
     return sample.lag_mask / sample.step
+
+
+def _not_finite(request: GenerationRequest) -> HueshiftError:
+    """Say whose fault a picture of NaN is: the base model draws none, so with adapters it is theirs."""
+    mixes = (request.adapters, *(region.adapters for region in request.regions))
+    names = sorted({adapter.name for mix in mixes for adapter in mix if adapter.weight})
+    if not names:
+        return Internal(Reason.INTERNAL, "the model's output was not finite, without any adapter")
+    return InvalidArgument(
+        Reason.ADAPTER_NOT_FINITE,
+        f"the picture held NaN or infinity with the adapters {', '.join(names)} and these settings; allowed: what "
+        "keeps it finite. Give smaller weights or guidance_scale, or another adapter where that does not help",
+    )

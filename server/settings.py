@@ -120,6 +120,11 @@ class EngineSettings(_Section):
         description="torch on CUDA: eager calls, CUDA graphs of them, or graphs of torch.compile's (slow first start).",
     )
     autotune: bool = Field(False, description="Let torch.compile try many kernels for each product; minutes more.")
+    search_convolutions: bool = Field(
+        True,
+        description="At start, let cuDNN try its algorithms for each convolution that torch on CUDA captures: faster "
+        "steps, a longer start.",
+    )
     attention: str = Field(
         "sdpa",
         pattern=r"^(sdpa|cudnn|xformers)(,\d+:(sdpa|cudnn|xformers))*$",

@@ -7,10 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 from hueshift.adapters.errors import FieldViolation
+from hueshift.adapters.words import MAX_WORD, check_class_noun, check_word
 from hueshift.training.spec import LoraInit, Method, Precision, RateSchedule, Subject
 
 MAX_TEXT = 400
-MAX_IDENTIFIER = 64
+MAX_IDENTIFIER = MAX_WORD
 MAX_INIT_WORDS = 16
 MAX_SAMPLE_PROMPTS = 4
 MAX_PICTURES = 64
@@ -159,8 +160,8 @@ def check_edit(
         refuse("identifier_init", "given, but an edit learns no word; leave it out")
     if several:
         refuse("more_subjects", "given, but an edit has its one picture; leave them out")
-    if len(first.class_noun) > MAX_IDENTIFIER:
-        refuse("class_noun", f"{len(first.class_noun)} characters given; allowed: at most {MAX_IDENTIFIER}")
+    if (problem := _noun_problem(first.class_noun)) is not None:
+        refuse("class_noun", problem)
     return problems
 
 
@@ -169,14 +170,14 @@ def check_subjects(subjects: Sequence[Subject], shown: Sequence[int]) -> list[Fi
     problems: list[FieldViolation] = []
     for number, subject in enumerate(subjects):
         path, word = subject_path(number), subject.identifier
-        if not word or any(c.isspace() for c in word) or len(word) > MAX_IDENTIFIER:
-            given = f"{word[:80]!r} given; allowed: one word of at most {MAX_IDENTIFIER} characters"
+        # The rules of adapter files: the job would succeed with one that no server could read.
+        if check_word(word) is not None:
+            given = f"{word[:80]!r} given; allowed: one word of at most {MAX_IDENTIFIER} printable characters"
             problems.append(FieldViolation(f"{path}identifier", given))
         elif word.lower() in {other.identifier.lower() for other in subjects[:number]}:
             problems.append(FieldViolation(f"{path}identifier", f"{word!r} is another subject's too; take another"))
-        if len(subject.class_noun) > MAX_IDENTIFIER:
-            given = f"{len(subject.class_noun)} characters given; allowed: at most {MAX_IDENTIFIER}"
-            problems.append(FieldViolation(f"{path}class_noun", given))
+        if (problem := _noun_problem(subject.class_noun)) is not None:
+            problems.append(FieldViolation(f"{path}class_noun", problem))
         problems += check_count(f"{path}identifier_init", subject.identifier_init, 0, MAX_INIT_WORDS)
         problems += [
             FieldViolation(f"{path}identifier_init[{i}]", problem)
@@ -246,6 +247,13 @@ def _setting_problem(name: str, value: Any) -> str | None:
             return f"{len(value)} given; allowed: at most {MAX_TARGETS}"
         return next((problem for part in value if (problem := _text_problem(part, MAX_IDENTIFIER * 2))), None)
     return f"unknown; allowed: {', '.join((*RANGES, *sorted(SWITCHES), *CHOICES, *sorted(LISTS)))}"
+
+
+def _noun_problem(noun: str) -> str | None:
+    if check_class_noun(noun):
+        return None
+    given = f"{noun[:80]!r} ({len(noun)} characters) given"
+    return f"{given}; allowed: at most {MAX_IDENTIFIER} printable ones, without blanks around them"
 
 
 def _text_problem(text: str, most: int) -> str | None:

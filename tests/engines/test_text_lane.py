@@ -15,7 +15,7 @@ from tiny_unet import TinyParts
 from torch import Tensor
 
 from hueshift.adapters.adapter import LowRankFactors
-from hueshift.engines import vae
+from hueshift.engines import conditioning, vae
 from hueshift.engines.base_model import BaseModel
 from hueshift.engines.conditioning import Conditioner
 from hueshift.engines.cross_attention import CrossEdits, CrossStage
@@ -119,6 +119,26 @@ def test_a_picture_is_encoded_beside_the_steps(base_model: BaseModel) -> None:
 
 def test_a_lane_fits_its_device() -> None:
     assert isinstance(lane_of(torch.device("cpu")), HostLane)
+
+
+def test_prompts_do_not_wait_for_the_kernels_of_a_step(
+    base_model: BaseModel, text: CountingText, cross: CrossStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def lane(device: torch.device, *, urgent: bool = False) -> HostLane:
+        asked.append(urgent)
+        return HostLane()
+
+    monkeypatch.setattr(conditioning, "lane_of", lane)
+    Conditioner(base_model, text, cross)
+    assert asked == [True]
+    priorities: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: priorities.append(priority))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    for urgent in (True, False):
+        lane_of(torch.device("cuda", 1), urgent=urgent)
+    assert priorities == [-1, 0]
 
 
 def test_prompts_stay_on_the_device_in_the_engines_dtype(base_model: BaseModel, gpu: FakeGpu) -> None:

@@ -137,6 +137,11 @@ def test_what_is_left_open_is_filled_in() -> None:
         ({"captions": ("a sks animal", "x" * 401)}, "pictures[1].caption"),
         ({"class_noun": "", "prior_weight": 1.0}, "class_noun"),
         ({"class_noun": "n" * 65}, "class_noun"),
+        # What adapter files refuse, so that no job ends with one that nobody can read.
+        ({"class_noun": "animal "}, "class_noun"),
+        ({"class_noun": "ani\x00mal"}, "class_noun"),
+        ({"identifier": "s\x00ks", "learn_identifier": False}, "identifier"),
+        ({"identifier": "\u202esks", "learn_identifier": False}, "identifier"),
         ({"identifier_init": ("a", " ")}, "identifier_init[1]"),
         ({"sample_prompts": ("a",) * 5}, "sample_prompts"),
         ({"rate_schedule": "wild"}, "settings.rate_schedule"),

@@ -1,6 +1,7 @@
 """Messages of too many values: refused unread, whatever they look like, and nothing else is."""
 
 from random import Random
+from typing import Any
 
 import pytest
 from google.protobuf.message import DecodeError, Message
@@ -87,7 +88,8 @@ def test_what_protobuf_refuses_it_still_refuses_and_what_it_reads_is_read() -> N
     for number in range(200):
         kind = kinds[number % 2]
         # Long enough to be walked through.
-        data = random_message(random, kind.DESCRIPTOR).SerializeToString() + b"\xfa\x3e\xc0\xb8\x02" + b"\xff" * 40_000
+        described: Any = kind.DESCRIPTOR
+        data = random_message(random, described).SerializeToString() + b"\xfa\x3e\xc0\xb8\x02" + b"\xff" * 40_000
         data = damage(random, data) if number % 3 else data
         try:
             expected = kind.FromString(data)
