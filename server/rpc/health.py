@@ -1,5 +1,6 @@
 """grpc.health.v1: one state for the server, told for every service name and for the empty one."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +10,42 @@ from grpc_health.v1.health import aio
 
 
 class _Servicer(aio.HealthServicer):
-    """The standard servicer with List, which it leaves out."""
+    """The standard servicer with List, which it leaves out, and a Watch that nobody's reading holds up.
+
+    The standard one writes to a watcher under the lock that changes of the state wait for: a stranger that watches
+    without reading would keep the server from draining.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.statuses: dict[str, int] = {}
+        self._final = False
+        self._changed = asyncio.Event()
 
     async def set(self, service: str, status: int) -> None:
-        await super().set(service, status)
-        self.statuses[service] = status
+        if not self._final:
+            await super().set(service, status)
+            self._tell({**self.statuses, service: status})
 
     async def enter_graceful_shutdown(self) -> None:
+        self._final = True
         await super().enter_graceful_shutdown()
-        self.statuses = dict.fromkeys(self.statuses, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._tell(dict.fromkeys(self.statuses, health_pb2.HealthCheckResponse.NOT_SERVING))
+
+    async def Watch(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        last = None
+        while True:
+            changed = self._changed
+            status = self.statuses.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if status != last:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+            last = status
+            await changed.wait()
+
+    def _tell(self, statuses: dict[str, int]) -> None:
+        self.statuses = statuses
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def List(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         # The typed stubs are older than List.

@@ -53,11 +53,16 @@ async def test_a_caller_that_is_gone_without_a_word_is_noticed() -> None:
             target.write(data)
             await target.drain()
 
+    ends: list[asyncio.StreamWriter] = []
+    connections: list[asyncio.Task[None]] = []
+
     async def connect(near: asyncio.StreamReader, near_end: asyncio.StreamWriter) -> None:
         far, far_end = await asyncio.open_connection("127.0.0.1", port)
+        ends.extend((near_end, far_end))
+        task = asyncio.current_task()
+        assert task is not None
+        connections.append(task)
         await asyncio.gather(carry(near, far_end), carry(far, near_end), return_exceptions=True)
-        near_end.close()
-        far_end.close()
 
     network = await asyncio.start_server(connect, "127.0.0.1", 0)
     address = f"127.0.0.1:{network.sockets[0].getsockname()[1]}"
@@ -70,3 +75,6 @@ async def test_a_caller_that_is_gone_without_a_word_is_noticed() -> None:
         call.cancel()
     await server.stop(0)
     network.close()
+    for end in ends:
+        end.close()
+    await asyncio.gather(*connections, *(end.wait_closed() for end in ends), return_exceptions=True)

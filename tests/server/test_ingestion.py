@@ -128,11 +128,11 @@ def test_truncated_files_are_refused(form: str, share: float) -> None:
 
 
 def test_a_png_whose_pixels_are_damaged_is_refused_and_not_taken_for_black() -> None:
-    good = encode(Image.effect_noise((64, 64), 90).convert("RGB"))
+    good = encode(Image.frombytes("RGB", (64, 64), random.Random(1).randbytes(64 * 64 * 3)))
     for place in (len(good) // 2, len(good) - 100):
         damaged = bytearray(good)
         damaged[place] ^= 0x10
-        assert "broken data stream" in refusal(bytes(damaged)).message
+        assert "the file cannot be decoded" in refusal(bytes(damaged)).message
 
 
 @pytest.mark.parametrize(("form", "length"), [("PNG", 8), ("PNG", 33), ("JPEG", 20)])
