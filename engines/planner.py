@@ -65,12 +65,14 @@ class Planner:
 def members_of(engine: UNetEngine, samples: Sequence[Sample]) -> list[Member]:
     """What the cost model knows of samples. Those that share attention must stay in one call, under the full plan."""
     shared = {id(sample.reference) for sample in samples if sample.reference is not None}
-    return [_member(engine, sample, id(sample) in shared) for sample in samples]
+    # Asked once: looking whether an engine has such slots takes 6 us, and this runs at every step.
+    dense = dense_in(engine)
+    return [_member(engine, sample, dense, id(sample) in shared) for sample in samples]
 
 
-def _member(engine: UNetEngine, sample: Sample, is_reference: bool) -> Member:
+def _member(engine: UNetEngine, sample: Sample, dense: frozenset[int], is_reference: bool) -> Member:
     left = sample.table.steps - sample.step
-    if sample.slot in dense_in(engine):
+    if sample.slot in dense:
         return Member(sample.slot, sample.rows, Plan.MERGED, left, mergeable=False)
     guided = sample.lag is not None or sample.reference is not None or is_reference
     factored = any(part.needs_factored for part in sample.parts) or Plan.DENSE not in engine.plans

@@ -9,6 +9,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from hueshift.adapters.errors import Reason, ResourceExhausted
 from hueshift.engines.interface import BASE_SLOT, EngineRow, UNetEngine, dense_slots
@@ -17,6 +18,9 @@ from hueshift.engines.residency_host import HostCache, RowCache
 from hueshift.engines.residency_tiers import ResidencyObserver, Tier
 from hueshift.engines.text_side import TextSide
 from hueshift.engines.whole_rows import no_dense_deltas
+
+# With SLOTS_EXHAUSTED where weights are lacking, not slots: mixes that need none may still find a slot.
+NO_WEIGHTS = MappingProxyType({"setting": "engine.merged_slots"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,8 +192,17 @@ class SlotCache:
                 Reason.SLOTS_EXHAUSTED,
                 f"the adapter changes whole weights, of which the engine holds {dense_slots(self._engine)} at a time: "
                 "with it pinned there would be none left for others; leave it unpinned, or raise engine.merged_slots",
+                metadata=NO_WEIGHTS,
             )
         if self.acquire(prepared) is None:
+            if self.lacks_weights([prepared]):
+                raise ResourceExhausted(
+                    Reason.SLOTS_EXHAUSTED,
+                    "the adapter changes whole weights, and all that the engine holds are in use by running pictures "
+                    "or pinned; try again",
+                    metadata=NO_WEIGHTS,
+                    retry_after=1.0,
+                )
             raise ResourceExhausted(
                 Reason.SLOTS_EXHAUSTED,
                 "every adapter slot of the engine is in use by a running picture or pinned; try again",

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 from hueshift.adapters.errors import HueshiftError, Reason
+from hueshift.engines.residency import NO_WEIGHTS
 from hueshift.server.clock import Clock
 from hueshift.server.logs import tenant_hash
 from hueshift.server.outages import Observer
@@ -53,6 +54,9 @@ class Pins:
         self._held: set[Pin] = set()
         # Told once: what fails is tried again in every round.
         self._told: set[Pin] = set()
+        # Pins for which there are no weights of their own beside what was held then: as long as that stays, each try
+        # would only read 1.7 GB again.
+        self._no_weights: dict[Pin, frozenset[Pin]] = {}
         self._lock = asyncio.Lock()
         self._log = structlog.get_logger()
 
@@ -77,7 +81,10 @@ class Pins:
             before = set(self._held)
             # A row of two adapters goes with the one that is deleted; the pin of the other brings it back.
             lost = {pin for pin in wanted & before if not self._slots.resident(pin[2])}
+            self._no_weights = {pin: held for pin, held in self._no_weights.items() if pin in wanted}
             for pin in sorted((wanted - before) | lost):
+                if self._no_weights.get(pin) == frozenset(self._held):
+                    continue
                 if not await self._pin(pin):
                     # Each try would load and compose a row, and push others out of memory, every two seconds.
                     break
@@ -93,13 +100,16 @@ class Pins:
         await keep_doing("pins", every, self.follow, observer, clock=clock)
 
     async def _pin(self, pin: Pin) -> bool:
-        """Pin a row; False if there is no slot, for this one or any other."""
+        """Pin a row; False if there is no slot, for this one or any other. Where weights are lacking others go on."""
         content_hash = pin[2]
         try:
             await self._slots.warm(((content_hash, 1.0),), True)
         except HueshiftError as error:
             self._tell("pin failed", pin, error)
-            return error.reason is not Reason.SLOTS_EXHAUSTED
+            weights = error.metadata == NO_WEIGHTS
+            if weights and error.retry_after is None:
+                self._no_weights[pin] = frozenset(self._held)
+            return weights or error.reason is not Reason.SLOTS_EXHAUSTED
         self._held.add(pin)
         return True
 

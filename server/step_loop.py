@@ -209,7 +209,8 @@ class StepLoop:
             except Exception as error:  # The engine refused the row: it belongs to this request alone.
                 self._watch.heard(error)
                 self._log.error("row refused", request_id=ticket.request.request_id, exc_info=error)
-                self._end(ticket, as_ours(error, "loading the adapters"))
+                memory = classify(error) is Fault.MEMORY
+                self._end(ticket, _no_memory(error) if memory else as_ours(error, "loading the adapters"))
 
     def _place(self, ticket: Ticket) -> bool:
         """Start one picture, or all that must be in the batch together; return False if slots are lacking."""

@@ -8,7 +8,7 @@ from tiny_layout import dense_adapter, lowrank_adapter, tiny_rows
 from hueshift.adapters.adapter import Adapter
 from hueshift.adapters.errors import FailedPrecondition, Reason, ResourceExhausted
 from hueshift.engines.mixes import Mix, make_mix
-from hueshift.engines.residency import SlotCache
+from hueshift.engines.residency import NO_WEIGHTS, SlotCache
 from hueshift.engines.residency_host import HostCache, RowCache
 
 
@@ -74,6 +74,12 @@ def test_pins_leave_weights_for_others() -> None:
     with pytest.raises(ResourceExhausted, match="holds 2 at a time") as refused:
         slots.pin(slots.prepare(mix("d2")), True)
     assert refused.value.reason is Reason.SLOTS_EXHAUSTED
+    assert (refused.value.metadata, refused.value.retry_after) == (dict(NO_WEIGHTS), None)
+    assert acquire(slots, "d5") is not None
+    with pytest.raises(ResourceExhausted, match="in use by running pictures") as busy:
+        slots.pin(slots.prepare(mix("d2")), None)
+    assert (busy.value.metadata, busy.value.retry_after) == (dict(NO_WEIGHTS), 1.0)
+    slots.release(mix("d5"))
     for number in (3, 4):
         assert acquire(slots, f"d{number}") is not None
         slots.release(mix(f"d{number}"))

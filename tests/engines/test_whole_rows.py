@@ -1,12 +1,14 @@
 """Dense deltas: composed, served from weights of their own on every engine that can, and in calls of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from fake_gpu import GPU, FakeLane, fake_gpu
 from tiny_unet import TinyParts, merge_row, run, tiny_unet, whole_adapter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hueshift.adapters.adapter import Adapter, AdapterKind
 from hueshift.adapters.errors import FailedPrecondition, InvalidArgument, Reason
@@ -17,6 +19,7 @@ from hueshift.engines.cuda_lane import HostLane
 from hueshift.engines.cuda_options import CudaOptions
 from hueshift.engines.denoise import Sample, choose_plan, start_sample
 from hueshift.engines.interface import EngineRow, Plan, UNetEngine, WholeWeightEngine, dense_in, dense_slots
+from hueshift.engines.merged_weights import WeightWriter
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.planner import Planner
 from hueshift.engines.samplers import SamplerKind, make_table
@@ -169,6 +172,33 @@ def test_the_planner_gives_them_calls_of_their_own(tiny: TinyParts) -> None:
     assert [(run.plan, run.members) for run in decision.runs] == [(Plan.DENSE, (0, 2)), (Plan.MERGED, (1, 3))]
     assert decision.together_ms == 2.0
     assert choose_plan(engine, samples[1::2]) is Plan.MERGED
+
+
+def test_adding_deltas_makes_no_copy_of_the_weights(tiny: TinyParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Size] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+        def __torch_dispatch__(
+            self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            given = {part.untyped_storage().data_ptr() for part in args if isinstance(part, Tensor)}
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+                made.append(out.shape)
+            return out
+
+    add = WeightWriter.add
+
+    def watched(writer: WeightWriter, deltas: Mapping[str, Tensor]) -> None:
+        with Watch():  # type: ignore[no-untyped-call]  # torch's own
+            add(writer, deltas)
+
+    monkeypatch.setattr(WeightWriter, "add", watched)
+    engine, row = cuda(tiny), tiny.row((whole_adapter(tiny, 1), 1.0))
+    engine.load_row(2, row)
+    assert made == []
+    inputs = tiny.inputs(1)
+    assert close(engine.denoise(Plan.MERGED, *inputs, torch.tensor([2])), truth(tiny, row, inputs))
 
 
 def test_on_a_gpu_they_arrive_beside_the_steps(tiny: TinyParts) -> None:

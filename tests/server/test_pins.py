@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from adapter_server import FakeResidents
 from small_jobs import small_spec
 from small_store import open_small_store
@@ -13,6 +14,7 @@ from whole_server import adapter_file, fake_parts, live_server, norm_adapter
 from hueshift.adapters.errors import Reason, ResourceExhausted, Unavailable
 from hueshift.adapters.file import write_adapter
 from hueshift.engines.base_model import BaseModel
+from hueshift.engines.residency import NO_WEIGHTS
 from hueshift.server.pins import Mix, Pins
 from hueshift.server.store.adapter_records import AdapterRecord
 from hueshift.server.store.adapter_store import AdapterStore
@@ -106,6 +108,35 @@ async def test_without_a_slot_nothing_is_loaded_for_the_other_pins(tmp_path: Pat
         store.adapters.set_pinned("acme", f"a{number}", True)
     assert await Pins(store.adapters, Full()).follow() == 0
     assert len(asked) == 1
+    store.database.close()
+
+
+@pytest.mark.parametrize("retry_after", [None, 1.0])
+async def test_a_pin_that_lacks_weights_holds_up_no_other(tmp_path: Path, retry_after: float | None) -> None:
+    store, asked = open_small_store(tmp_path), []
+    first, second = (store.publish(adapter_id=name, seed=seed).content_hash for seed, name in enumerate("ab"))
+    for adapter_id in "ab":
+        store.adapters.set_pinned("acme", adapter_id, True)
+
+    class Short(FakeResidents):
+        async def warm(self, mix: Mix, pin: bool | None) -> bool:
+            asked.append(mix[0][0])
+            if mix[0][0] == first and len(self.rows) < 2:
+                raise ResourceExhausted(
+                    Reason.SLOTS_EXHAUSTED, "all held", metadata=NO_WEIGHTS, retry_after=retry_after
+                )
+            return await super().warm(mix, pin)
+
+    residents = Short()
+    follower = Pins(store.adapters, residents)
+    for _ in range(4):
+        assert (await follower.follow(), residents.pins) == (1, {second})
+    # Once more as the other was pinned since; where only a pin that ends can help it is not read again after that.
+    assert asked.count(first) == (2 if retry_after is None else 4)
+    residents.rows.add("another")
+    store.adapters.set_pinned("acme", "b", False)
+    assert [await follower.follow() for _ in range(2)] == [1 if retry_after else 0, 1]
+    assert residents.pins == {first}
     store.database.close()
 
 

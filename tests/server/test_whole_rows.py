@@ -1,10 +1,11 @@
 """Adapters with dense deltas on their way through the step loop, turn by turn, by hand."""
 
 import pytest
+import torch
 from generation_bench import IDLE, Bench, counts, error_of, images
 
-from hueshift.adapters.errors import FailedPrecondition, Reason
-from hueshift.engines.interface import Plan
+from hueshift.adapters.errors import FailedPrecondition, Reason, ResourceExhausted
+from hueshift.engines.interface import EngineRow, Plan
 from hueshift.server.generation import LagRequest
 
 
@@ -72,3 +73,24 @@ async def test_an_engine_that_serves_none_says_so() -> None:
     error = await error_of(refused)
     assert isinstance(error, FailedPrecondition)
     assert "engine.merged_slots" in error.message
+
+
+async def test_weights_that_do_not_fit_in_memory_are_told_as_such_and_lose_no_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = bench_of(dense_slots=1)
+
+    def refuse(slot: int, row: EngineRow) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.engine, "load_row", refuse)
+        refused = bench.submit(adapters={"dense-0.3": 1.0})
+        bench.run()
+    error = await error_of(refused)
+    assert isinstance(error, ResourceExhausted)
+    assert (error.reason, error.retry_after) == (Reason.DEVICE_MEMORY, 5.0)
+    assert counts(bench) == IDLE
+    again = bench.submit(seeds=(1,), adapters={"dense-0.3": 1.0})
+    bench.run()
+    assert len(await images(again)) == 1
