@@ -4,6 +4,7 @@ The plan keeps its own packed copy of the singular vectors (SD1.5: 2.2 GB in 16 
 of the smaller ones (0.4 GB, 2.2 GB) where the launch configuration pre-scales them.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
@@ -22,6 +23,7 @@ from hueshift.kernels.checks import (
     check_device,
     check_dtype,
     check_shape,
+    span,
 )
 from hueshift.kernels.errors import KernelArgumentError
 from hueshift.kernels.launch import block_descriptor, multiprocessors
@@ -164,8 +166,19 @@ def check_layer(name: str, layer: SpectralLayer, device: torch.device, dtype: to
 
 
 def check_outs(layers: Sequence[SpectralLayer]) -> None:
-    """Raise KernelArgumentError if two layers write the same memory: which of them stays is a matter of chance."""
+    """Raise KernelArgumentError if two layers write the same memory, or one writes what another reads as its base:
+    which of them comes first is a matter of chance.
+    """
     check_all_apart([(f"layers[{number}].out", layer.out) for number, layer in enumerate(layers)])
+    outs = sorted((*span(layer.out), number) for number, layer in enumerate(layers))
+    for number, layer in enumerate(layers):
+        begin, end = span(layer.base)
+        # The last that begins before the base ends; all others end before that one begins.
+        before = bisect_left(outs, end, key=lambda found: found[0]) - 1
+        if before >= 0 and outs[before][1] > begin:
+            check_apart(
+                f"layers[{outs[before][2]}].out", layers[outs[before][2]].out, f"layers[{number}].base", layer.base
+            )
 
 
 def build_tables(layers: Sequence[SpectralLayer], row_size: int, config: LaunchConfig) -> GpuTables:

@@ -258,7 +258,10 @@ def test_formats_that_differ_and_memory_that_overlaps_are_refused() -> None:
     # Of two layers that are written to one place, chance would choose which stays.
     with pytest.raises(KernelArgumentError, match=r"layers\[0\].out and layers\[1\].out overlap"):
         plan_spectral([matrix, replace(matrix, base=matrix.base.clone())])
+    # Two layers may read one base, but none may write what another reads.
     twice = plan_spectral([matrix, replace(matrix, out=torch.empty_like(matrix.out))])
+    with pytest.raises(KernelArgumentError, match=r"layers\[1\].out and layers\[0\].base overlap"):
+        plan_spectral([matrix, replace(matrix, base=matrix.out.clone(), out=matrix.base)])
     with pytest.raises(KernelArgumentError, match="overlap"):
         share_plan(twice, [matrix.out, matrix.out])
 
