@@ -6,8 +6,6 @@ Apart, because each size of batch is compiled first, which takes minutes: here o
 every step is a CUDA graph of torch's kernels.
 """
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,25 +13,11 @@ from typing import Any
 import torch
 
 from hueshift.engines.cuda_lane import lane_of
+from hueshift.kernels.bench import load_script
 from hueshift.training.sharing.compiled import inductor
 
 COMPANIES = (8,)
-
-
-def _load_shared() -> Any:
-    """The folder is on no path."""
-    path = Path(__file__).with_name("shared_training.py")
-    found = importlib.util.spec_from_file_location("benchmark_shared_training", path)
-    if found is None or found.loader is None:
-        raise ImportError(str(path))
-    module = importlib.util.module_from_spec(found)
-    # Dataclasses look their own module up by its name.
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    return module
-
-
-SHARED = _load_shared()
+SHARED = load_script(Path(__file__).with_name("shared_training.py"))
 SHAPES: Mapping[str, Any] = SHARED.SHAPES
 
 

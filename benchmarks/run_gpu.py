@@ -13,7 +13,6 @@ PYTHONPATH=.typing python3 -P benchmarks/run_gpu.py
 
 import argparse
 import gc
-import importlib.util
 import json
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from hueshift.kernels.bench import Case, Timing, Weight, Work, time_in_graph
+from hueshift.kernels.bench import Case, Timing, Weight, Work, load_script, time_in_graph
 from hueshift.kernels.launch import triton
 
 FOLDER = Path(__file__).resolve().parent
@@ -92,15 +91,8 @@ def read_weights(model: str) -> list[Weight]:
 
 
 def load_benchmark(stem: str) -> Any:
-    """Import benchmarks/STEM.py by its path; the folder is on no path."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{stem}", FOLDER / f"{stem}.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(stem)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their own module up by its name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """Import benchmarks/STEM.py."""
+    return load_script(FOLDER / f"{stem}.py")
 
 
 def environment(commit: str, device: torch.device) -> dict[str, Any]:

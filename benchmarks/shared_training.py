@@ -15,8 +15,6 @@ third way. About two minutes on an H200, counted.
 
 import copy
 import gc
-import importlib.util
-import sys
 import threading
 import time
 import traceback
@@ -39,7 +37,7 @@ from hueshift.engines.cuda_lane import CudaLane, GraphLane
 from hueshift.engines.noise_schedule import NoiseSchedule
 from hueshift.engines.svd_cache import SpectralFactors
 from hueshift.engines.text import TextStage
-from hueshift.kernels.bench import floor_ms
+from hueshift.kernels.bench import floor_ms, load_script
 from hueshift.training.arrivals import MOST_UNDERWAY
 from hueshift.training.defaults import complete_spec
 from hueshift.training.devices import prepare_device
@@ -347,14 +345,8 @@ def run_factored(world: World, spec: TrainingSpec, way: Way) -> tuple[Run, float
 
 
 def rematerialising_unet(world: World, spec: TrainingSpec) -> TrainingUNet:
-    """The baseline (rematerialised_unet.py); the folder is on no path."""
-    found = importlib.util.spec_from_file_location("rematerialised_unet", BASELINE)
-    if found is None or found.loader is None:
-        raise ImportError(str(BASELINE))
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    unet: TrainingUNet = module.RematerialisingUNet(world.base, world.factors, spec)
+    """The baseline (rematerialised_unet.py)."""
+    unet: TrainingUNet = load_script(BASELINE).RematerialisingUNet(world.base, world.factors, spec)
     return unet
 
 

@@ -217,7 +217,7 @@ class CudaEngine:
         added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
-        check_whole(self, Plan.FULL, adapter_index)
+        check_whole(self.dense, Plan.FULL, adapter_index)
         shape = self._shape(latents, adapter_index)
         out, mask = self._run(self.networks.full, shape, latents, timesteps, cross, adapter_index, added, guides)
         return out, mask
@@ -301,7 +301,7 @@ class CudaEngine:
             if slot in self.merged or slot in self._merged.kept:
                 return self.networks.merged(self._merged.use(slot))
             plan = Plan.FACTORED
-        check_whole(self, plan, adapter_index)
+        check_whole(self.dense, plan, adapter_index)
         return self.networks.of(plan)
 
     def _await_rows(self, adapter_index: Tensor) -> None:

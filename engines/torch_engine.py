@@ -93,7 +93,7 @@ class TorchEngine:
             guides = no_guides(cross)
             return self.denoise_guided(latents, timesteps, cross, adapter_index, guides, added)[0]
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
-        check_whole(self, plan, adapter_index)
+        check_whole(self.dense, plan, adapter_index)
         weights: dict[str, Tensor] = {}
         if plan is Plan.MERGED:
             plan, weights = Plan.DENSE, self._weights_of(only_slot(adapter_index))
@@ -122,7 +122,7 @@ class TorchEngine:
     ) -> tuple[Tensor, Tensor]:
         """Run the full plan once; see UNetEngine."""
         self._slabs.check_call(latents.shape[0], self.max_batch, adapter_index)
-        check_whole(self, Plan.FULL, adapter_index)
+        check_whole(self.dense, Plan.FULL, adapter_index)
         inputs = self._placed(latents, timesteps, cross, adapter_index)
         placed = Guides(*(part.to(self._device) for part in (guides.lag, guides.lag_source, guides.reference)))
         with torch.no_grad():

@@ -22,12 +22,11 @@ def no_dense_deltas(engine: str) -> FailedPrecondition:
     )
 
 
-def check_whole(engine: UNetEngine, plan: Plan, adapter_index: Tensor) -> None:
-    """Raise InvalidArgument on rows of such slots in a call of another plan than the merged one.
+def check_whole(dense: frozenset[int], plan: Plan, adapter_index: Tensor) -> None:
+    """Raise InvalidArgument on rows of the slots `dense` in a call of another plan than the merged one.
 
     An index on a device is trusted: reading it back would stall the stream.
     """
-    dense = dense_in(engine)
     if not dense or plan is Plan.MERGED or adapter_index.device.type != "cpu":
         return
     found = sorted(dense & set(adapter_index.tolist()))

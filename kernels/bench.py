@@ -4,9 +4,12 @@ The baseline is always the best formulation in torch, captured in a graph of its
 neither side.
 """
 
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,18 @@ H200_BYTES_PER_SECOND = 4.3e12
 STEP_MS = {"sd15": 34.4}
 
 Work = Callable[[], Any]
+
+
+def load_script(path: Path) -> Any:
+    """Import a benchmark's file by its path; their folder is on no path. Raises ImportError where that fails."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(str(path))
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their own module up by its name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True, slots=True)
